@@ -14,11 +14,14 @@ from torch import Tensor
 from lctrain.groups import PrefixGroups, group_documents, prefix_groups
 from lctrain.limits import MIN_TOKENS
 from lctrain.pluralize import pluralize
+from lctrain.unchanged import set_unchanged
 
 if TYPE_CHECKING:
+    from lctrain.distributed.share import PackShare
     from lctrain.kernels import TileSchedule
 
 IGNORE_INDEX = -100
+SHARE_ARGUMENT = "lctrain_share"  # keyword argument of a patched model, a PackShare
 
 IntegerSequence = Tensor | np.ndarray | Sequence[int]
 
@@ -47,6 +50,9 @@ class PackedBatch:
             build it.
         names: Source of each document, for error messages; None if documents have no names.
         groups: Documents that share a prefix; None if every document stands alone.
+        share: The part of the pack that this rank computes; None for all of it. Tokens, labels,
+            position ids, `num_tokens` and `num_valid_tokens` are then those of the share, and all
+            other attributes describe the whole pack.
     """
 
     input_ids: Tensor
@@ -61,6 +67,7 @@ class PackedBatch:
     schedule: TileSchedule | None = None
     names: tuple[str, ...] | None = None
     groups: PrefixGroups | None = None
+    share: PackShare | None = None
 
     @classmethod
     def from_documents(
@@ -234,6 +241,7 @@ class PackedBatch:
         """Returns keyword arguments for a patched model, under transformers' names, no labels."""
         return {
             **({} if self.groups is None else {"prefix_groups": self.groups}),
+            **({} if self.share is None else {SHARE_ARGUMENT: self.share}),
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seqlens,
@@ -431,20 +439,4 @@ def _shift(targets_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     return shifted_T
 
 
-def _set_unchanged(batch: PackedBatch, name: str, value: Any) -> None:
-    """The `__setattr__` of PackedBatch: accepts only an attribute's current value.
-
-    The `__setattr__` of a frozen dataclass always raises. But Lightning's convert_input (precision
-    "bf16-true", FSDP) sets every field of a dataclass to its current value.
-    """
-    if name not in batch.__dict__ or not _same(batch.__dict__[name], value):
-        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
-
-
-def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, tuple) and isinstance(new, tuple):
-        return len(old) == len(new) and all(map(_same, old, new))
-    return old is new or (not isinstance(old, Tensor) and type(old) is type(new) and old == new)
-
-
-PackedBatch.__setattr__ = _set_unchanged  # type: ignore[assignment, method-assign]
+PackedBatch.__setattr__ = set_unchanged  # type: ignore[assignment, method-assign]

@@ -34,6 +34,7 @@ from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter, quantization_of, require_trainable_weights
 from lctrain.models.positions import require_positions
 from lctrain.models.pretrained import load_architecture, load_pretrained
+from lctrain.models.shared_attention import heads_group
 from lctrain.models.tokenizer import tokenizer_for
 from lctrain.run.sharded_checkpoint import AnyCheckpointIO
 from lctrain.schemas import source_of
@@ -100,6 +101,7 @@ def check_model(
     lengths: Mapping[str, int] | None = None,
     methods: Sequence[str] = (),
     adapter: AdapterConfig | None = None,
+    trainer: TrainerConfig | None = None,
 ) -> None:
     """Checks a model and its attention by building and patching the model without its weights.
 
@@ -111,11 +113,12 @@ def check_model(
         methods: Methods of reading beyond the trained window (see `lctrain.eval.extension`) that
             the closing evaluation compares.
         adapter: Settings of adapters; None for none.
+        trainer: Settings of the Trainer, whose ranks may share packs; None for one rank.
 
     Raises:
         ValueError: if the model cannot be built (see `build_model`) or patched (see `patch_model`),
-            a length exceeds the table of positions, the model does not support a method, or it
-            takes no adapters.
+            a length exceeds the table of positions, the model does not support a method or takes no
+            adapters, or ranks cannot share its packs.
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
@@ -133,6 +136,8 @@ def check_model(
         ) from error
     if attention is not None:
         patch_model(model, attention=attention.name, **attention.options())
+    if trainer is not None and trainer.context_parallel > 1:
+        heads_group(model, trainer.context_parallel, trainer.context_exchange)
     if adapter is not None:
         add_adapter(model, adapter)
 
@@ -341,7 +346,11 @@ def build_strategy(config: TrainerConfig) -> Any:
     """
     if config.strategy != "fsdp2":
         return config.strategy
-    return ShardedStrategy(config.replicas)
+    return ShardedStrategy(
+        config.replicas,
+        context_parallel=config.context_parallel,
+        context_exchange=config.context_exchange,
+    )
 
 
 def _refuse_monitors(callbacks: list[pl.Callback]) -> None:

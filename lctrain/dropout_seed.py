@@ -12,14 +12,17 @@ def seed_micro_batch(trainer: pl.Trainer, seed: int) -> None:
     """Seeds torch's generators from (seed, rank, index of the micro-batch in the run).
 
     Call it in `on_train_batch_start`. A resumed run then draws the same dropout masks as an
-    uninterrupted run.
+    uninterrupted run. The first rank of every context group, which draws the seeds of attention
+    dropout, counts as the rank of its pack, so sharing packs does not change these masks.
 
     Args:
         trainer: Trainer of the run, which knows the rank and the index of the micro-batch.
         seed: Seed of the run.
     """
     index = trainer.fit_loop.epoch_loop.total_batch_idx
-    torch.manual_seed(mix(seed, Topology.of(trainer).rank, index))
+    ranks = Topology.of(trainer)
+    number = ranks.data_rank + ranks.context_rank * ranks.data_size
+    torch.manual_seed(mix(seed, number, index))
 
 
 def mix(seed: int, rank: int, index: int) -> int:

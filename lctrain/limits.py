@@ -28,6 +28,7 @@ MODEL_SIZES = (
     "max_position_embeddings",
 )
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+EXCHANGES = ("auto", "heads", "keys")
 PRECISIONS = ("auto", "32-true", "32", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 BACKENDS = ("auto", "hopper", "triton", "pytorch")
 SPECIAL_TOKENS = ("text", "token")
@@ -216,6 +217,41 @@ def check_trainer(trainer: Any) -> None:
     require(
         trainer.max_steps >= 0 or trainer.max_epochs >= 0,
         "trainer.max_steps or trainer.max_epochs must be set, got neither. A run needs an end.",
+    )
+
+
+def check_exchange(exchange: str, ranks: int) -> None:
+    """Raises ValueError for an unknown way to share packs, or fewer than one rank per pack.
+
+    Args:
+        exchange: What the ranks that share a pack exchange.
+        ranks: Number of ranks that share a pack.
+    """
+    require(
+        ranks >= 1,
+        f"trainer.context_parallel must be at least 1, got {ranks}. 1 gives every rank a pack of "
+        "its own.",
+    )
+    require(
+        exchange in EXCHANGES,
+        f"trainer.context_exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}. auto "
+        "exchanges heads where their number can be divided, else keys.",
+    )
+
+
+def check_machines(ranks: int, devices: int, machines: int) -> None:
+    """Raises ValueError if ranks that share a pack would be on different machines.
+
+    Args:
+        ranks: Number of ranks that share a pack.
+        devices: Ranks per machine.
+        machines: Number of machines.
+    """
+    require(
+        machines == 1 or devices % ranks == 0,
+        f"trainer.context_parallel must divide the {devices} ranks of a machine, got {ranks}. "
+        "Ranks that share a pack exchange in every layer, so they belong on one machine: change "
+        "trainer.context_parallel or trainer.devices.",
     )
 
 

@@ -341,7 +341,7 @@ class LongContextModule(pl.LightningModule):
         """Returns the loss at every position of a pack, [T] float32 on the CPU.
 
         Entry t is -log p of the token after position t in the same document; 0 where position t has
-        no target.
+        no target. Ranks that share a pack all return the losses of the whole pack.
         """
         labels = batch.labels.flatten()
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
@@ -354,7 +354,8 @@ class LongContextModule(pl.LightningModule):
             labels[positions],
         )
         scores = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
-        return scores.index_copy(0, positions, losses.float()).cpu()
+        scores = scores.index_copy(0, positions, losses.float())
+        return (scores if batch.share is None else batch.share.gather(scores)).cpu()
 
     def _add_held_out(self, batch: PackedBatch, number: int) -> None:
         """Adds the loss of a batch to the sum of a held-out set."""

@@ -122,7 +122,9 @@ def check_before_data(config: TrainConfig) -> None:
         if config.evaluation.passkey_lengths and config.evaluation.passkey_model is None:
             lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
     methods = config.evaluation.methods if config.evaluation.enabled else []
-    check_model_builds(config.model, config.attention, lengths, methods, config.adapter)
+    check_model_builds(
+        config.model, config.attention, lengths, methods, config.adapter, config.trainer
+    )
 
 
 def run_callbacks(

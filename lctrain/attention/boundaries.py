@@ -60,6 +60,8 @@ class Boundaries(NamedTuple):
             tell.
         padding: The rows that the tokens come from, if an encoder's input hook has packed them.
         prefixes: Prefixes that documents of the pack share; None without any.
+        share: The part of the pack that the rows hold, a `lctrain.distributed.share.PackShare`;
+            None if they hold all of it.
     """
 
     pack: "Pack"
@@ -70,6 +72,7 @@ class Boundaries(NamedTuple):
     shared_rows: bool | None = None
     padding: Padding | None = None
     prefixes: SharedPrefixes | None = None
+    share: Any = None
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
@@ -252,7 +255,8 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
     Args:
         boundaries: Boundaries of the documents.
         position_ids: [B, S] or [1, S] integers. If given, the length of a document is its highest
-            position plus 1, as in transformers. If None, it is the document's number of keys.
+            position plus 1, as in transformers. If None, or for a share of a pack, it is the
+            document's number of keys.
 
     Returns:
         [B, S] int64, 1 at padding.
@@ -261,7 +265,7 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
     real = boundaries.indices_q
     _, document = _documents(boundaries)
     keys = boundaries.pack.cu_seqlens_k.diff().long()
-    if position_ids is None:
+    if position_ids is None or boundaries.share is not None:
         lengths = keys
     else:
         positions = position_ids.expand(boundaries.queries).flatten().to(keys)
@@ -275,14 +279,18 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
 
 
 def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns the indices of the queries that are not padding, and each query's document.
+    """Returns the number of every query among the pack's queries, and the query's document.
 
     Returns:
-        Two tensors [T] int64: the numbers 0 to T - 1, and the index of each query's document.
+        Two tensors [T] int64: the place of each query in the pack, and the index of its document.
+        The places are 0 to T - 1, unless the rows hold a share of the pack.
     """
     real, cu_seqlens = boundaries.indices_q, boundaries.pack.cu_seqlens_q
-    count = boundaries.pack.total_q if real is None else real.shape[0]
-    tokens = torch.arange(count, device=cu_seqlens.device)
+    if boundaries.share is None:
+        count = boundaries.pack.total_q if real is None else real.shape[0]
+        tokens = torch.arange(count, device=cu_seqlens.device)
+    else:
+        tokens = boundaries.share.places
     document = torch.searchsorted(cu_seqlens[1:], tokens.to(torch.int32), right=True)
     # The kernels refuse tokens beyond the last document. Clamping keeps the indices valid here.
     return tokens, document.clamp(max=cu_seqlens.shape[0] - 2)

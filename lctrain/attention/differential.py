@@ -10,6 +10,7 @@ differently:
   and g + Hk / 2, concatenated to one value of width 2 D.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lctrain.attention.forward import (
     window_of,
 )
 from lctrain.attention.prefixes import refuse_groups
+from lctrain.attention.shared import Part
 from lctrain.attention.spec import DifferentialSpec
 
 
@@ -99,30 +101,46 @@ def differential_attention_forward(
         real = boundaries.indices_q
         lam = lam if real is None else lam.index_select(0, real)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    per_query = (lam,) if lam.dim() > 0 else ()
+    dropout_p = dropout_of(module, spec, dropout)
+
+    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if lctrain_halves:
-            (q1, q2), (k1, k2) = q.chunk(2, 1), k.chunk(2, 1)
-            v = torch.cat(v.chunk(2, 1), -1)
-        else:
-            q1, q2, k1, k2 = q[:, 0::2], q[:, 1::2], k, k
+            return q.chunk(2, 1), (*k.chunk(2, 1), torch.cat(v.chunk(2, 1), -1))
+        return (q[:, 0::2], q[:, 1::2]), (k, k, v)
+
+    def kernel(part: Part, q1: Tensor, q2: Tensor, *others: Tensor) -> Tensor:
+        *lams, k1, k2, v = others
         out, _, _ = diff_attn_pack_func(
             q1,
             q2,
             k1,
             k2,
             v,
-            lam,
-            boundaries.pack,
-            dropout_p=dropout_of(module, spec, dropout),
+            lams[0] if lams else lam,
+            part.pack,
+            dropout_p=dropout_p,
+            dropout_seed=part.dropout_seed,
+            first_head=part.first_head(q1.shape[1]),
             softmax_scale=scale_of(query, scaling),
             causal=causal,
             window_size=window_of(sliding_window, causal),
-            backend=backend_of(spec, q.device, q.dtype),
+            backend=backend_of(spec, q1.device, q1.dtype),
         )
         # `attend` expects heads of width D, so a head of version 1, 2 D wide, becomes two heads.
         return out.unflatten(2, (-1, value.shape[-1])).flatten(1, 2)
 
-    out = attend(kernel, query, key, value, boundaries)
+    out = attend(
+        kernel,
+        query,
+        key,
+        value,
+        boundaries,
+        dropout_p=dropout_p,
+        causal=causal,
+        split=split,
+        per_query=per_query,
+    )
     return out.unflatten(2, (query.shape[1] // 2, -1)).flatten(3), None
 
 

@@ -23,6 +23,7 @@ from lctrain.attention.forward import (
     scale_of,
     spec_of,
 )
+from lctrain.attention.shared import Part
 from lctrain.attention.spec import DualChunkSpec
 
 DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
@@ -134,23 +135,28 @@ def dual_chunk_attention_forward(
     inv_freq = lctrain_dual_chunk.inv_freq()
     logit_scale = lctrain_dual_chunk.logit_scale
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dropout_p = dropout_of(module, spec, dropout)
+
+    def kernel(part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = part.of_documents(logit_scale)
         out, _ = dual_chunk_attn_pack_func(
             q,
             k,
             v,
-            boundaries.pack,
+            part.pack,
             inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
             chunk_size=chunk_size,
             local_size=local_size,
-            logit_scale=None if logit_scale is None else logit_scale.to(q.device),
-            dropout_p=dropout_of(module, spec, dropout),
+            logit_scale=None if scale is None else scale.to(q.device),
+            dropout_p=dropout_p,
+            dropout_seed=part.dropout_seed,
+            first_head=part.first_head(q.shape[1]),
             softmax_scale=scale_of(query, scaling),
             backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
         )
         return out
 
-    return attend(kernel, query, key, value, boundaries), None
+    return attend(kernel, query, key, value, boundaries, dropout_p=dropout_p), None
 
 
 def refuse_for_dual_chunk(

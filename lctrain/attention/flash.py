@@ -16,6 +16,7 @@ from lctrain.attention.forward import (
     window_of,
 )
 from lctrain.attention.prefixes import add_prefixes, require_whole_groups
+from lctrain.attention.shared import Part
 from lctrain.attention.spec import FlashSpec
 
 
@@ -77,9 +78,9 @@ def flash_attention_forward(
     if spec.sliding_window is not None:
         sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
 
-    shared = boundaries.prefixes
-    if shared is not None:
-        require_whole_groups(shared, causal, sliding_window)
+    prefixes = boundaries.prefixes
+    if prefixes is not None:
+        require_whole_groups(prefixes, causal, sliding_window)
     options: dict[str, Any] = {
         "dropout_p": dropout_of(module, spec, dropout),
         "softmax_scale": scale_of(query, scaling),
@@ -88,17 +89,21 @@ def flash_attention_forward(
         "backend": spec.backend,
     }
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def kernel(part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = flash_attn_pack_func(
             q,
             k,
             v,
-            boundaries.pack,
+            part.pack,
+            dropout_seed=part.dropout_seed,
+            first_head=part.first_head(q.shape[1]),
             causal=causal,
             window_size=window_of(sliding_window, causal),
-            learnable_sink=s_aux,
+            learnable_sink=part.of_heads(s_aux),
             **options,
         )
-        return out if shared is None else add_prefixes(shared, q, k, v, out, lse, **options)
+        return out if prefixes is None else add_prefixes(prefixes, q, k, v, out, lse, **options)
 
-    return attend(kernel, query, key, value, boundaries), None
+    dropout_p = options["dropout_p"]
+    out = attend(kernel, query, key, value, boundaries, dropout_p=dropout_p, causal=causal)
+    return out, None

@@ -1,6 +1,6 @@
 """Steps that lctrain's attention functions share: options, documents, and the kernel call."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.documents import find_documents_of_layer
 from lctrain.attention.mask import UNPATCH
+from lctrain.attention.shared import Kernel, Part, Split, attend_shared
 from lctrain.attention.spec import AttentionSpec
 from lctrain_kernels.autocast import autocast_dtype
 
@@ -186,23 +187,35 @@ def window_of(sliding_window: int | None, causal: bool) -> tuple[int, int]:
     return (sliding_window - 1, 0 if causal else sliding_window - 1)
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 def attend(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Boundaries,
+    *,
+    dropout_p: float = 0.0,
+    causal: bool = True,
+    split: Split = lambda q, k, v: ((q,), (k, v)),
+    per_query: Sequence[Tensor] = (),
 ) -> Tensor:
     """Calls a kernel on the tokens without padding, and puts its output back into rows.
 
     Queries, keys and values get one head width: the wider of D and Dv, filled up with zeros.
 
     Args:
-        kernel: Function (q [T, H, W], k [Tk, Hk, W], v [Tk, Hk, W]) -> [T, H, W], where T and Tk
-            count tokens without padding and W is the larger of D and Dv.
+        kernel: Function (part, *queries, *per_query, *keys) -> [T, H, W], where `part` is a Part,
+            and queries and keys are those of `split`, by default (part, q, k, v). q is [T, H, W], k
+            and v are [Tk, Hk, W]. T and Tk count tokens without padding, and
+            W is the larger of D and Dv.
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].
         boundaries: Boundaries of the documents; they say which tokens are padding.
+        dropout_p: Probability of dropping an attention weight.
+        causal: Whether attention is causal.
+        split: Function from q, k and v to the queries and keys of the kernel.
+        per_query: Further tensors of the kernel, [T, H'] per query and head.
 
     Returns:
         [B, S, H, Dv], zero at padding, in the dtype of `value`; under autocast in autocast's dtype
@@ -214,7 +227,14 @@ def attend(
     q = _tokens(query, boundaries.indices_q, dtype, width)
     k = _tokens(key, boundaries.indices_k, dtype, width)
     v = _tokens(value, boundaries.indices_k, dtype, width)
-    out = kernel(q, k, v)[..., :value_dim]
+    if boundaries.share is None:
+        queries, keys = split(q, k, v)
+        out = kernel(Part(boundaries.pack), *queries, *per_query, *keys)
+    else:
+        out = attend_shared(
+            kernel, split, (q, k, v), per_query, boundaries, dropout_p=dropout_p, causal=causal
+        )
+    out = out[..., :value_dim]
     if boundaries.indices_q is not None:
         rows = out.new_zeros((boundaries.queries[0] * boundaries.queries[1], *out.shape[1:]))
         out = rows.index_copy(0, boundaries.indices_q, out)

@@ -122,8 +122,14 @@ class BatchView:
         return (columns,) * rows
 
     @property
+    def ranks(self) -> int:
+        """Number of ranks that share the documents."""
+        share = self.content.share if isinstance(self.content, PackedBatch) else None
+        return 1 if share is None else share.size
+
+    @property
     def num_tokens(self) -> int:
-        """Number of tokens in all documents, without padding.
+        """Number of tokens in all documents, without padding; those of this rank's share.
 
         Waits for the device if the batch is a mapping of tensors on a GPU.
         """

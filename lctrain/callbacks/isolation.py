@@ -16,8 +16,11 @@ from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.lengths import observed_document, with_other_lengths
 from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
+from lctrain.data.share import share_pack, whole_pack
 from lctrain.distributed import Topology
 from lctrain.distributed.sharding import through_root
+from lctrain.distributed.share import PackShare
+from lctrain.limits import MIN_TOKENS
 from lctrain.pluralize import pluralize
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
@@ -81,6 +84,7 @@ class IsolationCheck(pl.Callback):
         self._checked = True
         model = find_target(pl_module, self.model, self)
         pack = as_pack(view_batch(batch, self.read_batch))
+        share = None if pack is None else pack.share
         ranks = Topology.of(trainer)
         if ranks.is_sharded:  # all ranks call the same layers: they check the pack of rank 0
             pack = ranks.of_first(None if pack is None else pack.to("cpu"))
@@ -88,7 +92,9 @@ class IsolationCheck(pl.Callback):
         if pack is not None:
             shown = ranks.is_first and trainer.progress_bar_callback is not None
             with trainer.precision_plugin.forward_context():
-                through_root(trainer, partial(check_isolation, model, pack, progress=shown))
+                through_root(
+                    trainer, partial(check_isolation, model, pack, progress=shown, share=share)
+                )
 
 
 def as_pack(view: BatchView) -> PackedBatch | None:
@@ -107,6 +113,8 @@ def as_pack(view: BatchView) -> PackedBatch | None:
     """
     if isinstance(view.content, PackedBatch):
         batch = view.content
+        if batch.share is not None:
+            return whole_pack(batch)
         if batch.groups is None:
             return batch
         apart = batch.input_ids[0].cpu().split(batch.lengths)
@@ -128,13 +136,22 @@ def as_pack(view: BatchView) -> PackedBatch | None:
     return PackedBatch.from_documents(documents).to(view.input_ids.device)
 
 
-def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False) -> None:
+def check_isolation(
+    model: nn.Module,
+    batch: PackedBatch,
+    progress: bool = False,
+    share: PackShare | None = None,
+) -> None:
     """Checks that no document of a pack changes the outputs of another one, as IsolationCheck does.
 
     Args:
         model: A causal LM that takes the arguments `batch.model_kwargs()`.
         batch: A pack on the model's device.
         progress: Whether to show a bar over the forward passes if they take more than a second.
+        share: Share of any pack, whose ranks also share this pack; all of them must call this
+            function. None computes the pack on this rank. Other boundaries divide a pack in another
+            way, which may change the last bits. So they are checked on one rank, for as many
+            tokens as the largest share has.
 
     Raises:
         IsolationError: if outputs change that must not change.
@@ -154,17 +171,37 @@ def check_isolation(model: nn.Module, batch: PackedBatch, progress: bool = False
     with torch.no_grad(), torch.random.fork_rng(devices=devices), bar:
         try:
             model.eval()
-            with rounding.recording(batch.num_tokens):
-                before = _outputs(model, batch, bar)
-            _check_contents(model, batch, before, rounding, bar)
+            divided = _divided(batch, share)
+            with rounding.recording(divided.input_ids.shape[1]):
+                before = _outputs(model, divided, bar)
+            _check_contents(model, batch, before, rounding, bar, share)
+            if divided.share is not None:
+                batch = _shortened(batch, max(MIN_TOKENS, *divided.share.plan.tokens))
+                with rounding.recording(batch.num_tokens):
+                    before = _outputs(model, batch, bar)
             _check_lengths(model, batch, before, rounding, bar)
         finally:
             for module, training in modes.items():
                 module.training = training
 
 
+def _divided(batch: PackedBatch, share: PackShare | None) -> PackedBatch:
+    """Returns this rank's share of a pack, divided like that of `share`; the pack for None."""
+    if share is None:
+        return batch
+    found = share_pack(batch, share.size, share.rank, share.plan.heads)
+    assert found.share is not None
+    divided = found.share.shared_by(share.shared.groups, batch.document_ids)
+    return replace(found, share=divided)
+
+
 def _check_contents(
-    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
+    model: nn.Module,
+    batch: PackedBatch,
+    before: Tensor,
+    rounding: RoutedRounding,
+    bar: Any,
+    share: PackShare | None,
 ) -> None:
     """Checks that changing the tokens of one document does not change the outputs of the others.
 
@@ -175,6 +212,7 @@ def _check_contents(
         rounding: Replaces outputs of mixture-of-experts blocks that differ from `before` by
             rounding only.
         bar: Progress bar over the forward passes.
+        share: Share whose ranks share the pack; None for this rank alone.
 
     Raises:
         IsolationError: if an output of another document changes.
@@ -184,8 +222,10 @@ def _check_contents(
     start = sum(batch.lengths[:chosen])
     end = start + batch.lengths[chosen]
     others = _all_but(batch, start, end)
-    with rounding.replaying(others):
-        after = _outputs(model, _perturb(batch, start, end, _vocabulary(model, batch)), bar)
+    changed = _divided(_perturb(batch, start, end, _vocabulary(model, batch)), share)
+    watched = others if changed.share is None else others[changed.share.places]
+    with rounding.replaying(watched):
+        after = _outputs(model, changed, bar)
     differs = _differs(before, after)
     if not bool(differs[start:end].any()):
         raise IsolationError(
@@ -288,13 +328,16 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
 def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
     """Returns the logits [T, V], or the last hidden states [T, E] if logits would be too large.
 
-    Advances the progress bar by one pass.
+    T counts all tokens of the pack, also if ranks share it. Advances the progress bar by one pass.
     """
     bar.update(1)
     base = getattr(model, "base_model", model)
-    if batch.num_tokens * _vocabulary(model, batch) > LARGEST_LOGITS and base is not model:
-        return base(**batch.model_kwargs()).last_hidden_state[0]
-    return model(**batch.model_kwargs()).logits[0]
+    tokens = sum(batch.lengths)
+    if tokens * _vocabulary(model, batch) > LARGEST_LOGITS and base is not model:
+        found = base(**batch.model_kwargs()).last_hidden_state[0]
+    else:
+        found = model(**batch.model_kwargs()).logits[0]
+    return found if batch.share is None else batch.share.gather(found)
 
 
 def _perturb(batch: PackedBatch, start: int, end: int, vocabulary: int) -> PackedBatch:

@@ -185,8 +185,8 @@ class ThroughputMonitor(pl.Callback):
         assert self._counter is not None
         return Throughput(
             tokens=float(view.num_tokens),
-            capacity=float(view.rows * (self.max_tokens or 0)),
-            flops=self._counter.step_flops(view.lengths),
+            capacity=view.rows * (self.max_tokens or 0) / view.ranks,
+            flops=self._counter.step_flops(view.lengths) / view.ranks,
         )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -80,6 +80,12 @@ class TrainConfig:
             f"show must be at least 0, got {self.show}. It is a number of documents; 0 trains.",
         )
         check_tiles(self.memory, self.trainer.precision)
+        require(
+            self.trainer.context_parallel == 1 or self.attention is not None,
+            "attention must be flash, dual_chunk or differential with trainer.context_parallel="
+            f"{self.trainer.context_parallel}, got none: the model's own attention sees one rank's "
+            "tokens only. Choose attention=flash.",
+        )
         if self.trainer.strategy == "fsdp2":
             require(
                 self.adapter is None,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lctrain.limits import check_trainer, require, why_refused
+from lctrain.limits import (
+    check_exchange,
+    check_machines,
+    check_trainer,
+    require,
+    why_refused,
+)
 
 STRATEGIES = (
     "auto",
@@ -29,6 +35,10 @@ class TrainerConfig:
             and optimizer states over the ranks; it is not measured on several GPUs.
         replicas: Number of copies of the parameters with strategy=fsdp2. Each copy is divided over
             ranks / replicas ranks.
+        context_parallel: Number of ranks that share one pack with strategy=fsdp2. Each computes a
+            part of the tokens, so a pack may be longer; an optimizer step has fewer packs.
+        context_exchange: What these ranks exchange in attention: heads, keys, or auto for heads
+            among as many ranks as divide the key/value heads, and keys between these groups.
         precision: Lightning's precision: auto (bf16-mixed on a GPU, else 32-true), 32-true,
             bf16-mixed or bf16-true.
         max_steps: Largest number of optimizer steps; -1 for no limit.
@@ -56,6 +66,8 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: str = "auto"
     replicas: int = 1
+    context_parallel: int = 1
+    context_exchange: str = "auto"
     precision: str = "auto"
     max_steps: int = -1
     max_time: str | None = None
@@ -82,6 +94,12 @@ class TrainerConfig:
             f"trainer.replicas must be 1 with trainer.strategy={self.strategy}, got "
             f"{self.replicas}. Set trainer.strategy=fsdp2, or leave it out.",
         )
+        check_exchange(self.context_exchange, self.context_parallel)
+        require(
+            self.context_parallel == 1 or self.strategy == "fsdp2",
+            f"trainer.context_parallel must be 1 with trainer.strategy={self.strategy}, got "
+            f"{self.context_parallel}. Set trainer.strategy=fsdp2, or leave it out.",
+        )
         remedies = {
             "replicas": "1 divides one copy of the parameters over all ranks.",
             "num_nodes": "One machine is 1.",
@@ -101,17 +119,26 @@ class TrainerConfig:
             "for no clipping.",
         )
         check_trainer(self)
-        ranks = self._ranks()
+        devices = self._devices()
+        if devices is None:
+            return
+        ranks = devices * self.num_nodes
         require(
-            ranks is None or ranks % self.replicas == 0,
+            ranks % self.replicas == 0,
             f"trainer.replicas must divide the number of ranks, got {self.replicas} and {ranks} "
             "ranks. Change trainer.replicas, trainer.devices or trainer.num_nodes.",
         )
+        check_machines(self.context_parallel, devices, self.num_nodes)
+        require(
+            ranks % (self.replicas * self.context_parallel) == 0,
+            f"trainer.context_parallel must divide the number of ranks per replica, got "
+            f"{self.context_parallel} and {ranks // self.replicas} ranks. Change "
+            "trainer.context_parallel, trainer.devices or trainer.num_nodes.",
+        )
 
-    def _ranks(self) -> int | None:
-        """Returns the number of ranks; None if it depends on the machine."""
+    def _devices(self) -> int | None:
+        """Returns the number of ranks of a machine; None if it depends on the machine."""
         if self.devices in ("auto", "-1"):
             return None
         numbers = [number for number in self.devices.split(",") if number]
-        devices = len(numbers) if "," in self.devices else int(self.devices)
-        return devices * self.num_nodes
+        return len(numbers) if "," in self.devices else int(self.devices)

@@ -28,6 +28,7 @@ from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, combine_reports, document_limit
 from lctrain.data.prepared import PreparedData, check_same_settings, fingerprint_settings
 from lctrain.data.restored import restored_settings
+from lctrain.data.share import collate_share
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
 from lctrain.data.vocabulary import check_vocabulary
 from lctrain.distributed import Topology
@@ -233,6 +234,7 @@ class PackedDataModule(LightningDataModule):
             self._cursor,
             num_workers=self.options.num_workers,
             pin_memory=self.pin_memory,
+            collate_fn=self._share,
         )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -255,6 +257,7 @@ class PackedDataModule(LightningDataModule):
             self._cursor,
             num_workers=min(1, self.options.num_workers),  # each one would read the whole stream
             pin_memory=self.pin_memory,
+            collate_fn=self._share,
         )
 
     def val_dataloader(self) -> PackLoader | list[Any]:
@@ -280,6 +283,7 @@ class PackedDataModule(LightningDataModule):
             lambda: 0,
             num_workers=self.options.num_workers,
             pin_memory=self.pin_memory,
+            collate_fn=self._share,
         )
 
     def held_out_documents(self) -> list[TokenizedDocument]:
@@ -375,6 +379,12 @@ class PackedDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return Topology.of(self.trainer).data_rank
+
+    @property
+    def _share(self) -> Any:
+        """Makes this rank's share of every batch; None if no ranks share a pack."""
+        ranks = Topology.of(self.trainer)
+        return collate_share(ranks.context, ranks.context_rank, ranks.heads)
 
     @property
     def _accumulated(self) -> int:

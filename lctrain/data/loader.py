@@ -109,6 +109,7 @@ class PackLoader:
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        collate_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         """Wraps a dataset.
 
@@ -121,6 +122,7 @@ class PackLoader:
             cursor: Counter that is set to the number of the next batch; None makes one.
             num_workers: Number of worker processes; 0 loads in this process.
             pin_memory: Whether to copy batches to pinned memory.
+            collate_fn: Function that changes every item before it is pinned; None for none.
         """
         self._cursor = Cursor() if cursor is None else cursor
         self._stream = stream
@@ -132,6 +134,7 @@ class PackLoader:
             sampler=stream,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate_fn=collate_fn,
             generator=torch.Generator(),  # else every iterator draws a global random number
         )
         # Lightning finds the workers by this attribute's name, and shuts them down at its end.

@@ -1,7 +1,8 @@
-"""ShardedStrategy: Lightning's strategy for FSDP2, optionally with replicas (HSDP)."""
+"""ShardedStrategy: Lightning's strategy for FSDP2, optionally with replicas and shared packs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lctrain.batch import PackedBatch
 from lctrain.config.memory import MemoryConfig, described, suits_shards
+from lctrain.data.share import share_pack
 from lctrain.distributed.sharding import ShardRoot, shard_model
+from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.distributed.topology import Topology
-from lctrain.limits import why_refused
+from lctrain.limits import check_exchange, check_machines, why_refused
+from lctrain.models.shared_attention import heads_group
 from lctrain.run.sharded_checkpoint import (
     load_file_into_shards,
     load_folder_into_shards,
     save_sharded,
 )
+
+SHOWN_TOKENS = 64  # of a pack that are compared between ranks
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -32,17 +39,37 @@ class ShardedStrategy(ModelParallelStrategy):
     strategy. Another module calls `shard` in its `configure_model`, and calls its model by
     `lctrain.distributed.sharding.through_root`.
 
+    With `context_parallel` above 1, consecutive ranks form a context group and share one pack. A
+    batch on the device is then this rank's share, which the attention of a patched model exchanges
+    with the other ranks.
+
     Args:
         replicas: Number of copies of the parameters.
         timeout: Time after which a collective fails.
+        context_parallel: Number of ranks that share one pack.
+        context_exchange: What these ranks exchange in attention: heads, keys, or auto for heads
+            among as many ranks as divide the key/value heads, and keys between these groups.
 
     Raises:
-        ValueError: when the ranks are known, if `replicas` does not divide their number.
+        ValueError: if `context_exchange` is unknown; when the ranks are known, if `replicas` *
+            `context_parallel` does not divide their number, or a context group would cross
+            machines.
     """
 
-    def __init__(self, replicas: int = 1, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(
+        self,
+        replicas: int = 1,
+        timeout: timedelta | None = default_pg_timeout,
+        *,
+        context_parallel: int = 1,
+        context_exchange: str = "auto",
+    ) -> None:
         super().__init__(save_distributed_checkpoint=True, timeout=timeout)
+        check_exchange(context_exchange, context_parallel)
         self.replicas = replicas
+        self.context_parallel = context_parallel
+        self.context_exchange = context_exchange
+        self._has_compared = False
         self.root: ShardRoot | None = None
         self._topology: Topology | None = None
 
@@ -67,26 +94,94 @@ class ShardedStrategy(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     def _build_mesh(self) -> None:
-        ranks = Topology(self.global_rank, self.world_size, self.replicas, is_sharded=True)
+        ranks = Topology(
+            self.global_rank,
+            self.world_size,
+            self.replicas,
+            self.context_parallel,
+            is_sharded=True,
+        )
+        check_machines(self.context_parallel, self.num_processes, self.num_nodes)
+        device = self.root_device.type
         self._device_mesh = init_device_mesh(
-            self.root_device.type,
-            (self.replicas, ranks.shards),
-            mesh_dim_names=("replicate", "shard"),
+            device, (self.replicas, ranks.shards), mesh_dim_names=("replicate", "shard")
         )
         self._topology = ranks
+
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Moves a batch to the device, and makes it this rank's share of the pack.
+
+        Args:
+            batch: The whole pack, or this rank's share of it.
+            device: The device; None for that of this rank.
+            dataloader_idx: Number of the data loader.
+
+        Raises:
+            ValueError: if ranks share a pack, and the batch is not a PackedBatch, or the ranks of a
+                context group got different packs.
+        """
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        ranks = self.topology
+        if ranks.context == 1:
+            return batch
+        if not isinstance(batch, PackedBatch):
+            raise ValueError(
+                f"batches must be PackedBatches with context_parallel={ranks.context}, got "
+                f"{type(batch).__name__}. Use lctrain.data.PackCollator, or context_parallel=1."
+            )
+        if batch.share is None:
+            self._require_same_pack(batch)
+            batch = share_pack(batch, ranks.context, ranks.context_rank, ranks.heads)
+        assert batch.share is not None
+        share = batch.share.shared_by(ranks.context_groups, batch.document_ids)
+        return replace(batch, share=share)
+
+    def _require_same_pack(self, batch: PackedBatch) -> None:
+        """Raises ValueError if the first batch of a foreign data loader differs within a group."""
+        if self._has_compared:
+            return
+        self._has_compared = True
+        own = (batch.lengths, batch.input_ids[0, :SHOWN_TOKENS].tolist())
+        ranks = self.topology
+        packs = ranks.gather(own)
+        firsts = [packs[rank - rank % ranks.context] for rank in range(ranks.size)]
+        if packs != firsts:
+            raise ValueError(
+                f"the {ranks.context} ranks of a context group must get the same pack, got "
+                "different ones. Give the sampler Topology.of(trainer).data_size and data_rank, or "
+                "use PackedDataModule."
+            )
 
     def shard(self, model: nn.Module) -> ShardRoot:
         """Divides a model's parameters over the ranks, and returns the root that calls the model.
 
         Args:
             model: The model, with its weights on rank 0; see `shard_model`.
+
+        Raises:
+            ValueError: if ranks share a pack, and the model's attention cannot be exchanged.
         """
         mesh: DeviceMesh = self.device_mesh
+        if self.context_parallel > 1:
+            self._share_attention(model)
         model = self.precision_plugin.convert_module(model)
         self.root = shard_model(
             model, mesh if self.replicas > 1 else mesh["shard"], self.root_device, self._policy()
         )
         return self.root
+
+    def _share_attention(self, model: nn.Module) -> None:
+        """Decides which ranks exchange heads, and makes the process groups. All ranks call it."""
+        ranks = self.topology
+        heads = heads_group(model, ranks.context, self.context_exchange, self.num_processes)
+        whole = None
+        for first in range(0, ranks.size, ranks.context):
+            group = torch.distributed.new_group(range(first, first + ranks.context))
+            whole = group if first <= ranks.rank < first + ranks.context else whole
+        groups = ContextGroups.of(ranks.context, heads, whole)
+        self._topology = replace(ranks, heads=heads, context_groups=groups)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

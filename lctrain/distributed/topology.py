@@ -28,7 +28,10 @@ class Topology:
         context: Number of ranks in a context group.
         is_sharded: Whether parameters, gradients and optimizer states are DTensors, as with FSDP2
             (even with one rank).
-        context_group: Process group of this rank's context group; None if `context` is 1.
+        heads: Number of ranks of a heads group, as in ContextShard: ranks of a context group that
+            exchange heads. They gather keys from the other ranks of the group.
+        context_groups: Process groups of the ranks that share this rank's pack, a ContextGroups;
+            None if `context` is 1.
 
     Raises:
         ValueError: if the sizes do not divide the number of ranks.
@@ -39,15 +42,16 @@ class Topology:
     replicas: int | None = None
     context: int = 1
     is_sharded: bool = False
-    context_group: Any = None
+    heads: int = 1
+    context_groups: Any = None
 
     def __post_init__(self) -> None:
         copies = 1 if self.replicas is None else self.replicas
         if self.size % (copies * self.context) != 0:
             raise ValueError(
                 f"replicas * context must divide the number of ranks, got {copies} * "
-                f"{self.context} and {self.size} ranks. Change trainer.replicas, trainer.devices "
-                "or trainer.num_nodes."
+                f"{self.context} and {self.size} ranks. Change trainer.replicas, "
+                "trainer.context_parallel, trainer.devices or trainer.num_nodes."
             )
 
     @classmethod

@@ -47,6 +47,7 @@ from lctrain.models.positions import (
     require_positions,
     restarting_positions,
 )
+from lctrain.models.shared_attention import covered_tokens, read_share
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
 from lctrain.pluralize import pluralize
 
@@ -164,6 +165,8 @@ class InputHook:
     def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
         """Returns the boundaries of the inputs' documents; see `read_boundaries`."""
         mask, rows = inputs.get("attention_mask"), tuple(tokens.shape[:2])
+        if (shared := read_share(inputs, tokens, read_boundaries)) is not None:
+            return shared
         if self.unpads and isinstance(mask, Tensor) and tuple(mask.shape) == rows:
             others = [inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q")]
             windows = type(model).__name__ if self.windows else None
@@ -250,7 +253,7 @@ class InputHook:
     def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
         self._require_positions(model)
         boundaries = inputs.get("cu_seq_lens_q")
-        covered = _covered_tokens(inputs)
+        covered = covered_tokens(inputs)
         if covered is not None and covered != tokens.shape[1]:
             raise ValueError(
                 f"cu_seq_lens_q must cover the {pluralize(tokens.shape[1], 'token')} of the row, "
@@ -393,16 +396,6 @@ def _refuse_unread(inputs: dict[str, Any]) -> None:
             f"{', '.join(given)}, whose values are not known while tracing. Pass "
             "PackedBatch.model_kwargs(), or only input_ids if each row is one document."
         )
-
-
-def _covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Returns a pack's number of tokens; None while tracing, or if the boundaries are on a GPU."""
-    schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
-    if schedule is not None and schedule.total_q >= 0:
-        return int(schedule.total_q)
-    if torch.compiler.is_compiling() or boundaries is None or boundaries.device.type != "cpu":
-        return None
-    return int(boundaries[-1])
 
 
 def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:

@@ -180,6 +180,34 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
             ["trainer.strategy=fsdp2", "trainer.replicas=2", "trainer.devices='0,2,3'"],
             "trainer.replicas must divide the number of ranks, got 2 and 3 ranks",
         ),
+        (["trainer.context_parallel=2"], "trainer.context_parallel must be 1 with trainer.str"),
+        (["trainer.strategy=fsdp2", "trainer.context_parallel=0"], "context_parallel must be at l"),
+        (["trainer.context_exchange=ring"], "trainer.context_exchange must be one of auto, heads"),
+        (
+            ["trainer.strategy=fsdp2", "trainer.context_parallel=3", "trainer.devices=4"],
+            "must divide the number of ranks per replica, got 3 and 4 ranks",
+        ),
+        (
+            [
+                *("trainer.strategy=fsdp2", "trainer.devices=4", "trainer.replicas=2"),
+                "trainer.context_parallel=4",
+            ],
+            "must divide the number of ranks per replica, got 4 and 2 ranks",
+        ),
+        (
+            [
+                *("trainer.strategy=fsdp2", "trainer.devices=4", "trainer.num_nodes=2"),
+                "trainer.context_parallel=8",
+            ],
+            "trainer.context_parallel must divide the 4 ranks of a machine, got 8",
+        ),
+        (
+            [
+                *("trainer.strategy=fsdp2", "trainer.devices=2", "trainer.context_parallel=2"),
+                "attention=none",
+            ],
+            "attention must be flash, dual_chunk or differential with trainer.context_parallel=2",
+        ),
         (
             ["trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a", "adapter=lora"],
             "adapter must be none with trainer.strategy=fsdp2",

@@ -124,6 +124,15 @@ def test_a_full_sized_model_that_cannot_have_dual_chunk_attention():
         check_model(ScratchModelConfig(model_type="mistral"), config.attention)
 
 
+def test_ranks_that_cannot_share_the_heads_of_a_model_are_refused_before_the_data():
+    options = ["trainer.strategy=fsdp2", "trainer.devices=4", "trainer.context_parallel=4"]
+    config = load("model=tiny", *options, "trainer.context_exchange=heads")
+    with pytest.raises(ValueError, match=r"must divide the key/value heads .*got 4 ranks and 2 "):
+        check_model(config.model, config.attention, trainer=config.trainer)
+    config = load("model=tiny", *options)
+    check_model(config.model, config.attention, trainer=config.trainer)
+
+
 @pytest.mark.parametrize("option", ["chunk_size", "local_size", "scale_coefficient", "window"])
 def test_options_of_another_kind_are_named(option):
     config = load("attention=flash", f"attention.{option}=64")

@@ -1,9 +1,12 @@
 """Starts the ranks of a test, each as a process that joins the others by a file."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -67,3 +70,36 @@ def join() -> tuple[int, int, Path, list[str]]:
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     return rank, size, folder, sys.argv[4:]
+
+
+def fork_ranks(main: Callable[[int, int, Path], None], size: int, folder: Path) -> None:
+    """Runs `main(rank, size, folder)` in a forked process per rank, and exits like the worst one.
+
+    The ranks share what this process has imported. Call it before threads or devices are in use.
+
+    Args:
+        main: Function of a rank, which has joined the others.
+        size: Number of ranks.
+        folder: Folder of the ranks' files.
+    """
+    children = {}
+    for rank in range(size):
+        if (child := os.fork()) == 0:
+            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            store = f"file://{folder}/rendezvous"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            try:
+                main(rank, size, folder)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        children.pop(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)

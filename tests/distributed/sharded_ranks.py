@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lctrain.bench import scale
+from lctrain.distributed import context
 from lctrain.distributed.sharding import shard_model, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.train import train
@@ -104,6 +105,9 @@ def main() -> None:
     quick = ("export=false", "evaluation.enabled=false")
     train(config(*sharded, output_dir=folder / "whole"))
     train(config(*sharded, *quick, kept, "memory=checkpoint", output_dir=folder / "other"))
+    context.BORDER = 16
+    shared = ("trainer.context_parallel=2", "trainer.accumulate_grad_batches=2", "export=false")
+    train(config(*sharded, *shared, output_dir=folder / "shared"))
     last = folder / "whole" / "checkpoints" / "step-00000006.ckpt"
     half = folder / "whole" / "checkpoints" / "step-00000003.ckpt"
     if rank == 0:
@@ -117,7 +121,7 @@ def main() -> None:
     train(config(*sharded, *quick, *pretrained, output_dir=folder / "pretrained"))
     if rank == 0:
         assert last.is_dir()
-        names = ("whole", "other", "again", "pretrained")
+        names = ("whole", "other", "again", "pretrained", "shared")
         found["losses"] = {name: train_losses(folder / name) for name in names}
         torch.save(found, folder / "found.pt")
 

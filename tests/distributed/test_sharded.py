@@ -21,7 +21,7 @@ from tests.float64 import built_in_float64
 from tests.numerics import assert_equal_in_float64, near, near_roundings
 from tests.test_module import one_batch
 from tests.train.conftest import corpus, tiny
-from tests.train.runs import config, train_losses
+from tests.train.runs import config, rows, train_losses
 from tests.train_two_ranks import CLIP, Recorder, batches
 from tests.training import loader, make_trainer
 
@@ -127,8 +127,19 @@ def test_a_sharded_run_goes_on_from_a_single_file(folder):
     assert losses(folder / "other") == near_roundings(losses(folder / "one"), EXACT_ROUNDINGS)
 
 
-def test_one_rank_goes_on_from_shards(folder, one_rank, tmp_path):
-    half = folder / "whole" / "checkpoints" / "step-00000003.ckpt"
+def test_two_ranks_that_share_packs_train_like_one(folder):
+    """And they log the same counts: tokens of packs, not of packs times ranks."""
+    assert losses(folder / "shared") == near_roundings(losses(folder / "one"), EXACT_ROUNDINGS)
+    one, shared = rows(folder / "one"), rows(folder / "shared")
+    for name in ("throughput/tokens", "throughput/fill", "val/loss"):
+        expected, found = ([float(r[name]) for r in x if r[name]] for x in (one, shared))
+        assert found == near_roundings(expected, EXACT_ROUNDINGS), name
+        assert found
+
+
+@pytest.mark.parametrize("ranks", ["whole", "shared"])
+def test_one_rank_goes_on_from_shards(folder, one_rank, tmp_path, ranks):
+    half = folder / ranks / "checkpoints" / "step-00000003.ckpt"
     train(config(*one_rank, f"ckpt_path={half}", output_dir=tmp_path / "run"))
     assert losses(tmp_path / "run") == near_roundings(losses(folder / "one"), EXACT_ROUNDINGS)
 

@@ -8,11 +8,15 @@ import torch
 
 from lctrain.distributed import Topology
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
+from lctrain.dropout_seed import seed_micro_batch
 from lctrain.module import LongContextModule
 from tests.house.typecheck import ROOT
 
 OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
-EXCEPT = ("lctrain/distributed", "lctrain/process_group.py", "lctrain/bench/scale.py")
+EXCEPT = (
+    *("lctrain/distributed", "lctrain/process_group.py"),
+    *("lctrain/bench/scale.py", "lctrain/bench/shares.py"),  # ranks without a trainer
+)
 
 
 def reads_ranks(source: str) -> list[int]:
@@ -73,10 +77,31 @@ def test_sizes_must_divide_the_ranks():
         Topology(0, 8, replicas=2, context=3)
 
 
-def test_no_strategy_shares_packs_yet():
-    """Both ranks would train on the same pack."""
-    with pytest.raises(TypeError, match="context_parallel"):
-        ShardedStrategy(context_parallel=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_parallel": 0}, "trainer.context_parallel must be at least 1, got 0"),
+        ({"context_exchange": "ring"}, "context_exchange must be one of auto, heads, keys, got 'r"),
+    ],
+)
+def test_ways_to_share_packs(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShardedStrategy(**options)
+
+
+def test_peers_of_a_context_group_share_a_seed_only_with_the_first():
+    """The first rank draws the seeds of attention dropout, as the only rank of its pack would."""
+    seeds = {}
+    for size, context in ((4, 2), (2, 1)):
+        for rank in range(size):
+            ranks = Topology(rank, size, replicas=1, context=context)
+            strategy = SimpleNamespace(topology=ranks)
+            loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=7))
+            seed_micro_batch(SimpleNamespace(strategy=strategy, fit_loop=loop), seed=3)
+            seeds[size, rank] = torch.initial_seed()
+    assert seeds[4, 0] == seeds[2, 0]
+    assert seeds[4, 2] == seeds[2, 1]
+    assert len({seeds[4, rank] for rank in range(4)}) == 4
 
 
 @pytest.mark.parametrize("memory", ["offload", "auto"])

@@ -1,0 +1,110 @@
+"""Decides whether the ranks of a context group can exchange the attention of a model."""
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.attention.boundaries import Boundaries, is_packed
+from lctrain.attention.spec import is_patched
+from lctrain.batch import SHARE_ARGUMENT
+from lctrain.distributed.context import choose_heads
+from lctrain.models.adapters import inside_adapters
+from lctrain.models.architectures import attention_layers
+
+
+def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | None = None) -> int:
+    """Returns the number of ranks that exchange heads when ranks share the packs of a model.
+
+    Args:
+        model: A transformers model, which may have PEFT adapters.
+        ranks: Number of ranks that share a pack.
+        exchange: auto, heads or keys.
+        on_machine: Number of ranks of a machine; None for at least `ranks`.
+
+    Raises:
+        ValueError: if the attention of the model is not lctrain's, a layer attends to the future
+            and keys would be gathered, or the heads are not divisible with exchange=heads.
+    """
+    inner = inside_adapters(model)
+    if not is_patched(inner):
+        raise ValueError(
+            f"the model must have lctrain's attention with trainer.context_parallel={ranks}, got "
+            f"{type(inner).__name__} without: its own attention sees one rank's tokens only. "
+            "Choose attention=flash, or call lctrain.patch_model."
+        )
+    count = key_heads(inner.config)
+    if exchange == "heads" and count % ranks != 0:
+        raise ValueError(
+            "trainer.context_parallel must divide the key/value heads with "
+            f"trainer.context_exchange=heads, got {ranks} ranks and {count} heads. Set "
+            "trainer.context_exchange=auto."
+        )
+    heads = choose_heads(exchange, ranks, count, on_machine or ranks)
+    layers = attention_layers(inner).values()
+    if heads != ranks and not all(getattr(layer, "is_causal", True) for layer in layers):
+        raise ValueError(
+            f"trainer.context_parallel must exchange heads in {type(inner).__name__}, whose layers "
+            f"attend to the future, got {ranks} ranks, {count} key/value heads and "
+            f"trainer.context_exchange={exchange}. Use auto, and a number of ranks that divides "
+            "the heads."
+        )
+    return heads
+
+
+def read_share(
+    inputs: dict[str, Any], tokens: Tensor, read: Callable[..., Boundaries]
+) -> Boundaries | None:
+    """Returns the boundaries of a pack of which the inputs are a share; None for other inputs.
+
+    Args:
+        inputs: Keyword arguments of the model, out of which the share is taken.
+        tokens: [B, S, ...], tokens or embeddings of the call.
+        read: `lctrain.models.inputs.read_boundaries`.
+
+    Raises:
+        ValueError: if the inputs are not those of the share, or there are no ranks to share with.
+    """
+    share = inputs.pop(SHARE_ARGUMENT, None)
+    if share is None:
+        return None
+    rows = (tokens.shape[0], tokens.shape[1])
+    share.check(rows, is_packed(inputs))
+    whole = read(inputs, 1, len(share.plan.order), tokens.device)
+    return whole._replace(queries=rows, keys=rows, share=share)
+
+
+def covered_tokens(inputs: dict[str, Any]) -> int | None:
+    """Returns a pack's number of tokens; None for a share, while tracing, or if not on the CPU.
+
+    Args:
+        inputs: Keyword arguments of the model.
+    """
+    if SHARE_ARGUMENT in inputs:
+        return None
+    schedule, boundaries = inputs.get("schedule"), inputs.get("cu_seq_lens_q")
+    if schedule is not None and schedule.total_q >= 0:
+        return int(schedule.total_q)
+    if torch.compiler.is_compiling() or boundaries is None or boundaries.device.type != "cpu":
+        return None
+    return int(boundaries[-1])
+
+
+def key_heads(config: Any) -> int:
+    """Returns a number that divides the key/value heads of every layer; 1 if they are unknown.
+
+    A head of differential attention of version 1 has the keys and values of two heads.
+
+    Args:
+        config: A transformers configuration.
+    """
+    names = ("num_key_value_heads", "num_global_key_value_heads")
+    counts = [getattr(config, name, None) for name in names]
+    found = [count for count in counts if isinstance(count, int)]
+    heads = getattr(config, "num_attention_heads", None)
+    if not found and isinstance(heads, int):
+        found = [heads]
+    divisor = gcd(*found) or 1
+    return divisor // 2 if getattr(config, "model_type", None) == "diffllama" else divisor

@@ -1,0 +1,132 @@
+"""Trains on packs that ranks share; tests/distributed/test_shared_packs.py starts it.
+
+Usage: python -m tests.distributed.shared_packs FOLDER
+"""
+
+import copy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lctrain.callbacks import IsolationCheck
+from lctrain.config import OptimConfig
+from lctrain.distributed import Topology, context
+from lctrain.distributed.sharding import whole_value
+from lctrain.distributed.strategy import ShardedStrategy
+from lctrain.models.differential import to_differential
+from lctrain.module import LongContextModule
+from tests.distributed.ranks import fork_ranks
+from tests.float64 import built_in_float64
+from tests.training import VOCABULARY, loader, make_batch, make_trainer
+
+BORDER = 16  # tokens between borders of chunks, so that short documents are divided
+# By data rank and micro-batch. Packs of one document below 2 * BORDER leave ranks without tokens.
+LENGTHS = (
+    ((130, 5, 33), (20,), (64,), (5, 4), (7,)),
+    ((70, 1, 66), (3, 100), (12, 9), (2,), (33,)),
+)
+ACCUMULATED = 2  # micro-batches: the last window of the epoch is incomplete
+CLIP = 0.5
+RANKS = 4
+
+
+class Case(NamedTuple):
+    """A way to train on four ranks.
+
+    Attributes:
+        context: Ranks that share a pack.
+        exchange: What they exchange.
+        attention: Options of the attention.
+        replicas: Copies of the parameters.
+        memory: Policy of memory.
+        version: Version of a differential model; None for a Llama.
+    """
+
+    context: int
+    exchange: str
+    attention: dict
+    replicas: int = 1
+    memory: str | None = None
+    version: int | None = None
+
+
+WINDOW = {"name": "flash", "sliding_window": 40}
+DUAL_CHUNK = {"name": "dual_chunk", "chunk_size": 24, "local_size": 8, "scale": "yarn"}
+CASES = {
+    "heads": Case(2, "auto", {"name": "flash", "fused": False}),
+    "keys": Case(2, "keys", WINDOW, replicas=2),
+    "dropout-heads": Case(4, "heads", {"name": "flash", "dropout": 0.1}, memory="checkpoint"),
+    "dropout-keys": Case(4, "keys", {"name": "flash", "dropout": 0.1}),
+    "dual_chunk-heads": Case(4, "heads", DUAL_CHUNK | {"window": 24, "dropout": 0.1}),
+    "dual_chunk-keys": Case(2, "keys", DUAL_CHUNK | {"window": 24}),
+    "differential-heads": Case(2, "heads", {"name": "differential"}, version=1),
+    "differential-keys": Case(4, "keys", {"name": "differential", "dropout": 0.1}, version=2),
+}
+
+
+def packs(data_rank: int):
+    """Returns the packs of one data rank."""
+    return [make_batch(n, 10 * data_rank + i) for i, n in enumerate(LENGTHS[data_rank])]
+
+
+def make_model(version: int | None = None):
+    """Returns the same random model on every rank; a version makes it differential."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
+    if version == 1:
+        return DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, **heads))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    return model if version is None else to_differential(model)
+
+
+class Recorder(LongContextModule):
+    """A module with plain SGD that records losses and gradient norms."""
+
+    def __init__(self, model, case, batches):
+        memory = None if case.memory is None else {"name": case.memory}
+        super().__init__(model, OptimConfig(), attention=case.attention, memory=memory)
+        self.batches = batches
+        self.records = []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if not self.trainer.fit_loop._should_accumulate():
+            self.records.append((float(self.last_loss), float(self.gradient_norm)))
+
+    def train_dataloader(self):
+        return loader(self.batches(Topology.of(self.trainer).data_rank))
+
+
+def fit(folder, module, callbacks=(), **settings):
+    """Trains one epoch, and returns the records and the weights."""
+    trainer = make_trainer(folder, callbacks, gradient_clip_val=CLIP, **settings)
+    trainer.fit(module)
+    weights = {name: whole_value(p.data) for name, p in module.model.named_parameters()}
+    return module.records, copy.deepcopy(weights)
+
+
+def main(rank, size, folder) -> None:
+    """Trains every case, and writes the results of rank 0."""
+    found = {}
+    context.BORDER = BORDER
+    for name, case in CASES.items():
+        with built_in_float64(float32_frequencies=case.attention["name"] == "dual_chunk"):
+            strategy = ShardedStrategy(
+                case.replicas, context_parallel=case.context, context_exchange=case.exchange
+            )
+            module = Recorder(make_model(case.version), case, packs)
+            settings = {"devices": size, "accumulate_grad_batches": ACCUMULATED}
+            callbacks = [IsolationCheck()] if name in ("heads", "keys") else []
+            found[name] = fit(folder, module, callbacks, strategy=strategy, **settings)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    fork_ranks(main, RANKS, Path(sys.argv[1]))

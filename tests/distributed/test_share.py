@@ -1,0 +1,137 @@
+"""Tests the share of a pack that a batch carries, on one process."""
+
+import pytest
+import torch
+from transformers import DiffLlamaConfig, GPT2Config, LlamaConfig
+
+import lctrain
+from lctrain.attention.boundaries import find_lengths, find_positions
+from lctrain.batch import IGNORE_INDEX, SHARE_ARGUMENT
+from lctrain.data.loader import PlacedBatch
+from lctrain.data.share import collate_share, share_pack
+from lctrain.distributed.shared_pack import ContextGroups
+from lctrain.models.shared_attention import heads_group, key_heads
+from tests.training import make_batch
+
+LENGTHS = ((700, 5, 300), (40,), (1, 1, 1), (2049,))
+
+
+@pytest.mark.parametrize(("size", "heads"), [(1, 1), (2, 1), (3, 3), (8, 1), (8, 2)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_shares_hold_every_token_and_label_once(lengths, size, heads):
+    """Labels are those of the whole pack, also where the next token is another rank's."""
+    batch = make_batch(lengths)
+    shares = [share_pack(batch, size, rank, heads) for rank in range(size)]
+    for name in ("input_ids", "labels", "position_ids"):
+        found = torch.full_like(batch.labels, -1)
+        for each in shares:
+            places = each.share.places[: each.share.tokens]
+            found[:, places] = getattr(each, name)[:, : each.share.tokens]
+        assert torch.equal(found, getattr(batch, name)), name
+    assert sum(each.num_tokens for each in shares) == batch.num_tokens
+    assert sum(each.num_valid_tokens for each in shares) == batch.num_valid_tokens
+    assert {each.lengths for each in shares} == {batch.lengths}
+
+
+def test_a_share_without_tokens_has_a_filler_without_a_target():
+    shares = [share_pack(make_batch((40,)), 2, rank) for rank in range(2)]
+    (empty,) = (each for each in shares if each.num_tokens == 0)
+    assert empty.input_ids.shape == (1, 1)
+    assert empty.labels.tolist() == [[IGNORE_INDEX]]
+    assert empty.num_valid_tokens == 0
+
+
+def test_a_share_goes_where_its_batch_goes():
+    share = share_pack(make_batch((700,)), 2, 1).share
+    assert share.to("cpu").places is share.places
+    assert share.to("meta").places.device.type == "meta"
+
+
+def test_the_collator_shares_items_of_streams_too():
+    assert collate_share(1, 0, 1) is None
+    share = collate_share(2, 1, 1)
+    batch = make_batch((700, 9))
+    expected = share_pack(batch, 2, 1)
+    for item in (batch, PlacedBatch(batch, {"window": 3})):
+        found = share(item)
+        found = found.batch if isinstance(found, PlacedBatch) else found
+        assert torch.equal(found.input_ids, expected.input_ids)
+
+
+def test_positions_and_lengths_are_those_of_the_whole_documents(make_llama, monkeypatch):
+    """Boundaries made from a share's own tokens would begin at its first chunk."""
+    batch = make_batch((700, 5, 300))
+    share = share_pack(batch, 2, 1)
+    monkeypatch.setattr(type(share.share), "check", lambda *_: None)
+    model = make_llama()
+    with lctrain.patch_model(model) as handle:
+        hook = next(iter(handle.model._forward_pre_hooks.values()))
+        _, inputs = hook(model, (), share.model_kwargs())
+    boundaries = inputs["lctrain_boundaries"]
+    assert SHARE_ARGUMENT not in inputs
+    assert boundaries.queries == boundaries.keys == tuple(share.input_ids.shape)
+    assert boundaries.pack.total_q == batch.num_tokens
+    assert torch.equal(find_positions(boundaries), share.position_ids)
+    whole = torch.tensor(batch.lengths).repeat_interleave(torch.tensor(batch.lengths))
+    assert torch.equal(find_lengths(boundaries, share.position_ids)[0], whole[share.share.places])
+
+
+def test_a_share_without_a_process_group_is_refused(make_llama):
+    model = make_llama()
+    share = share_pack(make_batch((700,)), 2, 0)
+    with (
+        lctrain.patch_model(model),
+        pytest.raises(ValueError, match="must be computed by 2 ranks"),
+    ):
+        model(**share.model_kwargs())
+
+
+def test_inputs_must_be_those_of_the_share():
+    batch = share_pack(make_batch((700,)), 2, 0)
+    share = batch.share.shared_by(ContextGroups(), batch.document_ids)
+    tokens = len(share.places)
+    share.check((1, tokens), True)
+    for rows, has_boundaries in (((1, 700), True), ((2, tokens), True), ((1, tokens), False)):
+        with pytest.raises(ValueError, match=f"must be the {tokens} tokens of the share"):
+            share.check(rows, has_boundaries)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "exchange", "expected"),
+    [(2, 4, "auto", 2), (2, 2, "heads", 2), (2, 2, "keys", 1), (4, 2, "auto", 2)],
+)
+def test_ranks_that_exchange_heads(make_llama, heads, ranks, exchange, expected):
+    model = make_llama(num_attention_heads=4, num_key_value_heads=heads)
+    with lctrain.patch_model(model):
+        assert heads_group(model, ranks, exchange) == expected
+
+
+def test_heads_that_ranks_cannot_divide(make_llama):
+    model = make_llama(num_attention_heads=4, num_key_value_heads=2)
+    with (
+        lctrain.patch_model(model),
+        pytest.raises(ValueError, match=r"must divide the key/value heads .*4 ranks and 2 heads"),
+    ):
+        heads_group(model, 4, "heads")
+
+
+def test_differential_heads_are_pairs():
+    assert key_heads(DiffLlamaConfig(num_attention_heads=8, num_key_value_heads=4)) == 2
+    assert key_heads(LlamaConfig(num_attention_heads=8, num_key_value_heads=4)) == 4
+    assert key_heads(GPT2Config(n_head=6)) == 6
+    assert key_heads(object()) == 1
+
+
+def test_attention_of_the_model_itself_is_refused(make_llama):
+    with pytest.raises(ValueError, match="must have lctrain's attention with"):
+        heads_group(make_llama(), 2, "auto")
+
+
+def test_keys_are_not_exchanged_for_attention_to_the_future(make_llama):
+    model = make_llama()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with lctrain.patch_model(model):
+        heads_group(model, 2, "auto")
+        with pytest.raises(ValueError, match="must exchange heads in LlamaForCausalLM"):
+            heads_group(model, 2, "keys")

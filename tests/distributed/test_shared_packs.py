@@ -1,0 +1,59 @@
+"""Tests training on packs that ranks share, on two data ranks of two context ranks.
+
+All checks read the results of one group of processes, since each of them imports torch for seconds.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from tests.distributed.ranks import ROOT
+from tests.distributed.shared_packs import (
+    ACCUMULATED,
+    CASES,
+    RANKS,
+    Recorder,
+    fit,
+    make_model,
+    packs,
+)
+from tests.float64 import built_in_float64
+from tests.numerics import assert_equal_in_float64, near
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.shared_packs", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+def in_turn(data_ranks, _):
+    """Returns the packs of all data ranks, so that one rank accumulates those of a step."""
+    by_rank = [packs(rank) for rank in range(data_ranks)]
+    begins = range(0, len(by_rank[0]), ACCUMULATED)
+    windows = [[x for own in by_rank for x in own[i : i + ACCUMULATED]] for i in begins]
+    return [pack for window in windows for pack in window]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shared_packs_train_like_whole_ones(found, tmp_path, name):
+    """Unequal packs, ranks without tokens, accumulation with an incomplete window, clipping."""
+    records, weights = found[name]
+    case = CASES[name]
+    data_ranks = RANKS // case.context
+    with built_in_float64(float32_frequencies=case.attention["name"] == "dual_chunk"):
+        module = Recorder(make_model(case.version), case, partial(in_turn, data_ranks))
+        settings = {"accumulate_grad_batches": data_ranks * ACCUMULATED}
+        expected, reference = fit(tmp_path, module, **settings)
+    assert len(records) == len(expected) == 3
+    for mine, theirs in zip(records, expected, strict=True):
+        assert mine == near(theirs)
+    assert_equal_in_float64(weights, reference)
