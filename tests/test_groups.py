@@ -136,30 +136,38 @@ def test_dropout_has_one_mask_for_the_prefix_and_draws_others_for_each_suffix(ma
     assert torch.equal(completion_logits(model, batch)[:3], first)
 
 
-def attention_of_groups(q, k, v, backend):
-    """Attention of the pack of GROUPS[:1] with a shared prefix."""
+def attention_of_groups(q, k, v, backend, batch=None):
+    """Attention of a pack with a shared prefix, of GROUPS[:1] by default."""
     from lctrain.attention.prefixes import add_prefixes, read_groups
     from lctrain_kernels.pack import checked_pack
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
-    batch = PackedBatch.from_groups(GROUPS[:1])
+    batch = PackedBatch.from_groups(GROUPS[:1]) if batch is None else batch
+    longest = batch.max_seqlen
     pack = checked_pack(
-        batch.cu_seqlens, batch.cu_seqlens, len(q), len(k), q.device, max_seqlen_q=6, max_seqlen_k=6
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        len(q),
+        len(k),
+        q.device,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
     )
     out, lse = flash_attn_pack_func(q, k, v, pack, causal=True, backend=backend)
     shared = read_groups(batch.groups, q.device)
     return add_prefixes(shared, q, k, v, out, lse, backend=backend)
 
 
-def plain_attention(q, k, v):
+def plain_attention(q, k, v, parts=None):
     """The same attention in plain PyTorch: every branch on its own, the prefix repeated."""
-    parts = [torch.arange(6), torch.arange(6, 10), torch.arange(10, 12), torch.arange(12, 18)]
+    parts = list(torch.arange(18).split([6, 4, 2, 6])) if parts is None else parts
     rows = []
     for number, part in enumerate(parts):
         branch = part if number == 0 else torch.cat([parts[0], part])
         keys, values = (x[branch].repeat_interleave(2, 1) for x in (k, v))
         logits = torch.einsum("qhd,khd->hqk", q[part], keys) * q.shape[-1] ** -0.5
-        hidden = torch.arange(len(branch)) > torch.arange(len(branch))[-len(part) :, None]
+        place = torch.arange(len(branch), device=q.device)
+        hidden = place > place[-len(part) :, None]
         weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
         rows.append(torch.einsum("hqk,khd->qhd", weights, values))
     return torch.cat(rows)
@@ -183,6 +191,24 @@ def test_the_kernels_are_within_twice_the_error_of_pytorch(backend):
         ),
         with_gradients(plain_attention, q, k, v, dout, torch.float16),
         with_gradients(plain_attention, q, k, v, dout, torch.float64),
+    )
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_the_gpu_are_within_twice_the_error_of_pytorch():
+    """Several tiles of the prefix and of the suffixes, on the backend that the GPU selects."""
+    prompt, ends = list(range(700)), [list(range(n)) for n in (129, 1, 300)]
+    batch = PackedBatch.from_groups([(prompt, ends)]).to("cuda")
+    q, dout = torch.randn(2, batch.num_tokens, 4, 64, device="cuda")
+    k, v = torch.randn(2, batch.num_tokens, 2, 64, device="cuda")
+    inputs = [x.bfloat16() for x in (q, k, v, dout)]
+    parts = list(torch.arange(batch.num_tokens, device="cuda").split(batch.lengths))
+    assert_errors_at_most_twice(
+        with_gradients(
+            lambda *qkv: attention_of_groups(*qkv, "auto", batch), *inputs, torch.bfloat16
+        ),
+        with_gradients(lambda *qkv: plain_attention(*qkv, parts), *inputs, torch.bfloat16),
+        with_gradients(lambda *qkv: plain_attention(*qkv, parts), *inputs, torch.float64),
     )
 
 

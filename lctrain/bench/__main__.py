@@ -18,6 +18,7 @@ BENCHMARKS = {
     "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
     "memory": ("lctrain.bench.memory", "peak memory and speed against context length"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
+    "groups": ("lctrain.bench.groups", "prompts that completions share, on one GPU"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
     "encoder": ("lctrain.bench.encoder", "encoders on padded rows, beside padded peers"),
