@@ -161,7 +161,7 @@ def test_ranks_take_equally_many_held_out_steps_and_every_target_once(make_data)
 def test_fewer_rows_than_ranks_is_an_error(make_data):
     module = as_rank(make_data(), 0, 1000)
     module.setup()
-    with pytest.raises(ValueError, match=r"each of 1000 ranks, got \d+ rows\. Use more data"):
+    with pytest.raises(ValueError, match=r"each rank, got \d+ for 1000\. Use more data"):
         module.train_dataloader()
 
 
