@@ -178,7 +178,8 @@ def plan_memory(config: TrainConfig) -> Plan:
     tokens = config.memory.tokens or config.data.max_tokens
     mixed = "bf16-mixed" if precision == "bf16-mixed" else "true"
     quantize = None if config.adapter is None else config.adapter.quantize
-    return plan_for(model, config.memory, tokens, mixed, quantize=quantize)
+    optimizer = config.optim._target_
+    return plan_for(model, config.memory, tokens, mixed, quantize=quantize, optimizer=optimizer)
 
 
 def _dtype(config: ModelConfig, adapter: AdapterConfig | None) -> str:

@@ -183,9 +183,11 @@ class LongContextModule(pl.LightningModule):
 
     def _memory_facts(self) -> dict[str, Any]:
         """Returns what the trainer knows and the memory plan needs: precision, device and ranks."""
+        optimizer = {"optimizer": self.optim._target_}
         if self._trainer is None:
-            return {}
+            return optimizer
         return {
+            **optimizer,
             "tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
             "precision": self._precision(),
             "device": self.trainer.strategy.root_device,
@@ -283,7 +285,7 @@ class LongContextModule(pl.LightningModule):
 
         Unlike Lightning, it also clips for fused optimizers under mixed precision.
         """
-        self._learning_rate = optimizer.param_groups[0]["lr"]
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
         if gradient_clip_val is None or gradient_clip_val <= 0:
             return
         # Lightning sums the norm in the optimizer's order of parameters. Another order would round

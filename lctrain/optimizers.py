@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -13,6 +14,12 @@ import torch
 from torch.optim import Optimizer
 
 from lctrain.config import OptimConfig
+
+_REFUSED = {
+    "torchao.optim.CPUOffloadOptimizer": "which copies them before they are divided by the tokens "
+    "of the step and clipped. Use optim=adamw_host"
+}
+"""Optimizers that give wrong updates -> the reason and the remedy."""
 
 
 def optimizer_class(target: str) -> type[Optimizer]:
@@ -26,12 +33,19 @@ def optimizer_class(target: str) -> type[Optimizer]:
             packed batches.
     """
     module_name, _, name = target.rpartition(".")
+    if target in _REFUSED:
+        raise ValueError(
+            f"optim._target_ must read gradients in its step, got {target!r}, {_REFUSED[target]}."
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        package = module_name.partition(".")[0]
+        missing = importlib.util.find_spec(package) is None
+        remedy = f"pip install {package}" if missing else "install what it needs"
         raise ValueError(
             f"optim._target_ must be a class that can be imported, got {target!r} ({error}). Check "
-            "the spelling, or install the package."
+            f"the spelling, or install the package: {remedy}."
         ) from error
     kind = getattr(module, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or kind is Optimizer:

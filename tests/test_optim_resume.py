@@ -15,6 +15,7 @@ UNEVEN = [make_batch([5, 9], 0), make_batch([40], 1), make_batch([2, 3, 4], 2)]
     [
         {"_target_": "torch.optim.SGD", "arguments": {"momentum": 0.9}},
         {"_target_": "torch.optim.Muon", "matrices_only": True},
+        {"_target_": "lctrain.host_optimizer.HostAdamW"},
     ],
     ids=lambda optim: optim["_target_"],
 )

@@ -36,7 +36,7 @@ def candidates(
     # Only lctrain's attention can be kept; either all layers have it, or none has.
     layers = count if any(layer.attention for layer in measured.layers) else 0
     per_input = max(aligned(layer.inputs) for layer in measured.layers)
-    on_host = count if host_limit is None else host_limit // per_input
+    on_host = count if host_limit is None else max(host_limit - measured.host, 0) // per_input
     found: list[tuple[float, MemoryConfig]] = []
 
     def add(name: str, segment: int, attention: int = 0, **options: Any) -> None:

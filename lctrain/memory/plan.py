@@ -33,7 +33,8 @@ class Plan:
         policy: Name of the memory policy: none, checkpoint or offload.
         policies: LayerPolicy of every layer; empty for the policy none.
         device_bytes: Peak bytes on the GPU, with weights, gradients and optimizer states.
-        host_bytes: Bytes of host memory for tensors that the policy moves there.
+        host_bytes: Bytes of host memory for tensors that the policy moves there, and for states of
+            optim=adamw_host.
         longest: Largest number of tokens that fits with this policy, a multiple of 1024; None if
             the GPU's memory is unknown.
         fits: Whether the step fits into the GPU's and the host's memory; None if that is unknown.
@@ -237,7 +238,7 @@ def _needed(
         "largest layer, or the loss": int(max(scale * working, head)),
         "reserve": RESERVE,
     }
-    return parts, sum(parts.values()), int(scale * host)
+    return parts, sum(parts.values()), int(scale * host) + measured.host
 
 
 def _checkpointed(

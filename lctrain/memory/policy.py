@@ -19,6 +19,7 @@ from lctrain.memory.layers import (
     checkpointed_layers,
     remove_policy,
 )
+from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.plan import GIB, Plan, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.quantized import stored_bytes
@@ -60,6 +61,7 @@ def apply_config(
     precision: str = "true",
     device: torch.device | None = None,
     ranks: int | None = None,
+    optimizer: str = ADAMW,
 ) -> LayerCheckpoints | None:
     """Applies the memory policy that a configuration describes; see `use_policy`.
 
@@ -71,6 +73,7 @@ def apply_config(
         device: Device on which the model is trained; None for the model's current device.
         ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
             LOCAL_WORLD_SIZE, else 1.
+        optimizer: Dotted name of the optimizer's class, for the plan of "auto".
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -83,7 +86,7 @@ def apply_config(
         )
     tokens = config.tokens or tokens
     if config.name == "auto":
-        chosen = plan_for(model, config, tokens, precision, device, ranks)
+        chosen = plan_for(model, config, tokens, precision, device, ranks, optimizer=optimizer)
         log.info("%s", chosen)
         if chosen.fits is False:
             warn_caller(f"memory=auto found no policy that fits. {chosen.advice()}")
@@ -113,6 +116,7 @@ def plan_for(
     device: torch.device | None = None,
     ranks: int | None = None,
     quantize: str | None = None,
+    optimizer: str = ADAMW,
 ) -> Plan:
     """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
@@ -129,6 +133,7 @@ def plan_for(
         ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
             LOCAL_WORLD_SIZE, else 1.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
+        optimizer: Dotted name of the optimizer's class.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -148,7 +153,7 @@ def plan_for(
         limit = free_device_bytes(device)
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(map(stored_bytes, there))
-    measured = profile(model, tokens, precision, config.mlp_tokens, quantize)
+    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
     return plan_of(measured, config, limit, host_bytes(config, ranks))
 
 

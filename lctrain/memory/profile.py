@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lctrain.batch import PackedBatch
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.optimizer import ADAMW, optimizer_bytes
 from lctrain.memory.quantized import weight_bytes
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
@@ -26,8 +27,6 @@ from lctrain_kernels.autocast import autocast_on_meta
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
 
 PRECISIONS = ("true", "bf16-mixed")
-OPTIMIZER_STATES = 2
-"""Tensors per weight that AdamW keeps."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Profile:
         tokens: Number of tokens of the pack.
         weights: Bytes of weights and buffers.
         gradients: Bytes of the gradients of the trained weights.
-        optimizer: Bytes of AdamW's two moments.
+        optimizer: Bytes of the optimizer's states on the GPU.
+        host: Bytes of the optimizer's states on the host.
         layers: Bytes of every layer.
         around: Bytes of tensors outside of the layers that live during the whole step.
         head: Peak bytes between the last layer's forward and its backward: the final norm, and the
@@ -72,6 +72,7 @@ class Profile:
     weights: int
     gradients: int
     optimizer: int
+    host: int
     layers: tuple[LayerBytes, ...]
     around: int
     head: int
@@ -86,6 +87,7 @@ def profile(
     precision: str = "true",
     mlp_tokens: int | None = None,
     quantize: str | None = None,
+    optimizer: str = ADAMW,
 ) -> Profile:
     """Runs forward and backward of a model on the meta device, and counts the bytes.
 
@@ -97,6 +99,7 @@ def profile(
         precision: "true" if activations have the dtype of the weights, or "bf16-mixed".
         mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
+        optimizer: Dotted name of the optimizer's class.
 
     Raises:
         ValueError: if transformers cannot checkpoint the model's layers, or the model reads values
@@ -127,11 +130,13 @@ def profile(
         ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))
+    on_device, on_host = optimizer_bytes(trained, optimizer)
     return Profile(
         tokens=tokens,
         weights=weights,
         gradients=gradients,
-        optimizer=OPTIMIZER_STATES * gradients,
+        optimizer=on_device,
+        host=on_host,
         layers=tuple(
             LayerBytes(
                 inputs=one.inputs,
