@@ -58,6 +58,7 @@ LEVELS = {
     "lctrain.distributed": 2,
     "lctrain.distributed.strategy": 6,
     "lctrain.loggers": 4,
+    "lctrain.host_optimizer": 4,
     "lctrain.optim": 5,
     "lctrain.optimizers": 4,
     "lctrain.options": 4,
