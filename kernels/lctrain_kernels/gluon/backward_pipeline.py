@@ -23,7 +23,7 @@ from lctrain_kernels.gluon.barriers import (
 from lctrain_kernels.gluon.compat import reinterpret, tma_load, tma_store_wait
 from lctrain_kernels.gluon.coordinates import RAGGED
 from lctrain_kernels.gluon.primitives import rematerialised
-from lctrain_kernels.gluon.structures import KeySlot
+from lctrain_kernels.gluon.structures import KeySlot, Visit
 
 
 @gluon.jit
@@ -74,6 +74,44 @@ def next_block(head, block, head_kv, GROUP: gl.constexpr):
     block = gl.where(head == end, block - 1, block)
     head = gl.where(head == end, head_kv * GROUP, head)
     return head, block
+
+
+@gluon.jit
+def first_visit(tile, BY_HEAD: gl.constexpr):
+    """Returns the Visit of the first step of a tile of keys.
+
+    Args:
+        tile: Tile of keys, a KeyTile.
+        BY_HEAD: Order of the steps, as in next_visit.
+    """
+    block = gl.maximum(tile.low, 0) if BY_HEAD else tile.high - 1
+    return Visit(block * 0, block)
+
+
+@gluon.jit
+def next_visit(visit, tile, GROUP: gl.constexpr, BY_HEAD: gl.constexpr):
+    """Returns the Visit of the following step.
+
+    Args:
+        visit: Visit of a step.
+        tile: Tile of keys, a KeyTile.
+        GROUP: Number of query heads per key/value head.
+        BY_HEAD: Whether all blocks of a head come first, upwards. Otherwise all heads of a block
+            come first, then the block before it, as in next_block.
+    """
+    member = visit.member
+    block = visit.block
+    if BY_HEAD:
+        last = block == tile.high - 1
+        block = gl.where(last, tile.low, block + 1)
+        member = gl.where(last, member + 1, member)
+    elif GROUP == 1:
+        block = block - 1
+    else:
+        last = member == GROUP - 1
+        block = gl.where(last, block - 1, block)
+        member = gl.where(last, 0, member + 1)
+    return Visit(member, block)
 
 
 @gluon.jit

@@ -39,7 +39,8 @@ class BackwardTile(NamedTuple):
     """Tile sizes and pipeline stages of a Hopper backward kernel.
 
     Attributes:
-        block_m: Number of queries of a block, 64.
+        block_m: Number of queries of a block, 64. Only varlen_bwd_hopper_kernel supports 128, with
+            64 columns and reduce_from_registers.
         stages: Number of pipeline stages of queries, 2 to barriers.MOST_STAGES.
         reduce_from_registers: Whether the consumer warpgroups add partial dq to global memory from
             registers. Otherwise the dQ warp adds it from shared memory. Only
@@ -59,6 +60,8 @@ _FORWARD = {
 }
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
 _BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
+# The same without dropout, softcap and determinism, where it differs.
+_BACKWARD_PLAIN = {64: BackwardTile(128, 2, reduce_from_registers=True)}
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 
 
@@ -174,16 +177,21 @@ def entry_registers(consumers: int) -> int:
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
-def backward_tile(columns: int, deterministic: bool) -> BackwardTile:
-    """Returns the tile configuration of a Hopper backward kernel.
+def backward_tile(columns: int, deterministic: bool, plain: bool) -> BackwardTile:
+    """Returns the tile configuration of varlen attention's Hopper backward.
 
     Args:
         columns: Columns of a tile of queries and keys: 64 or 128.
         deterministic: Whether dq must have the same bits in every run. The dQ warp then adds
-            partial dq, even if override_tiles asks for registers.
+            partial dq of blocks of 64 queries, even if override_tiles asks for another form.
+        plain: Whether the call has neither dropout nor a softcap. With them, 128 queries need too
+            many registers, even if override_tiles asks for them.
     """
-    tile = _backward_override or _BACKWARD[columns]
-    return tile._replace(reduce_from_registers=False) if deterministic else tile
+    table = _BACKWARD | _BACKWARD_PLAIN if plain and not deterministic else _BACKWARD
+    tile = _backward_override or table[columns]
+    if deterministic:
+        return tile._replace(block_m=64, reduce_from_registers=False)
+    return tile if plain else tile._replace(block_m=64)
 
 
 @contextlib.contextmanager

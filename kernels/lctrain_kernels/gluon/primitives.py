@@ -49,6 +49,16 @@ _FINISHED = gl.constexpr(
 )
 _FINISHED_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 48))
 
+_VALUES = range(32)  # float32 numbers of a thread that one fence takes
+_COMPUTED = gl.constexpr(
+    "{ .reg .pred go; .reg .b32 x, y, three; mov.b32 three, 3; mov.b32 x, 0; "
+    + " ".join(f"mov.b32 y, ${32 + value}; xor.b32 x, x, y;" for value in _VALUES)
+    + " setp.ne.s32 go, $64, 0; setp.eq.and.b32 go, x, 1, go; @go bar.sync three, 256; }"
+)
+_COMPUTED_CONSTRAINTS = gl.constexpr(
+    ",".join(["=f"] * 32 + [str(value) for value in _VALUES] + ["r"] * 32)
+)
+
 
 @gluon.jit
 def rematerialised(buffers, index, opaque_false):
@@ -135,6 +145,26 @@ def scheduling_fence(p, opaque_false):
     return gl.inline_asm_elementwise(
         _FINISHED,
         _FINISHED_CONSTRAINTS,
+        [p, gl.where(opaque_false, 1, 0)],
+        dtype=p.dtype,
+        is_pure=False,
+        pack=32,
+    )
+
+
+@gluon.jit
+def computed(p, opaque_false):
+    """Returns p, and keeps its computation before the next wait for products.
+
+    This is scheduling_fence for weights in float32.
+
+    Args:
+        p: Weights of a warpgroup in float32, [64, 64] or [64, 128].
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+    """
+    return gl.inline_asm_elementwise(
+        _COMPUTED,
+        _COMPUTED_CONSTRAINTS,
         [p, gl.where(opaque_false, 1, 0)],
         dtype=p.dtype,
         is_pure=False,

@@ -203,6 +203,18 @@ class KeySlot(NamedTuple):
     length_k: Any
 
 
+class Visit(NamedTuple):
+    """The queries that a step of the varlen backward works on; next_visit gives the order.
+
+    Attributes:
+        member: Index of the query head in the group of its key/value head.
+        block: Index of the block of queries in the document.
+    """
+
+    member: Any
+    block: Any
+
+
 class SeedWords(NamedTuple):
     """Inputs of the dropout RNG that a document's weights share, in the backward; see draw_bits.
 

@@ -82,13 +82,15 @@ def backward_variant(
     """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
-    tile = backward_tile(columns, deterministic)
+    flags = attention_flags(features)
+    plain = not (flags.has_dropout or flags.has_softcap)
+    tile = backward_tile(columns, deterministic, plain)
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, columns // 2)
     constants = {
         "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim, deterministic),
-        "FLAGS": attention_flags(features),
+        "FLAGS": flags,
     }
     from_registers = tile.reduce_from_registers
     types = argument_types(
@@ -124,7 +126,7 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
         ("lse_ptr", "dlse_ptr", "delta_ptr", "lse2_ptr", "kept_delta_ptr"), "*fp32"
     )
     columns = padded_columns(head_dim)
-    if backward_tile(columns, False).reduce_from_registers:
+    if backward_tile(columns, False, True).reduce_from_registers:
         others["dq_ptr"] = None
     constants = {
         "HEADS": heads,
@@ -179,7 +181,7 @@ def kernel_variants(
                 yield backward_variant(head_dim, features=name, group=groups[-1])
         if "causal" in features and refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             yield prepare_variant(head_dim, HEADS_KV * groups[-1])
-            if backward_tile(columns, False).reduce_from_registers:
+            if backward_tile(columns, False, True).reduce_from_registers:
                 yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
     if "causal" in features:
         for describe in (forward_variant, backward_variant):

@@ -280,7 +280,8 @@ def varlen_bwd(
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    tile = backward_tile(columns, options.deterministic)
+    plain = not (options.has_dropout or options.softcap > 0)
+    tile = backward_tile(columns, options.deterministic, plain)
     documents = pack.cu_seqlens_q.shape[0] - 1
     if tile.reduce_from_registers:
         per_head = total_q // 16 + documents  # slabs

@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from lctrain_kernels.gluon.backward_pipeline import (
     allocate_partial_dq,
     allocate_query_bars,
+    first_visit,
     load_rows,
-    next_block,
+    next_visit,
     read_slot,
 )
 from lctrain_kernels.gluon.barriers import (
@@ -117,12 +118,12 @@ def _load(
     load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
-    head = tile.head_kv * GROUP
-    block = tile.high - 1
+    visit = first_visit(tile, TILE.dq_from_registers)
     steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
         stage = step % STAGES
-        first_query = block * BLOCK_M
+        head = tile.head_kv * GROUP + visit.member
+        first_query = visit.block * BLOCK_M
         vector = head.to(gl.int64) * stats.total_q + tile.begin_q + first_query + local
         left_here = tile.length_q - first_query
         queries = Rows(tile.begin_q + tile.length_q, RAGGED - left_here, head)
@@ -133,7 +134,7 @@ def _load(
         copy_async(shared.delta.index(stage), stats.delta + vector, mask=local < left_here)
         copy_arrive(shared.dout_ready.index(stage))
         load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
-        head, block = next_block(head, block, tile.head_kv, GROUP)
+        visit = next_visit(visit, tile, GROUP, TILE.dq_from_registers)
     drain_stages(BLOCK_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
 
 
@@ -202,7 +203,8 @@ def varlen_bwd_hopper_kernel(
     """Computes dk and dv of a tile of keys, and adds its partial dq to a float32 buffer.
 
     A program processes one tile of keys of one key/value head, and all queries of the head's group
-    that see it. Grid: (tiles * key/value heads,). TILE.block_m is 64.
+    that see it. Grid: (tiles * key/value heads,). TILE.block_m is 64, or 128 for 64 columns with
+    TILE.dq_from_registers.
 
     - lse [H, T] float32: base-2 log-sum-exp, +inf for a query that saw no key.
     - delta [H, T] float32: delta / keep_scale.
@@ -218,7 +220,8 @@ def varlen_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr = TILE.block_d
     STAGES: gl.constexpr = TILE.stages
     FROM_REGISTERS: gl.constexpr = TILE.dq_from_registers
-    gl.static_assert(BLOCK_M == 64, "the warpgroups multiply 64 queries at a time")
+    gl.static_assert(BLOCK_M == 64 or BLOCK_D == 64, "128 queries need the registers of D = 64")
+    gl.static_assert(BLOCK_M == 64 or FROM_REGISTERS, "the dQ warp adds halves of the columns")
     gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
     gl.static_assert((dq_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq_desc")
     gl.static_assert(TILE.stages <= VARLEN_BWD_STAGES, "named barriers overlap")

@@ -17,10 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lctrain_kernels.gluon.backward_pipeline import (
     drain_partial_dq,
+    first_visit,
     key_offsets,
     keys_weights,
+    next_visit,
     start_dq,
-    store_partial_dq,
 )
 from lctrain_kernels.gluon.barriers import (
     BLOCK_EMPTY,
@@ -37,37 +38,20 @@ from lctrain_kernels.gluon.primitives import (
     dropout_head,
     is_kept,
     load_key,
-    rematerialised,
     rounded,
     scheduling_fence,
     tanh,
 )
 from lctrain_kernels.gluon.structures import SeedWords
 from lctrain_kernels.tile.logits import LOG2_E
-from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_from_registers
+from lctrain_kernels.varlen.hopper_bwd_plain import plain_steps
+from lctrain_kernels.varlen.hopper_bwd_products import (
+    emit_dq,
+    gradient_of_logits,
+    start_product,
+)
 
 _LOG2_E = gl.constexpr(LOG2_E)
-
-
-@gluon.jit
-def _start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
-    """Issues the asynchronous product S = k q^T or dP = v dout^T, [keys, queries], without waiting.
-
-    Args:
-        of_keys: Two halves of the tile's keys or values in shared memory, [2, keys, columns].
-        of_queries: Queries or dout in shared memory, [stages, queries, columns].
-        stage: Pipeline stage of the block of queries.
-        zero: Accumulator of zeros, [keys, queries] float32.
-        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
-        HALF_INDEX: Index of this warpgroup's half of the keys, 0 or 1.
-    """
-    return warpgroup_mma(
-        rematerialised(of_keys, HALF_INDEX, opaque_false),
-        of_queries.index(stage).permute((1, 0)),
-        zero,
-        use_acc=False,
-        is_async=True,
-    )
 
 
 @gluon.jit
@@ -158,42 +142,6 @@ def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
 
 
 @gluon.jit
-def _emit_dq(
-    dq,
-    dq_out,
-    step,
-    length_q,
-    last,
-    TILE: gl.constexpr,
-    HALF_INDEX: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):
-    """Passes a warpgroup's columns of partial dq on, so that they are added to dq's float32 buffer.
-
-    Partial dq goes to the dQ warp through shared memory. With TILE.dq_from_registers this warpgroup
-    adds it to the buffer itself.
-
-    Args:
-        dq: Half of the columns of the step's partial dq, float32.
-        dq_out: Shared-memory buffers for the dQ warp; DqSlabs with TILE.dq_from_registers.
-        step: Index of the step.
-        length_q: Number of queries of the document.
-        last: Index of the last block of queries.
-        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
-        HALF_INDEX: Index of the warpgroup and of its half of the columns, 0 or 1.
-        TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
-    """
-    if TILE.dq_from_registers:
-        back = step // TILE.group
-        slabs = step % TILE.group * dq_out.per_head - back * (TILE.block_m // 16)
-        rows = length_q - (last - back) * TILE.block_m
-        slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
-        add_dq_from_registers(dq, slab_ptr, rows, HALF_INDEX, TILE.head_dim)
-    else:
-        store_partial_dq(dq, dq_out, step, HALF_INDEX, TRANSPOSED)
-
-
-@gluon.jit
 def _accumulate(
     shared,
     ds_bufs,
@@ -237,16 +185,12 @@ def _accumulate(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     stage = step % STAGES
     mbarrier.wait(shared.dout_ready.index(stage), (step // STAGES) & 1)
-    dp = _start_product(shared.v, shared.dout, stage, zero, opaque_false, HALF_INDEX)
+    dp = start_product(shared.v, shared.dout, stage, zero, opaque_false, HALF_INDEX)
     seen = gl.convert_layout(_kept_weights(p, FLAGS.has_dropout), p_layout)
     dv = warpgroup_mma(seen, shared.dout.index(stage), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
-    delta = shared.delta.index(stage).load(gl.SliceLayout(0, s_layout))
-    weights = weights.to(gl.float32)
-    if FLAGS.has_dropout:
-        dp = gl.where(weights > 0.0, dp, 0.0)
-        weights = gl.abs(weights)
-    ds = (weights * (dp - delta[None, :])).to(shared.k.dtype)
+    dtype: gl.constexpr = shared.k.dtype
+    ds = gradient_of_logits(dp, weights, shared, stage, dtype, s_layout, FLAGS.has_dropout)
     ds_operand = gl.convert_layout(ds, p_layout)
     # dS has two buffers. The other warpgroup read this one before it stored its last dS.
     ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
@@ -281,56 +225,46 @@ class ComputeInputs(NamedTuple):
 
 
 @gluon.jit
-def compute(
+def _overlapped_steps(
     inputs,
+    bounds,
+    dk,
+    dv,
+    first_key,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
+    s_layout: gl.constexpr,
+    o_layout: gl.constexpr,
+    dq_layout: gl.constexpr,
     HALF_INDEX: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
-    """Runs a consumer warpgroup of the backward kernel.
+    """Runs all steps of a consumer warpgroup, with every feature; see plain_steps.
 
-    A warpgroup computes dk and dv of half of the tile's keys, and half of the columns of dq. A step
-    is one block of queries of one head. Steps overlap: the weights of the next step are computed
-    while the product of dq runs. The two warpgroups may be one step apart, so the products of one
-    run while the other issues none.
+    Steps overlap: the weights of the next step are computed while the product of dq runs, and wait
+    in half precision. The two warpgroups may be one step apart, so the products of one run while
+    the other issues none.
+
+    The tile has at least one step. Arguments and results are those of plain_steps, and:
 
     Args:
-        inputs: Tensors, coordinates and factors, a ComputeInputs.
-        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
-        FLAGS: Features beyond plain attention, a tile.structures.Flags.
-        HALF_INDEX: Index of this warpgroup, 0 or 1.
+        first_key: Position in the document of the warpgroup's first key.
     """
     shared = inputs.shared
     dq_out = inputs.dq_out
     ds_bufs = inputs.ds
-    results = inputs.results
     tile = inputs.tile
     dropout = inputs.dropout
     factors = inputs.factors
-    high = tile.high
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
-    BLOCK_D: gl.constexpr = TILE.block_d
     STAGES: gl.constexpr = TILE.stages
+    BY_HEAD: gl.constexpr = TILE.dq_from_registers
     HAS_DROPOUT: gl.constexpr = FLAGS.has_dropout
-    HALF: gl.constexpr = TILE.block_n // 2
-    COLUMNS: gl.constexpr = BLOCK_D // 2
+    DQ_ROWS: gl.constexpr = TILE.block_d // 2 if TRANSPOSED else BLOCK_M
+    DQ_COLUMNS: gl.constexpr = dq_layout.instr_shape[1]
     dtype: gl.constexpr = shared.k.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    TRANSPOSED: gl.constexpr = COLUMNS == 64 and not TILE.dq_from_registers
-    DQ_ROWS: gl.constexpr = COLUMNS if TRANSPOSED else BLOCK_M
-    DQ_COLUMNS: gl.constexpr = BLOCK_M if TRANSPOSED else COLUMNS
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
-
-    first_key = tile.first + HALF_INDEX * HALF
-    keys_here = tile.length_k - first_key
-    bounds = KeyBounds(
-        keys_here,
-        keys_here - tile.length_q + inputs.window.right,
-        keys_here - tile.length_q - inputs.window.left,
-    )
     key_0 = 0
     key_1 = 0
     document_key = 0
@@ -340,20 +274,58 @@ def compute(
             dropout.seed, dropout.document_ids, dropout.query_offsets, dropout.document
         )
     random = SeedWords(key_0, key_1, document_key, query_offset, dropout.first_head)
-    dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
-    dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
-    zero_s = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    zero_s = gl.zeros([TILE.block_n // 2, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
-    steps = GROUP * (high - tile.low)
-    mbarrier.wait(shared.kv_ready, 0)
-    if steps > 0:
-        opaque_false = high < 0
-        query = (high - 1) * BLOCK_M
-        mbarrier.wait(shared.q_ready.index(0), 0)
-        s = _start_product(shared.k, shared.q, 0, zero_s, opaque_false, HALF_INDEX)
-        lse = shared.lse.index(0).load(column_s)
-        bits = _draw_bits(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
-        s = warpgroup_mma_wait(0, deps=[s])
+    steps = GROUP * (tile.high - tile.low)
+    visit = first_visit(tile, BY_HEAD)
+    opaque_false = tile.high < 0
+    query = visit.block * BLOCK_M
+    mbarrier.wait(shared.q_ready.index(0), 0)
+    s = start_product(shared.k, shared.q, 0, zero_s, opaque_false, HALF_INDEX)
+    lse = shared.lse.index(0).load(column_s)
+    bits = _draw_bits(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
+    s = warpgroup_mma_wait(0, deps=[s])
+    p, weights = _weights(
+        s,
+        bits,
+        lse,
+        query,
+        bounds,
+        dropout.threshold,
+        factors,
+        opaque_false,
+        dtype,
+        s_layout,
+        FLAGS,
+    )
+    for step in range(steps - 1):
+        stage = step % STAGES
+        opaque_false = visit.block < 0
+        dk, dv = _accumulate(
+            *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
+            TILE,
+            FLAGS,
+            s_layout,
+            o_layout,
+            HALF_INDEX,
+        )
+        following = (step + 1) % STAGES
+        mbarrier.wait(shared.q_ready.index(following), ((step + 1) // STAGES) & 1)
+        s = start_product(shared.k, shared.q, following, zero_s, opaque_false, HALF_INDEX)
+        barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
+        dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
+        if HAS_DROPOUT:
+            # dq is stored before the random bits are drawn: both need the same registers.
+            dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
+            emit_dq(dq, dq_out, step, visit, tile, TILE, HALF_INDEX, TRANSPOSED)
+        else:
+            dk, s = warpgroup_mma_wait(1, deps=[dk, s])
+        lse = shared.lse.index(following).load(column_s)
+        release_stage(BLOCK_EMPTY, stage, PRODUCER_AND_CONSUMERS)
+        then = next_visit(visit, tile, GROUP, BY_HEAD)
+        query = then.block * BLOCK_M
+        head = tile.head_kv * GROUP + then.member
+        bits = _draw_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
         p, weights = _weights(
             s,
             bits,
@@ -367,63 +339,96 @@ def compute(
             s_layout,
             FLAGS,
         )
-        for step in range(steps - 1):
-            stage = step % STAGES
-            opaque_false = high - 1 - step // GROUP < 0
-            dk, dv = _accumulate(
-                *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
-                TILE,
-                FLAGS,
-                s_layout,
-                o_layout,
-                HALF_INDEX,
-            )
-            following = (step + 1) % STAGES
-            mbarrier.wait(shared.q_ready.index(following), ((step + 1) // STAGES) & 1)
-            s = _start_product(shared.k, shared.q, following, zero_s, opaque_false, HALF_INDEX)
-            barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
-            dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
-            if HAS_DROPOUT:
-                # dq is stored before the random bits are drawn: both need the same registers.
-                dk, s, dq = warpgroup_mma_wait(0, deps=[dk, s, dq])
-                _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
-            else:
-                dk, s = warpgroup_mma_wait(1, deps=[dk, s])
-            lse = shared.lse.index(following).load(column_s)
-            release_stage(BLOCK_EMPTY, stage, PRODUCER_AND_CONSUMERS)
-            query = (high - 1 - (step + 1) // GROUP) * BLOCK_M
-            head = tile.head_kv * GROUP + (step + 1) % GROUP
-            bits = _draw_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
-            p, weights = _weights(
-                s,
-                bits,
-                lse,
-                query,
-                bounds,
-                dropout.threshold,
-                factors,
-                opaque_false,
-                dtype,
-                s_layout,
-                FLAGS,
-            )
-            if not HAS_DROPOUT:
-                dq = warpgroup_mma_wait(0, deps=[dq])
-                _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
-        step = steps - 1
-        dk, dv = _accumulate(
-            *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
+        if not HAS_DROPOUT:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            emit_dq(dq, dq_out, step, visit, tile, TILE, HALF_INDEX, TRANSPOSED)
+        visit = next_visit(visit, tile, GROUP, BY_HEAD)
+    step = steps - 1
+    opaque_false = visit.block < 0
+    dk, dv = _accumulate(
+        *(shared, ds_bufs, step, p, weights, zero_s, dk, dv, opaque_false),
+        TILE,
+        FLAGS,
+        s_layout,
+        o_layout,
+        HALF_INDEX,
+    )
+    barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
+    dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
+    dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
+    release_stage(BLOCK_EMPTY, step % STAGES, PRODUCER_AND_CONSUMERS)
+    emit_dq(dq, dq_out, step, visit, tile, TILE, HALF_INDEX, TRANSPOSED)
+    return dk, dv
+
+
+@gluon.jit
+def compute(
+    inputs,
+    TILE: gl.constexpr,
+    FLAGS: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+):
+    """Runs a consumer warpgroup of the backward kernel.
+
+    A warpgroup computes dk and dv of half of the tile's keys, and half of each partial dq: half of
+    its columns, or of its queries with blocks of 128 queries. A step is one block of queries of one
+    head.
+
+    Args:
+        inputs: Tensors, coordinates and factors, a ComputeInputs.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        FLAGS: Features beyond plain attention, a tile.structures.Flags.
+        HALF_INDEX: Index of this warpgroup, 0 or 1.
+    """
+    results = inputs.results
+    tile = inputs.tile
+    factors = inputs.factors
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_D: gl.constexpr = TILE.block_d
+    HALF: gl.constexpr = TILE.block_n // 2
+    COLUMNS: gl.constexpr = BLOCK_D if BLOCK_M == 128 else BLOCK_D // 2
+    PLAIN: gl.constexpr = not (FLAGS.has_dropout or FLAGS.has_softcap)
+    gl.static_assert(BLOCK_M == 64 or PLAIN, "dropout and softcap have blocks of 64 queries")
+    dtype: gl.constexpr = inputs.shared.k.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    TRANSPOSED: gl.constexpr = COLUMNS == 64 and not TILE.dq_from_registers
+    DQ_COLUMNS: gl.constexpr = 64 if TRANSPOSED else COLUMNS
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+
+    first_key = tile.first + HALF_INDEX * HALF
+    keys_here = tile.length_k - first_key
+    bounds = KeyBounds(
+        keys_here,
+        keys_here - tile.length_q + inputs.window.right,
+        keys_here - tile.length_q - inputs.window.left,
+    )
+    dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+    steps = TILE.group * (tile.high - tile.low)
+    mbarrier.wait(inputs.shared.kv_ready, 0)
+    if PLAIN:
+        dk, dv = plain_steps(
+            *(inputs, bounds, dk, dv),
             TILE,
             FLAGS,
             s_layout,
             o_layout,
+            dq_layout,
             HALF_INDEX,
+            TRANSPOSED,
         )
-        barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
-        dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
-        dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
-        release_stage(BLOCK_EMPTY, step % STAGES, PRODUCER_AND_CONSUMERS)
-        _emit_dq(dq, dq_out, step, tile.length_q, high - 1, TILE, HALF_INDEX, TRANSPOSED)
+    elif steps > 0:
+        dk, dv = _overlapped_steps(
+            *(inputs, bounds, dk, dv, first_key),
+            TILE,
+            FLAGS,
+            s_layout,
+            o_layout,
+            dq_layout,
+            HALF_INDEX,
+            TRANSPOSED,
+        )
     if not TILE.dq_from_registers:
         drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)

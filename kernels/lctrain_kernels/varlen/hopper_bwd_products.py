@@ -1,0 +1,137 @@
+"""Products, weights and partial dq of a step of the Hopper backward of varlen attention."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from lctrain_kernels.gluon.backward_pipeline import start_dq, store_partial_dq
+from lctrain_kernels.gluon.primitives import rematerialised
+from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_from_registers
+
+
+@gluon.jit
+def start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl.constexpr):
+    """Issues the asynchronous product S = k q^T or dP = v dout^T, [keys, queries], without waiting.
+
+    Args:
+        of_keys: Two halves of the tile's keys or values in shared memory, [2, keys, columns].
+        of_queries: Queries or dout in shared memory, [stages, queries, columns].
+        stage: Pipeline stage of the block of queries.
+        zero: Accumulator of zeros, [keys, queries] float32.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        HALF_INDEX: Index of this warpgroup's half of the keys, 0 or 1.
+    """
+    return warpgroup_mma(
+        rematerialised(of_keys, HALF_INDEX, opaque_false),
+        of_queries.index(stage).permute((1, 0)),
+        zero,
+        use_acc=False,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def start_half_of_dq(
+    ds_bufs,
+    k_bufs,
+    buffer,
+    zero_q,
+    opaque_false,
+    BLOCK_M: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Issues the asynchronous products of a warpgroup's half of partial dq, without waiting.
+
+    The half is of the columns, or of the queries with 128 queries in a block.
+
+    Args:
+        ds_bufs: dS of two steps and both warpgroups, [4, keys, queries].
+        k_bufs: Two halves of the tile's keys in shared memory, [2, keys, columns].
+        buffer: Index of the step's pair of buffers of dS, 0 or 1.
+        zero_q: Accumulator of zeros for the half of dq, float32.
+        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
+        BLOCK_M: Number of queries of the block.
+        HALF_INDEX: Index of this warpgroup and of its half, 0 or 1.
+        TRANSPOSED: Whether partial dq is [columns, queries], as in start_dq.
+    """
+    if BLOCK_M == 64:
+        return start_dq(ds_bufs, k_bufs, buffer, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
+    else:
+        token = zero_q
+        for half in gl.static_range(2):
+            ds = ds_bufs.index(buffer * 2 + half).slice(HALF_INDEX * 64, 64, dim=1)
+            k = rematerialised(k_bufs, half, opaque_false)
+            token = warpgroup_mma(ds.permute((1, 0)), k, token, use_acc=half > 0, is_async=True)
+        return token
+
+
+@gluon.jit
+def emit_dq(
+    dq,
+    dq_out,
+    step,
+    visit,
+    tile,
+    TILE: gl.constexpr,
+    HALF_INDEX: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Passes a warpgroup's half of partial dq on, so that it is added to dq's float32 buffer.
+
+    Partial dq goes to the dQ warp through shared memory. With TILE.dq_from_registers this warpgroup
+    adds it to the buffer itself.
+
+    Args:
+        dq: Half of the step's partial dq, float32; see start_half_of_dq.
+        dq_out: Shared-memory buffers for the dQ warp; DqSlabs with TILE.dq_from_registers.
+        step: Index of the step.
+        visit: Query head and block of the step, a Visit.
+        tile: Tile of keys, a KeyTile.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+        HALF_INDEX: Index of the warpgroup and of its half, 0 or 1.
+        TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
+    """
+    if TILE.dq_from_registers:
+        SLABS: gl.constexpr = TILE.block_m // 16
+        rows = tile.length_q - visit.block * TILE.block_m
+        slabs = visit.member * dq_out.per_head - (tile.high - 1 - visit.block) * SLABS
+        if TILE.block_m == 64:
+            slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
+            add_dq_from_registers(dq, slab_ptr, rows, HALF_INDEX, TILE.head_dim)
+        else:
+            slabs += HALF_INDEX * (SLABS // 2)
+            slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
+            add_dq_from_registers(dq, slab_ptr, rows - HALF_INDEX * 64, 0, TILE.head_dim)
+    else:
+        store_partial_dq(dq, dq_out, step, HALF_INDEX, TRANSPOSED)
+
+
+@gluon.jit
+def gradient_of_logits(
+    dp,
+    weights,
+    shared,
+    stage,
+    dtype: gl.constexpr,
+    s_layout: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+):
+    """Returns dS, the gradient of the logits, from dP.
+
+    Args:
+        dp: dP of a warpgroup, [keys, queries] float32.
+        weights: Weights times the softcap's derivative, [keys, queries]; negative where dropout
+            drops them.
+        shared: Shared memory of the kernel, a BackwardBuffers.
+        stage: Pipeline stage of the block of queries.
+        dtype: Dtype of dS, bfloat16 or float16.
+        s_layout: Layout of dp.
+        HAS_DROPOUT: Whether weights are dropped.
+    """
+    delta = shared.delta.index(stage).load(gl.SliceLayout(0, s_layout))
+    weights = weights.to(gl.float32)
+    if HAS_DROPOUT:
+        dp = gl.where(weights > 0.0, dp, 0.0)
+        weights = gl.abs(weights)
+    return (weights * (dp - delta[None, :])).to(dtype)
