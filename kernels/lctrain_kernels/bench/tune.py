@@ -69,7 +69,7 @@ _HOPPER_FORWARD = {
 }
 # Hopper backward: queries of a block, stages, whether dq is added from registers.
 _HOPPER_BACKWARD = {
-    64: "64,4,1 64,3,1 64,3,0",
+    64: "128,2,1 128,3,1 64,4,1 64,3,1 64,3,0",
     96: "64,2,0 64,4,1",
     128: "64,2,0 64,4,1",
 }

@@ -34,7 +34,7 @@ def test_a_candidate_is_forced_and_given_up(operation, head_dim, candidate):
     numbers = [int(part) for part in candidate.split(",")]
     look = {
         "hopper_fwd": lambda: forward_tile(columns, 1, False),
-        "hopper_bwd": lambda: backward_tile(columns, False),
+        "hopper_bwd": lambda: backward_tile(columns, False, True),
     }.get(operation, lambda: _OVERRIDES.get(operation))
     before = look()
     with tune.override(operation, candidate):
@@ -60,7 +60,7 @@ def test_every_stage_has_a_named_barrier():
 @pytest.mark.parametrize("columns", [64, 128])
 def test_the_tiles_in_use_are_offered(columns):
     used = [("hopper_fwd", forward_tile(columns, pack, False)) for pack in (1, 4)]
-    for operation, tile in [*used, ("hopper_bwd", backward_tile(columns, False))]:
+    for operation, tile in [*used, ("hopper_bwd", backward_tile(columns, False, True))]:
         candidate = ",".join(str(int(number)) for number in tile)
         assert candidate in tune.CANDIDATES[operation][columns].split()
 

@@ -4,6 +4,7 @@ Documents are long enough for several tiles. test_hopper_gpu.py has the same tes
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -85,13 +86,20 @@ def test_matches_float64(case, hopper):
 FORMS = {
     "adder": config.BackwardTile(64, 3),
     "registers": config.BackwardTile(64, 4, reduce_from_registers=True),
+    "queries": config.BackwardTile(128, 3, reduce_from_registers=True),
 }
 FORMED = ("D64-causal-unequal", "D64-window-g4", "D128-causal-g3", "D64-dropout-g4")
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, tile, id=f"{name}-{form}")
+        for name, (form, tile) in itertools.product(FORMED, FORMS.items())
+        if tile.block_m == 64 or (CASES[name].head_dim <= 64 and not CASES[name].dropout_p)
+    ],
+)
 def test_forms_for_the_tuner(name, form, seed, hopper, monkeypatch):
     """Tests all backward variants that the tuner compares, including ones not in the table."""
     emulate(monkeypatch, varlen, seed)
@@ -233,12 +241,25 @@ def test_forward_of_head_dim_256(hopper):
     assert_error_at_most_twice(lse, plain.lse, exact.lse, "lse")
 
 
-@pytest.mark.parametrize("from_registers", [False, True], ids=["adder", "registers"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["plain", "dropout"])
-def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, from_registers, hopper):
+@pytest.mark.parametrize(
+    ("dropout_p", "form"),
+    [(0.0, "adder"), (0.0, "registers"), (0.0, "queries"), (0.2, "adder"), (0.2, "registers")],
+)
+def test_a_document_keeps_its_bits_whatever_its_neighbours(dropout_p, form, hopper):
     """Compares out, lse, dk and dv, but not dq, which programs add in varying order."""
-    with config.override_tiles(backward=config.BackwardTile(64, 3, from_registers)):
+    with config.override_tiles(backward=FORMS[form]):
         assert_isolated(dropout_p)
+
+
+def test_blocks_of_queries_by_features():
+    """Dropout and a softcap need the registers of 64 queries; the dQ warp adds no more."""
+    large = config.BackwardTile(128, 2, reduce_from_registers=True)
+    assert config.backward_tile(64, deterministic=False, plain=True).block_m == 128
+    with config.override_tiles(backward=large):
+        assert config.backward_tile(64, deterministic=False, plain=True) == large
+        assert config.backward_tile(64, deterministic=False, plain=False).block_m == 64
+        ordered = config.backward_tile(64, deterministic=True, plain=True)
+        assert (ordered.block_m, ordered.reduce_from_registers) == (64, False)
 
 
 def assert_isolated(dropout_p):
