@@ -10,9 +10,10 @@ from lctrain.distributed.context import ContextShard
 from tests.numerics import near
 
 
-def test_a_trial_measures_every_share(tmp_path, capsys):
+def test_a_trial_measures_every_share(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shares, "WARM_UP", 1)
     output = tmp_path / "shares.json"
-    options = ["--tiny", "--ranks", "2", "--rounds", "1", "--steps", "1", "--dropout", "0.1"]
+    options = ["--tiny", "--ranks", "2", "--rounds", "1", "--steps", "1"]
     assert main(["shares", *options, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     assert record["settings"]["ranks"] == 2
