@@ -8,7 +8,9 @@ import torch
 import lctrain
 from lctrain import PackedBatch
 from lctrain.callbacks import IsolationCheck
+from lctrain.config import MemoryConfig
 from lctrain.loss import causal_lm_loss
+from lctrain.memory.policy import apply_config
 from lctrain.module import LongContextModule
 from tests.numerics import assert_equal_in_float64, assert_errors_at_most_twice
 from tests.training import loader, make_trainer
@@ -73,6 +75,23 @@ def test_outputs_and_gradients_equal_those_of_separate_documents(make_llama, che
     alone, expected_tokens = results(model, separate(GROUPS))
     assert tokens == expected_tokens
     assert_equal_in_float64(shared, alone)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("keep_attention", [0, 2])
+def test_recomputed_layers_give_the_same_gradients(make_llama, keep_attention):
+    """Dropout draws the same masks again; a layer's two attention calls are both kept."""
+    found = []
+    for config in (None, MemoryConfig(name="checkpoint", keep_attention=keep_attention)):
+        model = make_llama(attention_dropout=0.3).double().train()
+        lctrain.patch_model(model)
+        if config is not None:
+            apply_config(model, config, 64, "true")
+        batch = PackedBatch.from_groups(GROUPS)
+        causal_lm_loss(model, batch)  # the first call for a model verifies its head
+        torch.manual_seed(1)
+        found.append(results(model, batch)[0])
+    assert_equal_in_float64(found[1], found[0])
 
 
 @pytest.mark.usefixtures("in_float64")

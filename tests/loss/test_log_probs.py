@@ -11,7 +11,7 @@ from lctrain.callbacks import TokenExactLoss
 from lctrain.loss.log_probs import TokenLogProbs, token_log_probs
 from lctrain.loss.policy import group_advantages, policy_loss
 from lctrain.loss.preference import preference_loss
-from tests.numerics import assert_equal_in_float64, near
+from tests.numerics import assert_equal_in_float64, assert_far_apart, near
 from tests.training import loader, make_trainer
 
 PAIRS = [
@@ -85,6 +85,27 @@ def test_a_head_that_must_compute_its_logits_gives_the_same(models, monkeypatch)
     whole = token_log_probs(patched, batch, temperature=0.5, entropy=True)
     assert_equal_in_float64(fused.log_probs, whole.log_probs)
     assert_equal_in_float64(fused.entropy, whole.entropy)
+
+
+def test_a_model_without_its_adapters_is_the_reference(models):
+    from peft import LoraConfig, get_peft_model
+
+    patched, plain = models
+    batch = PackedBatch.from_groups(PAIRS)
+    adapted = get_peft_model(patched, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        with adapted.disable_adapter():
+            reference = token_log_probs(adapted, batch).sums()
+    expected = torch.stack([x.sum() for x in plain_log_probs(plain, PAIRS)])
+    assert_equal_in_float64(reference, expected)
+    found = preference_loss(token_log_probs(adapted, batch), reference)
+    found.loss.backward()
+    assert_far_apart(token_log_probs(adapted, batch).sums(), reference)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 def oracle(kind, chosen, rejected, chosen_ref, rejected_ref, beta, gamma, smoothing):
