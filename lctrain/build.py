@@ -24,6 +24,7 @@ from lctrain.config import (
     TrainerConfig,
 )
 from lctrain.data import PackedDataModule
+from lctrain.data.masking import DEFAULT_FRACTION
 from lctrain.data.mix import named_sets
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
@@ -33,40 +34,49 @@ from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter, quantization_of, require_trainable_weights
 from lctrain.models.positions import require_positions
-from lctrain.models.pretrained import load_architecture, load_pretrained
+from lctrain.models.pretrained import auto_class, load_architecture, load_pretrained
 from lctrain.models.shared_attention import heads_group
 from lctrain.models.tokenizer import tokenizer_for
 from lctrain.run.sharded_checkpoint import AnyCheckpointIO
 from lctrain.schemas import source_of
 
 
-def build_datamodule(config: DataConfig, model: ModelConfig | None = None) -> PackedDataModule:
+def build_datamodule(
+    config: DataConfig, model: ModelConfig | None = None, task: str = "causal"
+) -> PackedDataModule:
     """Builds the data module, without reading data.
 
     Args:
         config: Settings of the data, with a source.
         model: Settings of the model. The tokenizer of a pretrained model is the default tokenizer:
             see `tokenizer_for`.
+        task: "causal"; "mlm" masks tokens, by default 0.15 of them.
 
     Raises:
         ValueError: if there is no source, a setting is out of range, or the tokenizer differs from
             that of the pretrained model.
     """
     settings = {field.name: getattr(config, field.name) for field in fields(DataSettings)}
+    if task == "mlm" and config.mask_fraction is None:
+        settings["mask_fraction"] = DEFAULT_FRACTION
     tokenizer = config.tokenizer if model is None else tokenizer_for(model, config.tokenizer)
     sets = named_sets(config.held_out_sets)
     return PackedDataModule(source_of(config), tokenizer, held_out=sets or None, **settings)
 
 
 def build_model(
-    config: ModelConfig, vocab_size: int, adapter: AdapterConfig | None = None
+    config: ModelConfig,
+    vocab_size: int,
+    adapter: AdapterConfig | None = None,
+    task: str = "causal",
 ) -> nn.Module:
-    """Builds a transformers causal LM on torch's default device, which Lightning sets to the GPU.
+    """Builds a transformers language model on torch's default device, the GPU in Lightning.
 
     Args:
         config: Settings of a model with random weights, or of a pretrained model.
         vocab_size: Size of the tokenizer's vocabulary.
         adapter: Settings of adapters on a pretrained model; None for none.
+        task: "causal", or "mlm" for a masked language model.
 
     Returns:
         The model, in training mode; with adapters, a PeftModel.
@@ -78,9 +88,9 @@ def build_model(
     """
     dtype = _dtype(config, adapter)
     if isinstance(config, ScratchModelConfig):
-        model = _from_scratch(config, vocab_size, getattr(torch, dtype))
+        model = _from_scratch(config, vocab_size, getattr(torch, dtype), task)
     elif isinstance(config, PretrainedModelConfig):
-        model = load_pretrained(config, dtype, quantization_of(adapter))
+        model = load_pretrained(config, dtype, quantization_of(adapter), task)
         require_trainable_weights(model.config, adapter is not None)
     else:
         raise _no_model_config(config)
@@ -102,6 +112,7 @@ def check_model(
     methods: Sequence[str] = (),
     adapter: AdapterConfig | None = None,
     trainer: TrainerConfig | None = None,
+    task: str = "causal",
 ) -> None:
     """Checks a model and its attention by building and patching the model without its weights.
 
@@ -114,6 +125,7 @@ def check_model(
             the closing evaluation compares.
         adapter: Settings of adapters; None for none.
         trainer: Settings of the Trainer, whose ranks may share packs; None for one rank.
+        task: "causal", or "mlm" for a masked language model.
 
     Raises:
         ValueError: if the model cannot be built (see `build_model`) or patched (see `patch_model`),
@@ -122,7 +134,7 @@ def check_model(
     """
     if attention is not None:
         make_spec(attention.name, **attention.options())
-    model = _without_weights(config, adapter, LARGE_VOCABULARY)
+    model = _without_weights(config, adapter, LARGE_VOCABULARY, task)
     for option, tokens in (lengths or {}).items():
         require_positions(
             model, tokens, option, "Shorten it, or choose a model with more positions."
@@ -142,13 +154,15 @@ def check_model(
         add_adapter(model, adapter)
 
 
-def _without_weights(config: ModelConfig, adapter: AdapterConfig | None, vocab_size: int) -> Any:
+def _without_weights(
+    config: ModelConfig, adapter: AdapterConfig | None, vocab_size: int, task: str = "causal"
+) -> Any:
     """Returns the model of `build_model` on device meta, before adapters are added."""
     with torch.device("meta"):
         if isinstance(config, ScratchModelConfig):
-            return _from_scratch(config, vocab_size)
+            return _from_scratch(config, vocab_size, task=task)
         if isinstance(config, PretrainedModelConfig):
-            model = load_architecture(config)
+            model = load_architecture(config, task=task)
             require_trainable_weights(model.config, adapter is not None)
             return model
     raise _no_model_config(config)
@@ -198,10 +212,13 @@ def _no_model_config(config: Any) -> ValueError:
 
 
 def _from_scratch(
-    config: ScratchModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32
+    config: ScratchModelConfig,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    task: str = "causal",
 ) -> Any:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     from lctrain.models.differential_configs import differential_config
     from lctrain.models.registration import register_families
@@ -221,16 +238,29 @@ def _from_scratch(
     if config.differential == 2:
         register_families()
         model_config = differential_config(model_config)
-    return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    try:
+        return auto_class(task).from_config(model_config, dtype=dtype)
+    except AssertionError as error:  # torch's, of a padding token outside of the vocabulary
+        raise ValueError(
+            f"model.config must fit a vocabulary of {settings['vocab_size']}: {error}. Set "
+            "model.config.pad_token_id=null."
+        ) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"model.model_type must be a family that can be trained with task={task}, got "
+            f"{config.model_type}. Choose for example {'modernbert' if task == 'mlm' else 'llama'}."
+        ) from error
 
 
 def model_factory(
-    config: ModelConfig, adapter: AdapterConfig | None = None
+    config: ModelConfig, adapter: AdapterConfig | None = None, task: str = "causal"
 ) -> Callable[[pl.LightningDataModule], nn.Module]:
     """Returns the function by which LongContextModule builds its model from the data module."""
 
     def build(datamodule: pl.LightningDataModule) -> nn.Module:
-        return build_model(config, datamodule.vocab_size, adapter)
+        return build_model(config, datamodule.vocab_size, adapter, task)
 
     return build
 

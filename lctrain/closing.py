@@ -19,6 +19,7 @@ from lctrain.eval import (
     begin_tokens,
     compare_methods,
     longest_documents,
+    masked_perplexity_by_length,
     passkey_retrieval,
     perplexity_by_length,
     trained_window,
@@ -96,15 +97,20 @@ def measure_as_trained(
     module: LongContextModule,
     output_dir: Path,
 ) -> Closing:
-    """Measures perplexity by context length, with the attention that training used."""
-    table = perplexity_by_length(
-        module.model,
-        documents,
-        config.lengths,
-        max_tokens=config.forward_tokens(),
-        begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
-        progress=_shows_progress(trainer),
-    )
+    """Measures perplexity by context length, with the attention that training used.
+
+    For a masked language model it is the perplexity of masked tokens.
+    """
+    shared: dict[str, Any] = {
+        "max_tokens": config.forward_tokens(),
+        "progress": _shows_progress(trainer),
+    }
+    read = module.model, documents, config.lengths
+    if module.task == "mlm":
+        table = masked_perplexity_by_length(*read, trainer.datamodule.masking, **shared)
+    else:
+        begin = begin_tokens(trainer.datamodule.tokenizer, config.begin_token)
+        table = perplexity_by_length(*read, begin=begin, **shared)
     files = _save(table, output_dir / "perplexity", trainer)
     for logger in trainer.loggers if Topology.of(trainer).is_first else ():
         log_evaluation(logger, table.as_dicts(), files["png"])

@@ -213,6 +213,7 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
         "data.packing_window",
         "data.balance_window",
         "data.passkey_fraction",
+        "data.mask_fraction",
         "data.num_workers",
         "data.seed",
         "model.dtype",  # the option dtype

@@ -16,6 +16,7 @@ from lctrain.pluralize import pluralize
 
 MIN_TOKENS = 2
 """Number of tokens in the shortest row, document and context; a single token has no target."""
+TASKS = ("causal", "mlm")  # what a model is trained to predict: the next token, or masked ones
 OVERLONG = ("split", "truncate", "drop")
 MODEL_SIZES = (
     "vocab_size",

@@ -37,7 +37,7 @@ def model_card(
     """Returns the text of the model card, for README.md.
 
     Args:
-        model: Trained causal LM of transformers.
+        model: Trained language model of transformers, causal or masked.
         spec: Attention used in training; None for that of transformers.
         trained_length: Length of the longest document in training, in tokens; None if unknown.
         version: Version of the model's differential attention; None if it has none.
@@ -46,7 +46,9 @@ def model_card(
     config = model.config
     base = getattr(config, "_name_or_path", "")
     library = "peft" if adapters else "transformers"
-    header = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lctrain]"]
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    tag = "fill-mask" if masked else "text-generation"
+    header = [f"library_name: {library}", f"pipeline_tag: {tag}", "tags: [lctrain]"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
         header.append(f"base_model: {base}")
     facts = [
@@ -60,6 +62,8 @@ def model_card(
     if trained_length is not None:
         facts.append(f"longest document in training: {trained_length:,} tokens")
     load = _LOAD.format(imports=(_FAMILY if version == 2 else _PLAIN).strip())
+    if masked:
+        load = load.replace("AutoModelForCausalLM", "AutoModelForMaskedLM")
     if adapters:
         load = _LOAD_ADAPTERS if base else _LOAD_ON_BASE
     what = _what_loads(config, spec, trained_length, version)
@@ -67,7 +71,7 @@ def model_card(
         what = [_what_adapters_are(base), *(what if isinstance(spec, DualChunkSpec) else [])]
     parts = [
         "---\n" + "\n".join(header) + "\n---",
-        "# A causal language model trained with lctrain",
+        f"# A {'masked' if masked else 'causal'} language model trained with lctrain",
         "\n".join(f"- {fact}" for fact in facts),
         "## Loading it",
         load,

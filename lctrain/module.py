@@ -25,9 +25,8 @@ from lctrain.distributed.sharding import parameters_on_meta, through_root, whole
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
-from lctrain.loss import causal_lm_loss
-from lctrain.loss.causal_lm import token_losses
 from lctrain.loss.held_out import HeldOutLoss
+from lctrain.loss.task import task_of
 from lctrain.loss.token_window import TokenWindow
 from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
@@ -87,6 +86,7 @@ class LongContextModule(pl.LightningModule):
         seed: Seed of the model's initialisation and of dropout.
         memory: Memory policy: which activations the layers keep, offload or recompute. A
             MemoryConfig, or a mapping of its fields. None leaves the model as it is.
+        task: "causal", or "mlm" for a masked language model on packs of `lctrain.data.MaskTokens`.
 
     Attributes:
         model: The causal LM; None until `configure_model` has built it.
@@ -110,6 +110,7 @@ class LongContextModule(pl.LightningModule):
         attention: AttentionConfig | dict[str, Any] | None = AttentionConfig(),  # noqa: B008
         seed: int = 0,
         memory: MemoryConfig | dict[str, Any] | None = None,
+        task: str = "causal",
     ) -> None:
         super().__init__()
         if not (isinstance(model, (nn.Module, str, Mapping)) or callable(model)):
@@ -126,6 +127,7 @@ class LongContextModule(pl.LightningModule):
         )
         self.memory = None if memory is None else as_dataclass("memory", MemoryConfig, memory)
         self.seed = seed
+        self.task, self._losses = task, task_of(task)
         self.memory_handle: Any = None
         self._has_policy = False  # whether a memory policy was applied
         self.patch_handle: Any = None
@@ -206,7 +208,7 @@ class LongContextModule(pl.LightningModule):
     def _build(self) -> nn.Module:
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if isinstance(self._source, (str, Mapping)):
-            return model_from(self._source, vocab_size_of(datamodule))
+            return model_from(self._source, vocab_size_of(datamodule), self.task)
         model: nn.Module = self._source(datamodule)
         if getattr(datamodule, "trains_tokenizer", False):
             require_own_tokenizer(model)
@@ -256,7 +258,7 @@ class LongContextModule(pl.LightningModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of one micro-batch, 0-dim float32."""
-        loss_sum, _ = through_root(self.trainer, causal_lm_loss, self.model, batch)
+        loss_sum, _ = through_root(self.trainer, self._losses.pack_loss, self.model, batch)
         self._window.add(loss_sum, batch.num_valid_tokens)
         return loss_sum
 
@@ -349,7 +351,7 @@ class LongContextModule(pl.LightningModule):
         positions = (labels != IGNORE_INDEX).nonzero().flatten()
         losses = through_root(
             self._trainer,
-            token_losses,
+            self._losses.losses,
             self.model,
             batch.model_kwargs(),
             positions,
@@ -361,7 +363,7 @@ class LongContextModule(pl.LightningModule):
 
     def _add_held_out(self, batch: PackedBatch, number: int) -> None:
         """Adds the loss of a batch to the sum of a held-out set."""
-        loss_sum, _ = through_root(self.trainer, causal_lm_loss, self.model, batch)
+        loss_sum, _ = through_root(self.trainer, self._losses.pack_loss, self.model, batch)
         self._held_out.add(number, loss_sum, batch.num_valid_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -381,6 +383,7 @@ class LongContextModule(pl.LightningModule):
                 "attention": None if self.attention is None else asdict(self.attention),
                 "seed": self.seed,
                 "memory": None if self.memory is None else asdict(self.memory),
+                "task": self.task,
             }
         checkpoint[STATE_KEY] = {
             "optim": asdict(self.optim),

@@ -21,6 +21,7 @@ NOT_OF_TEXTS = frozenset(
         "packing_window",
         "balance_window",
         "passkey_fraction",
+        "mask_fraction",
         "num_workers",
         "num_proc",
         "seed",

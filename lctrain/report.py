@@ -47,7 +47,8 @@ class RunReport:
         findings: Sentences about the results of the closing evaluation, by name.
         folder: Folder of the run.
         paths: Paths of the written files, by name.
-        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
+        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text;
+            None if it cannot read the model.
     """
 
     steps: int
@@ -66,7 +67,7 @@ class RunReport:
     findings: dict[str, str]
     folder: Path
     paths: dict[str, Path]
-    evaluation_arguments: tuple[str, ...] = ()
+    evaluation_arguments: tuple[str, ...] | None = ()
     held_out_sets: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -89,7 +90,7 @@ class RunReport:
         if "model" in self.paths:
             lines.append(f"model     {shorten(self.paths['model'])}, which transformers can load")
         lines.append(f"details   {shorten(self.folder / 'report.json')} and the files beside it")
-        if "model" in self.paths:
+        if "model" in self.paths and self.evaluation_arguments is not None:
             lines.append(
                 " ".join(
                     (
@@ -117,7 +118,7 @@ def summarize(
     module: LongContextModule,
     closing: Closing,
     folder: Path,
-    evaluation_arguments: Sequence[str] = (),
+    evaluation_arguments: Sequence[str] | None = (),
 ) -> RunReport:
     """Builds the report of a finished run.
 
@@ -126,7 +127,8 @@ def summarize(
         module: Module that has been trained.
         closing: Results of the closing evaluation. Its paths include the exported model.
         folder: Folder of the run.
-        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text.
+        evaluation_arguments: Arguments with which lctrain-eval reads the same held-out text;
+            None if it cannot read the model.
     """
     found = dict(closing.paths)
     speed = None
@@ -158,7 +160,7 @@ def summarize(
         findings=closing.findings,
         folder=folder,
         paths=found,
-        evaluation_arguments=tuple(evaluation_arguments),
+        evaluation_arguments=None if evaluation_arguments is None else tuple(evaluation_arguments),
         held_out_sets={
             name: (losses[0][1], losses[-1][1])
             for name, losses in module.held_out_set_losses.items()

@@ -123,7 +123,13 @@ def check_before_data(config: TrainConfig) -> None:
             lengths["evaluation.passkey_lengths"] = max(config.evaluation.passkey_lengths)
     methods = config.evaluation.methods if config.evaluation.enabled else []
     check_model_builds(
-        config.model, config.attention, lengths, methods, config.adapter, config.trainer
+        config.model,
+        config.attention,
+        lengths,
+        methods,
+        config.adapter,
+        config.trainer,
+        config.task,
     )
 
 
@@ -172,13 +178,14 @@ def _run(
     from lctrain.run.log_file import log_to_file
 
     pl.seed_everything(config.seed, verbose=False)
-    datamodule = build_datamodule(config.data, config.model)
+    datamodule = build_datamodule(config.data, config.model, config.task)
     module = LongContextModule(
-        model_factory(config.model, config.adapter),
+        model_factory(config.model, config.adapter, config.task),
         config.optim,
         config.attention,
         seed=config.seed,
         memory=config.memory,
+        task=config.task,
     )
     loggers = list(instantiate_all("logger", with_run_id(config.logger, folder.id)).values())
     trainer = build_trainer(config.trainer, callbacks, loggers, str(folder.path))
@@ -194,7 +201,8 @@ def _run(
         count_last_step(trainer)
         trainer.validate(module, datamodule, verbose=False)
         found = export_and_evaluate(config, trainer, module, folder.path)
-    report = summarize(trainer, module, found, folder.path, evaluation_arguments(config))
+    arguments = evaluation_arguments(config) if config.task == "causal" else None
+    report = summarize(trainer, module, found, folder.path, arguments)
     if Topology.of(trainer).is_first:
         report.save(folder.path)
         print(report, flush=True)

@@ -37,6 +37,7 @@ class DataOptions(TypedDict, total=False):
     seed: int
     cache_dir: str | os.PathLike[str] | None
     special_tokens: str
+    mask_fraction: float | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class DataSettings:
             $LCTRAIN_CACHE, else $XDG_CACHE_HOME/lctrain, else ~/.cache/lctrain.
         special_tokens: "text" keeps the text of a special token inside a document as text; "token"
             makes it the token, for trusted documents.
+        mask_fraction: Share of the tokens that a masked language model has to predict, in (0, 1).
+            None takes 0.15 with task=mlm, and masks nothing otherwise.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -85,6 +88,7 @@ class DataSettings:
     seed: int = 0
     cache_dir: str | os.PathLike[str] | None = None
     special_tokens: str = "text"
+    mask_fraction: float | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -97,6 +101,7 @@ class DataSettings:
         """
         self._check_rows(prefix)
         self._check_room_for_text(prefix)
+        self._check_masking(prefix)
         least = {
             "packing_window": (1, "Raise it."),
             "num_proc": (
@@ -145,6 +150,21 @@ class DataSettings:
             0 <= self.passkey_fraction < 1,
             f"{prefix}passkey_fraction must be in [0, 1), got {self.passkey_fraction}. It is a "
             "share of the tokens of every training row; 0 adds none.",
+        )
+
+    def _check_masking(self, prefix: str) -> None:
+        """Raises ValueError unless the share of masked tokens is in range and fits the texts."""
+        if self.mask_fraction is None:
+            return
+        require(
+            0 < self.mask_fraction < 1,
+            f"{prefix}mask_fraction must be in (0, 1), got {self.mask_fraction}. BERT masks 0.15 "
+            "of the tokens.",
+        )
+        require(
+            self.passkey_fraction == 0,
+            f"{prefix}passkey_fraction must be 0 with masked tokens, got {self.passkey_fraction}. "
+            "Passkeys teach a causal model.",
         )
 
     def _check_room_for_text(self, prefix: str) -> None:

@@ -15,7 +15,7 @@ from lctrain.config.optim import OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
 from lctrain.config.schema import MISSING
 from lctrain.config.trainer import TrainerConfig
-from lctrain.limits import check_seed, check_warmup, require
+from lctrain.limits import TASKS, check_seed, check_warmup, require
 from lctrain.local_paths import check_run_name
 
 
@@ -25,6 +25,8 @@ class TrainConfig:
 
     Attributes:
         name: Name of the run; part of the name of its folder.
+        task: "causal" trains a model to predict the next token, "mlm" an encoder to predict masked
+            tokens.
         seed: Seed of the initial weights, dropout and the order of the data.
         data: Source of the documents, and how they are packed.
         model: The model to train.
@@ -45,6 +47,7 @@ class TrainConfig:
     """
 
     name: str = "default"
+    task: str = "causal"
     seed: int = 0
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
@@ -79,6 +82,11 @@ class TrainConfig:
             self.show >= 0,
             f"show must be at least 0, got {self.show}. It is a number of documents; 0 trains.",
         )
+        require(
+            self.task in TASKS,
+            f"task must be one of {', '.join(TASKS)}, got {self.task!r}. mlm trains an encoder.",
+        )
+        self._check_masked() if self.task == "mlm" else self._check_causal()
         check_tiles(self.memory, self.trainer.precision)
         require(
             self.trainer.context_parallel == 1 or self.attention is not None,
@@ -104,3 +112,32 @@ class TrainConfig:
             )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")
+
+    def _check_causal(self) -> None:
+        """Raises ValueError if a setting belongs to masked language models only."""
+        require(
+            self.data.mask_fraction is None,
+            f"data.mask_fraction must be null with task=causal, got {self.data.mask_fraction}. Set "
+            "task=mlm to predict masked tokens.",
+        )
+
+    def _check_masked(self) -> None:
+        """Raises ValueError if a setting does not fit masked language models."""
+        passkeys = self.data.passkey_fraction or self.evaluation.passkey_lengths
+        targets = [getattr(c, "_target_", None) or "" for c in self.callbacks.values() if c]
+        wrong = {
+            "adapter must be none": self.adapter is not None,
+            "memory must be none": self.memory.name != "none",
+            "attention must be flash or none": getattr(self.attention, "name", "flash") != "flash",
+            "trainer.strategy must not be fsdp2": self.trainer.strategy == "fsdp2",
+            "evaluation.methods must be empty": bool(self.evaluation.methods),
+            "passkeys must be off": bool(passkeys),
+            "data must not be conversations": hasattr(self.data, "train_on"),
+            "callbacks.length_perplexity must be null": any(
+                target.endswith(".LengthPerplexity") for target in targets
+            ),
+        }
+        for rule, broken in wrong.items():
+            require(
+                not broken, f"{rule} with task=mlm, got another value. Leave it at its default."
+            )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lctrain.data.dataset import pack
     from lctrain.data.documents import TokenizedDocument
     from lctrain.data.hub import HubSource
+    from lctrain.data.masking import MaskedPackCollator, MaskTokens
     from lctrain.data.mix import SourceMix, SourcePart
     from lctrain.data.packages import PackagesSource
     from lctrain.data.packing import PackingPlan, PackingReport
@@ -24,6 +25,8 @@ __all__ = [
     "ChatSource",
     "HubSource",
     "JsonlSource",
+    "MaskTokens",
+    "MaskedPackCollator",
     "PackCollator",
     "PackagesSource",
     "PackedDataModule",
@@ -45,6 +48,8 @@ _HOMES = {
     "ChatSource": "chat.source",
     "HubSource": "hub",
     "JsonlSource": "sources",
+    "MaskTokens": "masking",
+    "MaskedPackCollator": "masking",
     "PackCollator": "collator",
     "PackagesSource": "packages",
     "PackedDataModule": "datamodule",

@@ -23,6 +23,7 @@ from lctrain.data.collator import PackedRows
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import TokenPreparation
 from lctrain.data.loader import Cursor, PackLoader, RowStream
+from lctrain.data.masking import MaskTokens
 from lctrain.data.order import epoch_order, imbalance, micro_batches
 from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, combine_reports, document_limit
@@ -233,8 +234,7 @@ class PackedDataModule(LightningDataModule):
             self._position,
             self._cursor,
             num_workers=self.options.num_workers,
-            pin_memory=self.pin_memory,
-            collate_fn=self._share,
+            **self._batch_options(),
         )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -256,8 +256,7 @@ class PackedDataModule(LightningDataModule):
             self._position,
             self._cursor,
             num_workers=min(1, self.options.num_workers),  # each one would read the whole stream
-            pin_memory=self.pin_memory,
-            collate_fn=self._share,
+            **self._batch_options(),
         )
 
     def val_dataloader(self) -> PackLoader | list[Any]:
@@ -282,9 +281,19 @@ class PackedDataModule(LightningDataModule):
             steps,
             lambda: 0,
             num_workers=self.options.num_workers,
-            pin_memory=self.pin_memory,
-            collate_fn=self._share,
+            **self._batch_options(),
         )
+
+    def _batch_options(self) -> dict[str, Any]:
+        return {"pin_memory": self.pin_memory, "collate_fn": self._share, "mask": self.masking}
+
+    @property
+    def masking(self) -> MaskTokens | None:
+        """The choice of masked tokens; None without mask_fraction. Available after `setup()`."""
+        fraction = self.options.mask_fraction
+        if fraction is None:
+            return None
+        return MaskTokens.of(self.tokenizer, fraction, self.options.seed)
 
     def held_out_documents(self) -> list[TokenizedDocument]:
         """Returns the whole held-out documents of all sets, before packing cuts them."""

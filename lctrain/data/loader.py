@@ -110,6 +110,7 @@ class PackLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         collate_fn: Callable[[Any], Any] | None = None,
+        mask: Callable[[PackedBatch, int], PackedBatch] | None = None,
     ) -> None:
         """Wraps a dataset.
 
@@ -123,7 +124,10 @@ class PackLoader:
             num_workers: Number of worker processes; 0 loads in this process.
             pin_memory: Whether to copy batches to pinned memory.
             collate_fn: Function that changes every item before it is pinned; None for none.
+            mask: Function from a batch and the number of its epoch to the batch with masked
+                tokens; None masks nothing.
         """
+        self._mask, self._pin_memory = mask, pin_memory
         self._cursor = Cursor() if cursor is None else cursor
         self._stream = stream
         self._steps = steps
@@ -149,7 +153,7 @@ class PackLoader:
         first = self._position()
         for number in range(first, first + self._steps):
             self._cursor.batches = number + 1
-            yield self._batch(number)
+            yield self._masked(self._batch(number), number // self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns an empty state, since the data module saves the position.
@@ -160,6 +164,12 @@ class PackLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Does nothing: the data module restores the position."""
+
+    def _masked(self, batch: PackedBatch, epoch: int) -> PackedBatch:
+        if self._mask is None:
+            return batch
+        masked = self._mask(batch, epoch)
+        return masked.pin_memory() if self._pin_memory else masked
 
     def _batch(self, number: int) -> PackedBatch:
         if self._iterator is None or self._iterator_at != number:

@@ -18,7 +18,7 @@ from lctrain.data.mixed_rows import MixedPart, mix_rows
 from lctrain.data.prepare import Preparation, cache_errors, prepare_sets
 from lctrain.data.prepared import PreparedData
 from lctrain.data.sources import Source
-from lctrain.data.tokenizer import fingerprint_tokenizer, train_tokenizer
+from lctrain.data.tokenizer import fingerprint_tokenizer, train_mask_tokenizer, train_tokenizer
 from lctrain.limits import check_passkey_source, require
 from lctrain.local_paths import cache_folder
 
@@ -92,7 +92,9 @@ class MixPreparation:
         tokenizer = self.given_tokenizer()
         if tokenizer is None:
             joined = join_documents(list(train.values()))
-            tokenizer = train_tokenizer(joined, self.settings.vocab_size, self.cache_dir)
+            masks = self.settings.mask_fraction is not None
+            make = train_mask_tokenizer if masks else train_tokenizer
+            tokenizer = make(joined, self.settings.vocab_size, self.cache_dir)
         parts, dates = [], []
         for part in self.source.parts:
             name = str(part.name)
@@ -158,6 +160,7 @@ class MixPreparation:
             "max_document_tokens": self.settings.max_document_tokens,
             "packing_window": self.settings.packing_window,
             "special_tokens": self.settings.special_tokens,
+            "mask_fraction": self.settings.mask_fraction,
         }
 
 

@@ -38,6 +38,7 @@ from lctrain.data.tokenizer import (
     DamagedTokenizerError,
     fingerprint_tokenizer,
     load_tokenizer,
+    train_mask_tokenizer,
     train_tokenizer,
 )
 from lctrain.data.tokenizing import tokenize
@@ -94,7 +95,9 @@ class Preparation:
         tokenizer = self.given_tokenizer()
         train, held_out = self.documents()
         if tokenizer is None:
-            tokenizer = train_tokenizer(train, self.settings.vocab_size, self.cache_dir)
+            masks = self.settings.mask_fraction is not None
+            make = train_mask_tokenizer if masks else train_tokenizer
+            tokenizer = make(train, self.settings.vocab_size, self.cache_dir)
         written_date = self.check_tokenizer(tokenizer)
         train_rows = self.pack(train, tokenizer, self.settings.passkey_fraction)
         if len(train_rows) == 0:
@@ -116,6 +119,8 @@ class Preparation:
             settings["max_document_tokens"] = self.settings.max_document_tokens
         if self.settings.special_tokens != "text":
             settings["special_tokens"] = self.settings.special_tokens
+        if self.settings.mask_fraction is not None:
+            settings["mask_fraction"] = self.settings.mask_fraction
         if self.settings.passkey_fraction:
             settings["passkey_fraction"] = self.settings.passkey_fraction
         if isinstance(self.source, ChatSource):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lctrain.data.documents import Documents
 
 END_TOKEN = "<|endoftext|>"
+MASK_TOKEN = "<|mask|>"
 _SMALLEST_VOCABULARY = 257  # all bytes and the end token
 _PART = 2**20  # characters
 _PROBES = 16  # tokens that are tried as a text
@@ -133,6 +134,29 @@ def train_tokenizer(
         if type(error) is Exception:  # what the tokenizers library raises
             raise DamagedTokenizerError(str(error)) from error
         raise
+
+
+def train_mask_tokenizer(
+    documents: Documents, vocab_size: int, cache_dir: Path
+) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of `train_tokenizer` with a mask token, which is its last token.
+
+    Args:
+        documents: The training split.
+        vocab_size: Size of the vocabulary, the mask token included.
+        cache_dir: Cache folder.
+
+    Raises:
+        ValueError: if vocab_size is below 258: the 256 bytes, the end token and the mask token.
+    """
+    if vocab_size <= _SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size must be at least {_SMALLEST_VOCABULARY + 1}, got {vocab_size}. All 256 "
+            "bytes, the end token and the mask token need a place."
+        )
+    tokenizer = train_tokenizer(documents, vocab_size - 1, cache_dir)
+    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    return tokenizer
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

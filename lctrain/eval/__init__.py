@@ -3,6 +3,7 @@
 from lctrain.eval.begin import BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison, compare_methods
 from lctrain.eval.extension import Extension, trained_window
+from lctrain.eval.masked import masked_perplexity_by_length
 from lctrain.eval.perplexity import longest_documents, perplexity_by_length
 from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.ratio import token_mean
@@ -29,6 +30,7 @@ __all__ = [
     "compare_methods",
     "cut_windows",
     "longest_documents",
+    "masked_perplexity_by_length",
     "passkey_retrieval",
     "perplexity_by_length",
     "plot_perplexity",

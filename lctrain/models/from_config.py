@@ -8,25 +8,30 @@ from typing import Any
 import torch
 
 from lctrain.config import PretrainedModelConfig
-from lctrain.models.pretrained import load_pretrained
+from lctrain.models.pretrained import auto_class, load_pretrained
 
 
-def model_from(description: str | Mapping[str, Any], vocab_size: int | None = None) -> Any:
-    """Builds a transformers causal LM in float32.
+def model_from(
+    description: str | Mapping[str, Any], vocab_size: int | None = None, task: str = "causal"
+) -> Any:
+    """Builds a transformers language model in float32.
 
     Args:
         description: Name or path of a pretrained model; or a configuration, a mapping with
             `model_type`, for a model with random weights.
         vocab_size: Vocabulary size for a configuration without `vocab_size`; None takes the default
             of the model's family.
+        task: "causal", or "mlm" for a masked language model.
 
     Raises:
         ValueError: if the model, its family or an argument of the configuration does not exist.
     """
     if isinstance(description, str):
-        return load_pretrained(PretrainedModelConfig(name_or_path=description), "float32")
+        return load_pretrained(
+            PretrainedModelConfig(name_or_path=description), "float32", task=task
+        )
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     from lctrain.models.registration import register_families
 
@@ -45,7 +50,7 @@ def model_from(description: str | Mapping[str, Any], vocab_size: int | None = No
         config = config_class(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"model must fit {config_class.__name__}: {error}") from error
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return auto_class(task).from_config(config, dtype=torch.float32)
 
 
 def describe(model: Any) -> dict[str, Any] | None:

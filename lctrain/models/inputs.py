@@ -164,7 +164,7 @@ class InputHook:
 
     def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
         """Returns the boundaries of the inputs' documents; see `read_boundaries`."""
-        mask, rows = inputs.get("attention_mask"), tuple(tokens.shape[:2])
+        mask, rows = inputs.get("attention_mask"), (tokens.shape[0], tokens.shape[1])
         if (shared := read_share(inputs, tokens, read_boundaries)) is not None:
             return shared
         if self.unpads and isinstance(mask, Tensor) and tuple(mask.shape) == rows:

@@ -17,26 +17,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_pretrained(
-    config: PretrainedModelConfig, dtype: str = "auto", quantization: Any = None
+    config: PretrainedModelConfig,
+    dtype: str = "auto",
+    quantization: Any = None,
+    task: str = "causal",
 ) -> Any:
-    """Loads a causal LM in evaluation mode, straight to torch's default device.
+    """Loads a language model in evaluation mode, straight to torch's default device.
 
     Args:
         config: Config of the pretrained model.
         dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
         quantization: Quantization config of transformers; None loads the weights as they are.
+        task: "causal", or "mlm" for a masked language model.
 
     Raises:
         ValueError: if the model does not exist, is damaged or no causal LM, lacks a weight, or the
             dtype is unknown.
     """
-    from transformers import AutoModelForCausalLM
-
     check_dtype(dtype)
     if has_parameters_on_meta():
-        return load_architecture(config, dtype).eval()
+        return load_architecture(config, dtype, task).eval()
     with _naming(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(task).from_pretrained(
             config.name_or_path,
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
@@ -54,17 +56,20 @@ def load_pretrained(
     return model.eval()
 
 
-def load_architecture(config: PretrainedModelConfig, dtype: str = "auto") -> Any:
+def load_architecture(
+    config: PretrainedModelConfig, dtype: str = "auto", task: str = "causal"
+) -> Any:
     """Builds the model of `load_pretrained` with random weights, on the current default device.
 
     Args:
         config: Config of the pretrained model.
         dtype: Dtype of the weights, as in `load_pretrained`.
+        task: "causal", or "mlm" for a masked language model.
 
     Raises:
         ValueError: if the model does not exist, or is no causal LM.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _naming(config):
         architecture = AutoConfig.from_pretrained(
@@ -72,11 +77,18 @@ def load_architecture(config: PretrainedModelConfig, dtype: str = "auto") -> Any
             revision=config.revision or "main",
             trust_remote_code=config.trust_remote_code,
         )
-        return AutoModelForCausalLM.from_config(
+        return auto_class(task).from_config(
             architecture,
             trust_remote_code=config.trust_remote_code,
             **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)}),
         )
+
+
+def auto_class(task: str) -> Any:
+    """Returns the Auto class of transformers that builds the models of a task."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if task == "mlm" else AutoModelForCausalLM
 
 
 def check_dtype(dtype: str) -> None:

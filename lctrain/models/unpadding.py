@@ -61,7 +61,8 @@ class UnpadSwap:
     def apply(self) -> None:
         """Makes the input hooks remove padding, and registers forward hooks on outputs."""
         for module in self._model.modules():
-            for hook in module._forward_pre_hooks.values():
+            hooks: list[Any] = list(module._forward_pre_hooks.values())
+            for hook in hooks:
                 if hasattr(hook, "unpads") and (is_per_token(module) or hook.pools_rows):
                     hook.unpads = True
                     self._hooks.append(hook)
@@ -257,7 +258,7 @@ def restore_rows(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], outp
     """
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
     padding = None if boundaries is None else boundaries.padding
-    if padding is None or padding.owner != _class_name(model):
+    if boundaries is None or padding is None or padding.owner != _class_name(model):
         return None
     for name, value in list(output.items()):
         if isinstance(value, tuple):
