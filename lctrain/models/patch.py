@@ -130,6 +130,11 @@ class PatchHandle(Unpatchable):
         """The swap that replaced the model's loss; None without `loss=True`."""
         return cast(LossSwap | None, self._swap(LossSwap))
 
+    def add(self, swap: Swap) -> None:
+        """Applies one more change to the model, which `unpatch` undoes first."""
+        self.swaps = (*self.swaps, swap)
+        apply_all([swap])
+
     def unpatch(self) -> None:
         """Restores the model, whose outputs then have the same bits as before the patch.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.models.direct_calls import CallSwap, skips_hooks
 from lctrain.models.patch import PatchHandle, patch_model
 from lctrain.models.swap import Unpatchable
 
@@ -112,6 +113,8 @@ def patch_models(
     try:
         for path, model in found.items():
             patches.handles[path] = patch_model(model, attention, **options)
+            if skips_hooks(module):
+                patches.handles[path].add(CallSwap(model))
     except ValueError as error:
         patches.unpatch()
         if len(found) == 1:
