@@ -15,6 +15,7 @@ from lctrain.distributed.context import ContextShard
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
 from lctrain_kernels.differential.api import diff_attn_pack_func
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
+from lctrain_kernels.options import resolve_seed
 from lctrain_kernels.varlen.api import flash_attn_pack_func
 
 LONG, SHORT = (200, 1, 0, 60, 33), (3,)  # the second pack has tokens for one rank
@@ -189,6 +190,16 @@ def put_together(shard: ContextShard, results: list[Result]) -> Result:
     return Result(rows, trained)
 
 
+def check_seed(shared: SharedPack) -> None:
+    """Checks that all ranks get the seed that the first one draws."""
+    cpu = torch.device("cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(shared.rank)
+        seed = shared_functions.shared_seed({"dropout_p": 0.5}, shared, cpu)
+        torch.manual_seed(0)
+        assert torch.equal(seed, resolve_seed(0.5, None, cpu))
+
+
 def all_shared(heads: int) -> dict[tuple[str, Lengths], tuple[ContextShard, list[Result]]]:
     """Returns the results of all ranks of the default group, by case and pack.
 
@@ -201,6 +212,7 @@ def all_shared(heads: int) -> dict[tuple[str, Lengths], tuple[ContextShard, list
     found = {}
     for lengths in (LONG, SHORT):
         shard = fine_shard(lengths, size, heads)
+        check_seed(SharedPack.of(shard, rank, "cpu", groups))
         for name in CASES:
             results: list[Any] = [None] * size
             dist.all_gather_object(results, share(name, shard, rank, groups, settings))
