@@ -88,11 +88,11 @@ def test_a_head_that_must_compute_its_logits_gives_the_same(models, monkeypatch)
 
 
 def test_a_model_without_its_adapters_is_the_reference(models):
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft")
     patched, plain = models
     batch = PackedBatch.from_groups(PAIRS)
-    adapted = get_peft_model(patched, LoraConfig(r=2, target_modules="all-linear"))
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    adapted = peft.get_peft_model(patched, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
