@@ -62,7 +62,8 @@ CASES = {
     "dropout-keys": Case(4, "keys", {"name": "flash", "dropout": 0.1}),
     "dual_chunk-heads": Case(4, "heads", DUAL_CHUNK | {"window": 24, "dropout": 0.1}),
     "dual_chunk-keys": Case(2, "keys", DUAL_CHUNK | {"window": 24}),
-    "differential-heads": Case(2, "heads", {"name": "differential"}, version=1),
+    # The two pairs of key/value heads make two heads groups, which gather keys from each other.
+    "differential-both": Case(4, "auto", {"name": "differential", "dropout": 0.1}, version=1),
     "differential-keys": Case(4, "keys", {"name": "differential", "dropout": 0.1}, version=2),
 }
 
