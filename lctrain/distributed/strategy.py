@@ -21,6 +21,7 @@ from lctrain.distributed.sharding import ShardRoot, shard_model
 from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.distributed.topology import Topology
 from lctrain.limits import check_exchange, check_machines, why_refused
+from lctrain.models.low_rank import has_reloaded_base
 from lctrain.models.shared_attention import heads_group
 from lctrain.run.sharded_checkpoint import (
     load_file_into_shards,
@@ -161,8 +162,15 @@ class ShardedStrategy(ModelParallelStrategy):
             model: The model, with its weights on rank 0; see `shard_model`.
 
         Raises:
-            ValueError: if ranks share a pack, and the model's attention cannot be exchanged.
+            ValueError: if the model has adapters of lctrain, or ranks share a pack, and the model's
+                attention cannot be exchanged.
         """
+        if has_reloaded_base(model):
+            raise ValueError(
+                "model must have no adapters of lctrain.models.low_rank.add_adapter with "
+                "ShardedStrategy, whose checkpoints hold all weights, got some. Use 'ddp', "
+                "or add the adapters with peft.get_peft_model."
+            )
         mesh: DeviceMesh = self.device_mesh
         if self.context_parallel > 1:
             self._share_attention(model)

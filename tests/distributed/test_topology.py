@@ -113,6 +113,13 @@ def test_memory_that_shards_do_not_support_is_refused(make_llama, monkeypatch, m
         module.setup("fit")
 
 
+def test_adapters_whose_base_is_not_in_checkpoints_are_refused(make_llama):
+    model = make_llama()
+    model.lctrain_base_is_reloaded = True  # the mark of add_adapter
+    with pytest.raises(ValueError, match=r"must have no adapters of lctrain.*or add the adapters"):
+        ShardedStrategy().shard(model)
+
+
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_other_sharded_strategies_are_refused(name):
     with pytest.raises(ValueError, match=rf"strategy must be ShardedStrategy .*got {name}: "):
