@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.replicas",
+    "trainer.context_parallel",
+    "trainer.context_exchange",
     "trainer.deterministic",
     "attention.backend",
     "attention.deterministic",
