@@ -83,9 +83,7 @@ class HostStore:
 
     def group(self) -> Group:
         """Returns a new Group for the tensors of the layer that runs next in the forward."""
-        group = Group(self, self._last)
-        self._last = weakref.ref(group)
-        return group
+        return Group(self, self._last)
 
     def put(self, x: Tensor, kind: str, group: Group, tokens: int) -> OnHost | OnDevice:
         """Starts to copy an activation to the host.
@@ -191,8 +189,8 @@ class Group:
 
     Args:
         store: The HostStore that holds the activations.
-        previous: Weak reference to the group of the layer before this one; None for the first
-            layer.
+        previous: Weak reference to the group of the last layer before this one that has tensors on
+            the host; None for the first.
     """
 
     def __init__(self, store: HostStore, previous: weakref.ref[Group] | None) -> None:
@@ -203,6 +201,7 @@ class Group:
     def add(self, member: OnHost) -> None:
         """Adds an activation to the group."""
         self._members.append(weakref.ref(member))
+        self.store._last = weakref.ref(self)  # a layer without such tensors is passed over
 
     def fetch(self) -> None:
         """Starts to copy all activations of the group to the GPU, except those already copied."""

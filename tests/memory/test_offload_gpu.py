@@ -76,8 +76,13 @@ def test_the_arena_is_pinned():
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep_inputs": 0}, {"keep_inputs": 0, "host_attention": 2}, {"keep_inputs": 1}],
-    ids=["inputs", "attention", "last-kept"],
+    [
+        {"keep_inputs": 0},
+        {"keep_inputs": 0, "host_attention": 2},
+        {"keep_inputs": 1},
+        {"keep_inputs": 0, "segment_layers": 2, "keep_attention": 1, "host_attention": 1},
+    ],
+    ids=["inputs", "attention", "last-kept", "segment"],
 )
 def test_gradients_are_those_of_plain_checkpointing(options):
     model = make_model("llama", hidden_size=256, head_dim=64).to("cuda", torch.bfloat16).train()

@@ -62,6 +62,17 @@ def test_the_layer_before_is_fetched_while_a_layer_computes():
     assert [one._fetched is not None for one in kept] == [False, True, False]
 
 
+def test_layers_without_tensors_on_the_host_are_passed_over_by_the_prefetch():
+    """In a segment only the first layer has its input on the host."""
+    store = HostStore({"input": 2})
+    first = store.put(torch.ones(4), "input", store.group(), tokens=4)
+    for _ in range(2):
+        store.group()
+    last = store.put(torch.ones(4), "input", store.group(), tokens=4)
+    last.get()
+    assert first._fetched is not None
+
+
 def test_a_layer_s_tensors_are_copied_once():
     store = HostStore({"input": 1, "attention": 1})
     group = store.group()
