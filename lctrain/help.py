@@ -84,7 +84,10 @@ def describe(command: Interface, overrides: Sequence[str]) -> str:
 
 
 def pasteable(command: Interface, overrides: Sequence[str]) -> str:
-    """Returns the composed configuration as a YAML file that composes to the same configuration.
+    """Returns the composed configuration as the text of a YAML file, the output of `--cfg job`.
+
+    Saved as my.yaml and run with `--config-dir . --config-name my`, it composes to the same
+    configuration.
 
     Args:
         command: Interface of the command.

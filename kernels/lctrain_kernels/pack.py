@@ -34,8 +34,8 @@ class PackTensors(NamedTuple):
         k_tiles: Tiles of keys, [m, 2] int32, as in TileSchedule; None builds them on the device.
         document_ids: Ids of the documents for the dropout RNG, [N] int32; None takes a document's
             index in the pack.
-        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32;
-            None takes 0.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, for the dropout mask; None takes 0: the rank holds whole documents.
     """
 
     cu_seqlens_q: Tensor
@@ -101,9 +101,10 @@ class Pack(NamedTuple):
         max_seqlen_k: Largest number of keys in a document.
         document_ids: Ids of the documents for the dropout RNG, [N] int32; None takes a document's
             index in the pack.
-        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32,
-            multiples of 16; None takes 0. A rank that holds queries from position a of a document
-            passes a: its dropout mask is then that of the whole document.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, multiples of 16. A rank that holds the queries from position a on passes a: its
+            dropout mask then equals that part of the whole document's. None takes 0: the rank holds
+            whole documents.
         schedule: Tile schedule of the documents; None builds it on the device, once per pair of
             boundary tensors.
     """
@@ -187,8 +188,8 @@ def checked_pack(
         max_seqlen_q: Longest query length, a Python int.
         max_seqlen_k: Longest key length, a Python int.
         document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
-        query_offsets: Positions of the documents' first queries for the dropout RNG, [N] int32,
-            multiples of 16; or None. See Pack.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, multiples of 16; or None. See Pack.
         schedule: Schedule that make_schedule returned, or None.
         names: Argument names for error messages: boundaries of queries and keys, then longest
             lengths of queries and keys.

@@ -11,15 +11,17 @@ KERNELS = 40  # number of kernels that a profile lists
 
 
 def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Profiles a step that has run before, on a GPU.
+    """Profiles two consecutive runs of a step on a GPU. The step has run before.
 
     Args:
         step: Function that runs the step.
-        device: A GPU; on a CPU the profile is empty.
+        device: A GPU. On a CPU idle_share is None, and kernels is empty.
 
     Returns:
-        idle_share: share of the time between the first and the last kernel without any kernel;
-        kernels: name, milliseconds and calls of the longest kernels together.
+        idle_share: Share of the time, from the first kernel's start to the last kernel's end, in
+            which no kernel runs.
+        kernels: The KERNELS kernels with the most total time, each with its name, milliseconds per
+            step and calls per step.
     """
     if device.type != "cuda":
         return {"idle_share": None, "kernels": []}
@@ -41,11 +43,11 @@ def profile_step(step: Callable[[], object], device: torch.device) -> dict[str, 
 
 
 def summarize(spans: Iterable[tuple[str, float, float]], steps: int = 1) -> dict[str, Any]:
-    """Summarizes the kernel times of a profile.
+    """Summarizes the kernel times of a profile; the result is that of `profile_step`.
 
     Args:
-        spans: Name, begin and end of every kernel, in microseconds.
-        steps: Number of steps that the spans belong to.
+        spans: Name, begin and end of every kernel launch, in microseconds.
+        steps: Number of steps in which these kernels ran.
     """
     ordered = sorted(spans, key=lambda span: span[1])
     busy, end = 0.0, float("-inf")

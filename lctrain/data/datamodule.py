@@ -260,7 +260,9 @@ class PackedDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> PackLoader | list[Any]:
-        """Returns the loader of this rank's held-out rows; a list for several sets, or none.
+        """Returns the loader of this rank's held-out rows.
+
+        With several held-out sets it returns a list of loaders; without any, an empty list.
 
         The rows keep their order, and every rank has the same number of steps. If no row is left
         for a rank in the last step, it reads the first row without targets, so that sums over

@@ -53,8 +53,9 @@ class TokenPreparation:
 
     Attributes:
         dataset: Documents of token ids, or rows that `lctrain.data.pack` returned.
-        held_out: Documents or rows to hold out, in the same form as `dataset`. None holds out a
-            part of the documents in `dataset`, and none of its rows.
+        held_out: Documents or rows to hold out, in the same form as `dataset`. With None, the share
+            settings.held_out_fraction of the documents in `dataset` is held out; if `dataset` is
+            rows, nothing is.
         held_out_sets: Documents or rows of further held-out sets, by name.
         tokenizer: Tokenizer that made the token ids, or its name; None if it is unknown.
         settings: Settings of the data module. passkey_fraction and special_tokens must keep their

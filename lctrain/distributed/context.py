@@ -209,12 +209,15 @@ def _chunks(lengths: tuple[int, ...], groups: int) -> tuple[tuple[Chunk, ...], .
 
 
 def choose_heads(exchange: str, size: int, key_heads: int, on_machine: int) -> int:
-    """Returns the number of ranks in a heads group.
+    """Returns how many ranks form a heads group.
+
+    The ranks of a heads group exchange heads; heads groups gather keys from each other.
 
     Args:
-        exchange: "heads" puts all ranks into one heads group; "keys" makes each rank a group.
-            "auto" makes groups as large as possible within a machine: exchanging heads moves fewer
-            bytes, and machines gather keys from each other.
+        exchange: "heads" puts all ranks into one heads group; "keys" makes each rank a heads group.
+            "auto" takes the largest size that divides the number of ranks, of key/value heads and
+            of ranks on a machine. Heads, which are fewer bytes, are then exchanged within a
+            machine, and keys are gathered between heads groups.
         size: Number of ranks of the context group.
         key_heads: Greatest common divisor, over all layers, of the number of key/value heads that
             the attention function gets. In version 1 of differential attention these are pairs of

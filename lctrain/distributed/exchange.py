@@ -18,23 +18,29 @@ def exchange(
 ) -> Tensor:
     """Computes attention for this rank's tokens, with keys and heads from other ranks.
 
-    Within a heads group (see `ContextShard`), ranks exchange heads (Ulysses): one all-to-all per
-    tensor and one of the output, and as many in the backward. Between heads groups, ranks gather
-    keys: one all-gather per tensor of keys, and one reduce-scatter of its gradient, in float32 or
-    more.
+    Heads groups are described in `ContextShard`; `heads` is the number of ranks in one.
 
-    With exchanged heads, results have the same bits as on one rank. With gathered keys, so do the
-    output and the gradients of queries; the gradients of keys are sums over heads groups, which
-    adds one rounding.
+    - Within a heads group, ranks exchange heads (Ulysses): one all-to-all for each tensor and one
+      for the output, and as many in the backward.
+    - Between heads groups, ranks gather keys: one all-gather for each tensor of keys, and one
+      reduce-scatter of its gradient, in float32 or more.
 
-    For the backward, the attention saves as many queries as this rank has, and as many keys, unless
-    keys are gathered. With gathered keys, it saves [Tk, Hk / heads, D], where Tk counts the keys
-    that this rank's queries need, up to all keys of the pack. Activation checkpointing frees them
-    after each layer.
+    Rounding: if ranks only exchange heads, all results are bit-equal to those of one rank. If ranks
+    gather keys, the output and the gradients of queries are, too. The gradients of keys are then
+    sums over heads groups, which round once more.
+
+    Memory: for the backward the attention saves
+
+    - queries [tokens of the heads group, H / heads, D], as many elements as this rank's own;
+    - keys of the same number of tokens; or, if ranks gather keys, [Tk, Hk / heads, D], where Tk
+      counts the keys that queries of the heads group see.
+
+    Activation checkpointing frees both after each layer.
 
     Args:
-        attention: Function from the tensors of queries and keys, on the documents of `shared.pack`
-            and a part of the heads, to the output [tokens of the heads group, H / heads, Dv].
+        attention: Called as attention(*queries, *keys). The tensors belong to the documents of
+            `shared.pack`, with 1 / heads of their heads. It returns [tokens of the heads group,
+            H / heads, Dv].
         queries: Tensors [tokens of this rank, H, D]. H may differ between tensors.
         keys: Tensors [tokens of this rank, Hk, D]. A tensor that occurs twice is exchanged once.
         shared: The shared pack, as this rank sees it.

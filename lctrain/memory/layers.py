@@ -175,7 +175,11 @@ class LayerCheckpoints:
         return self.store.put(x, INPUT, group, x.shape[:-1].numel())
 
     def _require_operators(self) -> None:
-        """Raises ValueError if the model's attention is not lctrain's, which alone can be kept."""
+        """Raises ValueError unless the model uses lctrain's attention.
+
+        No other attention's outputs can be kept for the backward. A model that passed once is not
+        checked again.
+        """
         if not any(map(is_patched, self._model.modules())):
             raise ValueError(
                 "memory must recompute the attention of a model that is not patched, got "

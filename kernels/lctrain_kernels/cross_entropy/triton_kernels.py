@@ -75,7 +75,8 @@ def _statistics(
 ):
     """Returns the maximum, the sum of exp(z - maximum) and the sum of the logits z of one row.
 
-    If no logit is finite, maximum and sum of exponentials are 0.
+    The logits z are those that `_logits` computes. If no logit is finite, the maximum and the sum
+    of exponentials are 0. Without HAS_SMOOTHING the third result is 0.
 
     Args:
         base: Pointer to the row.
@@ -127,27 +128,31 @@ def _write_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
 ):
-    """Overwrites one row of logits with its gradient.
+    """Overwrites one row of matrix products x with the gradient of x.
 
-    The gradient of logit z is on_p * exp(z - top) - on_all, less on_target at the label, times the
-    derivative of the softcap.
+    A logit is z = softcap * tanh(y / softcap) with y = scale * (x + bias), or z = y without a
+    softcap. The gradient of x is
+
+        (on_p * exp(z - top) - on_all - (on_target at the label, else 0)) * dz / dy
+
+    dy / dx = scale is not applied: on_p, on_all and on_target contain it already.
 
     Args:
         base: Pointer to the row.
         width: Number of elements of the row that may be written, its stride.
-        num_words: Number of logits in the row.
+        num_words: Number of logits in the row. The elements after them become 0.
         bias_ptr: Bias [V], or None.
         softcap: Softcap of the logits.
         scale: Factor of the logits.
-        top: Maximum of the row's logits.
-        target: Index of the label in the row.
-        on_p: Factor of exp(z - top).
-        on_target: Number to subtract at the label.
-        on_all: Number to subtract from all entries, for label smoothing.
+        top: Maximum of the row's logits z.
+        target: Index of the label in the row. An index outside the row marks no element.
+        on_p: Factor of exp(z - top), times scale.
+        on_target: Number to subtract at the label, times scale.
+        on_all: Number to subtract from all elements for label smoothing, times scale.
         BLOCK: Number of logits that are loaded at a time.
         STAGES: Depth of the load pipeline.
         HAS_SOFTCAP: Whether the softcap is applied.
-        HAS_SMOOTHING: Whether on_all is subtracted.
+        HAS_SMOOTHING: Whether on_all is subtracted; if not, on_all is not read.
     """
     LANES: tl.constexpr = BLOCK // GROUP
     offsets = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -193,17 +198,44 @@ def row_pass_kernel(
     READS_STATISTICS: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr,
 ):
-    """Computes the statistics of the rows of a chunk, or their gradients, or both.
+    """Computes the statistics of the C rows of a chunk of logits, or their gradients, or both.
 
     Grid: any number of programs; each loops over rows. With few programs a row stays in the L2
     cache until its second reading.
 
-    - logits [C, V]: results of the matrix product, overwritten by the gradient. All columns up to
-      the row stride may be written.
-    - bias [V]; labels [C] int64.
-    - statistics [4, C] float32: maximum, sum of exp(z - maximum), logit z of the label, sum of z.
-    - token_grad [C] float32: gradient of each token's loss, 1 if not passed.
-    - lse_grad [C] float32: gradient of each token's logsumexp.
+    With lse = log(sum of exp(z)), a row's loss is
+
+        (1 - smoothing) * (lse - z[label]) + smoothing * (lse - mean of z) + z_loss * lse^2
+
+    A row with the label ignore_index gets zeros.
+
+    Args:
+        pointers: Pointers to the tensors:
+
+            - logits [C, V]: results of the matrix product, which the gradient overwrites. All
+              columns up to the row stride may be written.
+            - bias [V]; labels [C] int64.
+            - statistics [4, C] float32: maximum of the logits z, sum of exp(z - maximum), logit z
+              of the label, sum of z.
+            - token_grad [C] float32: gradient of each token's loss; None is 1.
+            - lse_grad [C] float32: gradient of each token's lse, which is added; None is 0.
+        stride_logits: Elements from one row of logits to the next.
+        stride_statistics: Elements from one row of statistics to the next.
+        num_rows: Number of rows C.
+        num_words: Number of logits V in a row: this rank's part of the vocabulary.
+        first_word: Index in the vocabulary of the row's first logit.
+        ignore_index: Label of rows without a loss.
+        softcap: Softcap of the logits.
+        scale: Factor of the logits.
+        smoothing: Label smoothing.
+        uniform: smoothing / size of the whole vocabulary.
+        z_loss: Factor of lse^2.
+        BLOCK: Number of logits that are loaded at a time.
+        STAGES: Depth of the load pipeline.
+        HAS_SOFTCAP: Whether the softcap is applied.
+        HAS_SMOOTHING: Whether there is label smoothing.
+        READS_STATISTICS: Whether the statistics are read, instead of computed and written.
+        WRITES_GRADIENT: Whether the gradient overwrites the logits.
     """
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)

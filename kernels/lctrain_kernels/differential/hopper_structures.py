@@ -26,8 +26,8 @@ class BranchPointers(NamedTuple):
         lse2: Log-sum-exp of branch 2, [H, T] float32; written.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
-        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
-            None.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, for the dropout mask; None takes 0: the rank holds whole documents.
     """
 
     lam: Any

@@ -171,9 +171,10 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of the inputs by name: q1, q2, k1, k2, v and lam.
+    """Turns the kernels' results into the gradients of the inputs q1, q2, k1, k2, v and lam.
 
-    If both branches read k1, its gradient is the sum of both branches', and k2's is None.
+    It transposes lam's gradient, [H, T] -> [T, H]. If both branches read k1, the kernels have added
+    both gradients into k1's, and k2's becomes None. The other gradients stay as they are.
     """
     dk2 = None if operands.k2 is None else gradients["k2"]
     return {**gradients, "k2": dk2, "lam": gradients["lam"].t()}

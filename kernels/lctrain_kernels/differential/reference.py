@@ -70,7 +70,7 @@ def dense_differential(
         dropout_p: Probability of dropping a weight of a branch after its softmax.
         dropout_seed: Seed of the dropout masks.
         document_id: Id of the document for the dropout RNG.
-        first_query: Position of the first query for the dropout RNG.
+        first_query: Position within the document of the first row of queries, for the dropout mask.
         first_head: Index of the first head for the dropout RNG.
 
     Returns:
@@ -120,7 +120,8 @@ def differential_forward(
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
             index in the pack.
-        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
+        query_offsets: Position within its document of the first query that is passed, [N] int32,
+            for the dropout mask; 0 by default.
 
     Returns:
         out, out1 = A1 v and out2 = A2 v [T, H, Dv] in q1's dtype, lse1 and lse2 [H, T] float32

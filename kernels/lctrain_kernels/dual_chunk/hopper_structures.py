@@ -42,8 +42,8 @@ class ForwardPointers(NamedTuple):
         logit_scale: Factor of the logits of each document, [N] float32, or None.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
-        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
-            None.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, for the dropout mask; None takes 0: the rank holds whole documents.
     """
 
     lse: Any

@@ -105,7 +105,7 @@ def dense_dual_chunk_attention(
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
         document_id: Id of the document for the dropout RNG.
-        first_query: Position of the first query for the dropout RNG.
+        first_query: Position within the document of the first row of queries, for the dropout mask.
         first_head: Index of the first query head for the dropout RNG.
 
     Returns:
@@ -277,7 +277,8 @@ def dual_chunk_forward(
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
             index in the pack.
-        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
+        query_offsets: Position within its document of the first query that is passed, [N] int32,
+            for the dropout mask; 0 by default.
 
     Returns:
         out [T, H, D] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural

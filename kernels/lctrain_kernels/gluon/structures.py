@@ -222,7 +222,7 @@ class SeedWords(NamedTuple):
         key_0: Low half of the seed, uint32.
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
-        query_offset: Position of the document's first query for the dropout RNG.
+        query_offset: Position within the document of the first query that this rank holds.
         first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
     """
 
@@ -241,7 +241,7 @@ class DropoutKey(NamedTuple):
         key_1: High half of the seed, uint32.
         document: Document id, uint32.
         head: Index, for the dropout RNG, of the query head of each row; see dropout_head.
-        first: Position, for the dropout RNG, of the tile's first query.
+        first: Position within the document of the tile's first query, which keys its dropout mask.
         local_query: Position of each row's query, relative to `first`.
     """
 
@@ -281,8 +281,8 @@ class ConsumerPointers(NamedTuple):
         factor: Learnable sinks [H] (varlen), factors of the logits [N] (dual chunk), or None.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
-        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
-            None.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, for the dropout mask; None takes 0: the rank holds whole documents.
     """
 
     lse: Any
@@ -346,8 +346,8 @@ class DropoutInputs(NamedTuple):
     Attributes:
         seed: Seed of the dropout mask, [1] int64; None without dropout.
         document_ids: Ids of the documents, [N] int32, an input of the dropout RNG; or None.
-        query_offsets: Position of each document's first query for the dropout RNG, [N] int32; or
-            None.
+        query_offsets: Position within its document of the first query that this rank holds, [N]
+            int32, for the dropout mask; None takes 0: the rank holds whole documents.
         document: Index of the document in the pack.
         threshold: A weight is dropped if its 16 random bits are below this number.
         first_head: Index of the call's first query head for the dropout RNG; None instead of 0.

@@ -17,7 +17,8 @@ def visible_mask(
 ) -> Tensor:
     """Returns a mask [M, N] bool, True where query i sees key j.
 
-    The mask is aligned at the bottom right, as in FlashAttention-2.
+    M is len(rows) if rows are given, else length_q; N is len(columns), else length_k. The mask is
+    aligned at the bottom right, as in FlashAttention-2: the last query sees the last key.
 
     Args:
         length_q: Number of queries of the document.
@@ -72,7 +73,7 @@ def dense_attention(
         dropout_p: Probability of dropping a weight after the softmax.
         dropout_seed: Seed of the dropout mask.
         document_id: Id of the document for the dropout RNG.
-        first_query: Position of the first query for the dropout RNG.
+        first_query: Position within the document of the first row of queries, for the dropout mask.
         first_head: Index of the first query head for the dropout RNG.
 
     Returns:

@@ -268,11 +268,27 @@ def rotary_kernel(
     SHAPE: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Rotates TOKENS tokens of q [T, Hq, D] and, if passed, k [T, Hk, D].
+    """Rotates q [T, Hq, D] and, if passed, k [T, Hk, D]; each program takes TOKENS tokens.
 
-    With norm weights [D] it applies RMSNorm first. q_out and k_out are contiguous. cos and sin are
-    [rows, R or R / 2]. The row of a token is positions [T] if passed, else the token's index modulo
-    the number of rows. Grid: (cdiv(T, TOKENS),).
+    If norm weights [D] are passed, RMSNorm comes first, with the weights plus `offset`. q_out and
+    k_out are contiguous. cos and sin are [num_rows, R] or [num_rows, R / 2], with R rotated
+    columns. A token's row in them is positions[token] if positions [T] are passed, else the token's
+    index modulo num_rows. Grid: (cdiv(T, TOKENS),).
+
+    Args:
+        pointers: Pointers to the tensors above.
+        num_tokens: Number of tokens T.
+        num_rows: Number of rows of cos and sin.
+        strides: Strides of the tensors.
+        eps: Number that RMSNorm adds to the mean square.
+        offset: Number that RMSNorm adds to the weights: 1 for Gemma, else 0.
+        Q_HEADS: Number of query heads Hq.
+        K_HEADS: Number of key heads Hk.
+        BLOCK_Q: Smallest power of two >= Q_HEADS.
+        BLOCK_K: Smallest power of two >= K_HEADS.
+        TOKENS: Number of tokens of a program.
+        SHAPE: The RotaryShape.
+        INVERSE: Whether to rotate by the negative angle, as the backward does.
     """
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     angles = _load_angles(pointers, tokens, num_tokens, num_rows, strides.table, SHAPE)

@@ -43,7 +43,7 @@ _FLOATS = ("scale", "softcap", "keep_scale")
 
 
 def has_dropout(features: str) -> bool:
-    """Returns whether a variant of FEATURES drops attention weights."""
+    """Returns whether kernels compiled with `features`, an entry of FEATURES, have dropout."""
     return features == "all" or "dropout" in features
 
 

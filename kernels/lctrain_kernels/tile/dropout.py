@@ -21,8 +21,8 @@ def load_key(seed_ptr, document_ids_ptr, query_offsets_ptr, document):
     Args:
         seed_ptr: Seed, [1] int64.
         document_ids_ptr: Ids of the documents, [N] int32; None takes the index in the pack.
-        query_offsets_ptr: Position of each document's first query for the RNG, [N] int32; None is
-            0.
+        query_offsets_ptr: Position within its document of the first query that this rank holds,
+            [N] int32; None takes 0.
         document: Index of the document in the pack.
 
     Returns:

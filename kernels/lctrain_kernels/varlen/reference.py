@@ -238,7 +238,8 @@ def varlen_forward(
         dropout_seed: Seed of the dropout mask, one int64 element; required with dropout.
         document_ids: Ids of the documents for the dropout RNG, [N] int32. By default, a document's
             index in the pack.
-        query_offsets: Positions of the first queries for the dropout RNG, [N] int32; 0 by default.
+        query_offsets: Position within its document of the first query that is passed, [N] int32,
+            for the dropout mask; 0 by default.
 
     Returns:
         out [T, H, Dv] in q's dtype, lse [H, T] float32 (float64 for float64 inputs), natural
