@@ -86,6 +86,12 @@ class TrainConfig:
             self.task in TASKS,
             f"task must be one of {', '.join(TASKS)}, got {self.task!r}. mlm trains an encoder.",
         )
+        require(
+            self.trainer.context_parallel == 1 or self.task == "causal",
+            f"trainer.context_parallel must be 1 with task={self.task}, got "
+            f"{self.trainer.context_parallel}: shared packs of encoders are not supported. Leave "
+            "it out.",
+        )
         self._check_masked() if self.task == "mlm" else self._check_causal()
         check_tiles(self.memory, self.trainer.precision)
         require(

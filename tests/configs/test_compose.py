@@ -209,6 +209,13 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
             "attention must be flash, dual_chunk or differential with trainer.context_parallel=2",
         ),
         (
+            [
+                *("trainer.strategy=fsdp2", "trainer.devices=2", "trainer.context_parallel=2"),
+                "task=mlm",
+            ],
+            "trainer.context_parallel must be 1 with task=mlm, got 2",
+        ),
+        (
             ["trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a", "adapter=lora"],
             "adapter must be none with trainer.strategy=fsdp2",
         ),
