@@ -199,7 +199,24 @@ def _tokens_backward(
     needs: list[bool],
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Returns the gradients of the inputs, from those of each token's loss and logsumexp."""
+    """Returns the gradients of the loss operator's inputs.
+
+    They are those of hidden, weight, bias, adapter_hidden and adapter_weight, in this order. An
+    entry that `needs` excludes, or whose input is None, is an empty tensor.
+
+    Args:
+        token_grad: Gradient of each token's loss, [T].
+        lse_grad: Gradient of each token's logsumexp, [T], or None.
+        statistics: Statistics of each row from the forward, [4, T]; see row_pass_kernel.
+        hidden: Hidden states [T, E].
+        weight: Output embedding [V, E].
+        bias: Bias of the logits, [V], or None.
+        adapter_hidden: Hidden states in the rank of an adapter, [T, r], or None.
+        adapter_weight: Weight of that adapter, [V, r], or None.
+        labels: Label of each token, [T] int64.
+        needs: Which gradients to compute.
+        *rest: Fields of LossOptions, in order.
+    """
     options = LossOptions(*rest)
     inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
     grads = _Gradients(inputs, needs, statistics.dtype)

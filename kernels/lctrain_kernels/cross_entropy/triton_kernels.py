@@ -289,9 +289,10 @@ def row_pass_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    """Computes out = x * factor in float32, with one float32 factor.
+    """Computes out = x * factor in float32, and rounds it to out's dtype.
 
-    Grid: (cdiv(numel, BLOCK),).
+    x and out have numel elements and are contiguous; factor is one float32 number in device memory.
+    A program computes BLOCK elements. Grid: (cdiv(numel, BLOCK),).
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel

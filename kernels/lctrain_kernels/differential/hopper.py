@@ -131,7 +131,8 @@ def differential_prepare_kernel(
 ):
     """Computes dlam and the statistics that the backward kernel reads; zeroes the sums of dq.
 
-    With D_b = rowsum(dout * A_b v), stats [4, H, T] float32 holds, per query and head:
+    out = A1 v - lam A2 v, with the attention weights A_b of branch b. With D_b = rowsum(dout * A_b
+    v), stats [4, H, T] float32 holds, per query and head:
 
     - base-2 lse1, +inf for a query that saw no key;
     - base-2 lse2 - log2 |lam|, with which the exponential for p2 gives |lam| p2;
@@ -140,6 +141,19 @@ def differential_prepare_kernel(
 
     |lam| is at least 2^-60 here. dlam = -D2 is [H, T] float32. Grid: (blocks of ROWS tokens,
     heads).
+
+    Args:
+        pointers: Pointers to the tensors, a PreparePointers.
+        strides: Strides of out1, out2 and dout, a PrepareStrides.
+        stride_lt: Stride of lam's tokens, in elements.
+        stride_lh: Stride of lam's heads, in elements.
+        total_q: Number of packed queries T.
+        HEADS: Number of query heads.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: Smallest power of two >= D.
+        VALUE_DIM: Head dim Dv of the values.
+        BLOCK_DV: Smallest power of two >= Dv.
+        ROWS: Number of tokens of a program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
@@ -197,8 +211,19 @@ def differential_round_dq_kernel(
 ):
     """Writes dq = scale * sum in dq's dtype, for both branches, after the backward kernel.
 
-    The sums are [T, H, D] float32, dq1 and dq2 are [T, H, D], all contiguous. Grid: (blocks of ROWS
-    tokens, heads).
+    All tensors are [T, H, D] and contiguous. Grid: (blocks of ROWS tokens, heads).
+
+    Args:
+        sum1_ptr: Sum of the partial dq1, float32.
+        sum2_ptr: Sum of the partial dq2, float32.
+        dq1_ptr: Gradient of q1 to write.
+        dq2_ptr: Gradient of q2 to write.
+        total_q: Number of packed queries T.
+        scale: softmax_scale, by which the sums are multiplied.
+        HEADS: Number of query heads.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: Smallest power of two >= D.
+        ROWS: Number of tokens of a program.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)

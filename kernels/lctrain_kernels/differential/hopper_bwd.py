@@ -343,11 +343,14 @@ def differential_bwd_hopper_kernel(
     that see it. Grid: (tiles * key/value heads,).
 
     differential_prepare_kernel writes stats [4, H, T] float32: base-2 lse1 (+inf for a query that
-    saw no key), lse2 - log2 |lam|, e1, and e2 with the sign of lam in its last bit. So p2 here is
-    lam A2, and ds1 = p1 (dp - e1), ds2 = p2 (e2 - dp).
+    saw no key), lse2 - log2 |lam|, e1, and e2 with the sign of lam in its last bit; its docstring
+    defines e1 and e2. So p1 = A1 and p2 = lam A2 here, with the attention weights A1 and A2. With
+    dp = dout v^T, the gradients of the logits are ds1 = p1 (dp - e1) and ds2 = p2 (e2 - dp).
 
     dq1_desc and dq2_desc describe float32 buffers [T, H, D], zero at launch. If both branches read
     k1, k2_desc and dk2 are None and dk1 is the sum of both gradients.
+
+    gluon/structures.py describes the arguments that are not named here.
     """
     dtype: gl.constexpr = v_desc.dtype
     BLOCK_M: gl.constexpr = TILE.block_m

@@ -95,7 +95,7 @@ def _load(
 
 @gluon.jit
 def _finish(m, l, keep_scale, row_s: gl.constexpr, row_o: gl.constexpr):
-    """Returns a branch's (keep_scale / l, lse), both [64]; the first scales the accumulator."""
+    """Returns (keep_scale / l, lse), [64] each, of one branch's m and l; the first scales acc."""
     m, l = reduce_rows(m, l, row_s)
     empty = l == 0.0
     whole = gl.where(empty, 1.0, l)
@@ -412,6 +412,8 @@ def differential_fwd_hopper_kernel(
 
     Shapes: lam [T, H] float32, any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv]; lse1, lse2
     [H, T] float32. k2_desc is None if both branches read k1. FLAGS have no softcap and no sink.
+    stride_lt and stride_lh are the strides of lam's tokens and heads. gluon/structures.py describes
+    the arguments that are not named here.
     """
     dtype: gl.constexpr = q1_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

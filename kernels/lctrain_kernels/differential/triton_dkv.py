@@ -85,9 +85,12 @@ def differential_dkv_kernel(
     Tiles of scores are transposed, keys by queries, so that the products for dv and dk read the
     weights from registers. dk1 and dk2 [Tk, Hk, D] have the same strides. With SHARED_K, both
     branches read k1, and dk1 alone is written: the sum of both gradients. dv is [Tk, Hk, Dv]. stats
-    comes from differential_dq_kernel; with STATS = 4, lam is one number per head.
+    comes from differential_dq_kernel and has STATS numbers per query: with 8, lam of each query is
+    among them; with 4, lam is one number per head, read from the tensor lam.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

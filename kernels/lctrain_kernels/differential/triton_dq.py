@@ -91,8 +91,12 @@ def differential_dq_kernel(
 ):
     """Computes dq1, dq2 and dlam of a tile of queries, and statistics for the dk, dv kernel.
 
-    With D_b = rowsum(dout * A_b v): ds1 = p1 (dp - e1) with e1 = D1 - dlse1, and
-    ds2 = p2 (e2 - lam dp) with e2 = lam D2 + dlse2; dlam = -D2.
+    out = A1 v - lam A2 v, where the weights A_b of branch b are the softmax p_b after dropout. With
+    dp = dout v^T and D_b = rowsum(dout * A_b v), the gradients of the logits and of lam are
+
+    - ds1 = p1 (dp - e1) with e1 = D1 - dlse1;
+    - ds2 = p2 (e2 - lam dp) with e2 = lam D2 + dlse2;
+    - dlam = -D2.
 
     Grid: that of differential_fwd_kernel, whose docstring gives the shapes of the forward's
     tensors.
@@ -101,6 +105,9 @@ def differential_dq_kernel(
     - dq1, dq2 [T, H, D] with the same strides; dlam [H, T] float32.
     - stats [H, T, STATS] float32 (written): base-2 lse1 (+inf for a query that saw no key), e1 /
       keep_scale, base-2 lse2, e2 / keep_scale; with STATS = 8 also lam and three unused numbers.
+    - With SHARED_K both branches read k1, and pointers.k2 is not read.
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

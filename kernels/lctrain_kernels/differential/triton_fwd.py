@@ -95,11 +95,15 @@ def differential_fwd_kernel(
 
     A tile has BLOCK_M rows: PACK heads of one key/value head times BLOCK_M / PACK queries.
 
-    Shapes: q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D], only k1 with SHARED_K; v [Tk, Hk, Dv]; lam [T, H]
-    float32, any strides; out, out1 = A1 v and out2 = A2 v [T, H, Dv] of one layout; lse1, lse2
-    [H, T] float32.
+    - q1, q2 [T, H, D]; k1, k2 [Tk, Hk, D]; v [Tk, Hk, Dv]. With SHARED_K both branches read k1.
+    - lam [T, H] float32, any strides.
+    - out = out1 - lam out2, out1 = A1 v and out2 = A2 v, all [T, H, Dv] with the same strides. A1
+      and A2 are the attention weights of the branches.
+    - lse1, lse2 [H, T] float32.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS * PACK / BLOCK_M * GROUP / PACK,).
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

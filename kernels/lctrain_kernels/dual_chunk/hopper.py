@@ -138,9 +138,21 @@ def dual_chunk_rotate_dk_kernel(
 ):
     """Rotates dk [Tk, Hk, D] float32 by c positions, in place, after the backward's SUCC launch.
 
-    c is the number of tokens of a chunk. SUCC multiplies keys that are rotated by -c. Rotating the
-    gradient of these keys by c gives the gradient of the keys themselves. Grid: that of
-    dual_chunk_rotate_kernel, over tiles of keys.
+    SUCC multiplies keys that are rotated by -c. Rotating the gradient of these keys by c gives the
+    gradient of the keys themselves. Grid: that of dual_chunk_rotate_kernel, over tiles of keys.
+
+    Args:
+        dk_ptr: dk, contiguous.
+        cu_k_ptr: Cumulative key lengths, [N + 1] int32.
+        tiles_ptr: Tiles of keys of a TileSchedule, [n, 2] int32.
+        inv_freq_ptr: Inverse frequencies of RoPE, [D / 2] float32.
+        num_tiles: Number of tiles.
+        chunk_length: Number of tokens of a chunk, c.
+        succ_length: Number of SUCC queries at the start of a chunk; if it is 0, nothing is rotated.
+        HEADS: Number of key/value heads Hk.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: Smallest power of two >= D.
+        BLOCK_M: Number of keys of a program.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:
@@ -181,9 +193,26 @@ def dual_chunk_round_dq_kernel(
 ):
     """Writes dq = scale * sum in dq's dtype, after the last launch of the backward.
 
-    sum is [T, H, D] float32, dq [T, H, D]. In tiles with INTER keys, the sum is the gradient of
-    queries rotated to the inter position, so it is rotated back first. Grid: that of
-    dual_chunk_rotate_kernel, over tiles of queries.
+    In tiles with INTER keys, the sum is the gradient of queries rotated to the inter position, so
+    it is rotated back first. Grid: that of dual_chunk_rotate_kernel, over tiles of queries.
+
+    Args:
+        sum_ptr: Sum of the gradients of q, [T, H, D] float32, contiguous.
+        dq_ptr: Gradient of q to write, [T, H, D], contiguous.
+        cu_q_ptr: Cumulative query lengths, [N + 1] int32.
+        cu_k_ptr: Cumulative key lengths, [N + 1] int32.
+        tiles_ptr: Tiles of queries of a TileSchedule, [n, 2] int32.
+        inv_freq_ptr: Inverse frequencies of RoPE, [D / 2] float32.
+        logit_scale_ptr: Further factor of each document's scale, [N] float32, or None.
+        num_tiles: Number of tiles.
+        chunk_length: Number of tokens of a chunk.
+        succ_length: Number of SUCC queries at the start of a chunk.
+        inter_position: Position to which INTER queries were rotated.
+        scale: softmax_scale, the factor of q.k.
+        HEADS: Number of query heads H.
+        HEAD_DIM: Head dim D.
+        BLOCK_D: Smallest power of two >= D.
+        BLOCK_M: Number of queries of a program.
     """
     head, _, document, first = locate_program(tiles_ptr, num_tiles, BLOCK_M, 1)
     if document < 0:

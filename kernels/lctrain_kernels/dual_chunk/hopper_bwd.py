@@ -113,7 +113,7 @@ def _blocks_of_relation(
 
 @gluon.jit
 def _first_query(block, run, BLOCK_M: gl.constexpr):
-    """Returns the position in the document of a block's first query.
+    """Returns the position in the document of the first query of block number `block` of a run.
 
     Blocks are consecutive, except for the gap before block run.first_after_gap.
     """
@@ -130,7 +130,7 @@ def _clear_blocks(
     RELATION: gl.constexpr,
     BLOCK_M: gl.constexpr,
 ):
-    """Returns (begin, end): blocks of queries [begin, end) see all keys, and so need no mask."""
+    """Returns (begin, end): query blocks [begin, end) see keys [first_key, first_key + keys)."""
     last_key = gl.minimum(first_key + keys, tile.end) - 1
     _, clear_low, clear_high, _ = queries_of_tile(
         first_key, last_key, RELATION, chunk_length, succ_length, tile.length_k
@@ -369,7 +369,7 @@ def dual_chunk_bwd_hopper_kernel(
     """Computes dk and dv of a tile of keys for one range, and adds its dq to a float32 buffer.
 
     A program processes a tile of keys of one key/value head, and all queries of the head's group
-    that see them in this range. Grid: (tiles * key/value heads,). The launches, in this order:
+    that see them in the range RELATION. Grid: (tiles * key/value heads,). Launches, in this order:
 
     - SUCC (skipped if succ_length is 0) stores dk and dv in float32 sums [Tk, Hk, D], which have
       the strides of dk. dk is unscaled and is the gradient of the rotated keys; another kernel
@@ -378,8 +378,8 @@ def dual_chunk_bwd_hopper_kernel(
     - INTER adds to the sums, and writes the final dk and dv of all other keys.
 
     stats [H, T, 4] float32 comes from dual_chunk_rotate. dq_desc describes a float32 buffer
-    [T, H, D], to which the gradients of q_desc's queries are added. The buffer is zero before the
-    first launch, and is rotated to the inter position before INTER.
+    [T, H, D], to which the gradients of q_desc's queries are added: zero before the first launch,
+    rotated to the inter position before INTER. gluon/structures.py describes other arguments.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_M: gl.constexpr = TILE.block_m

@@ -166,6 +166,9 @@ def _weights(
 ):
     """Masks one block of scores s = q.k [64, BLOCK_N], and updates the online softmax by it.
 
+    `block` is the block's number in `ranges`, `key` the position of its first key, `position` [64]
+    that of each query. The other arguments are those of online_softmax.
+
     Returns:
         The weights p in `dtype`, the factor alpha of the accumulator, and the new m and l, [64, 4].
     """
@@ -393,6 +396,8 @@ def dual_chunk_fwd_hopper_kernel(
     queries rotated to the inter position; each tile reads its rows before it overwrites them. The
     three stages of queries hold both versions of a tile's queries, and one of the next tile.
 
+    chunk_length is c, succ_length the number of SUCC queries at the start of a chunk;
+    gluon/structures.py describes the arguments that are not named here.
     Grid: at most one program per multiprocessor.
     """
     dtype: gl.constexpr = q_desc.dtype

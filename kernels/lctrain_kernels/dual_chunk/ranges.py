@@ -25,7 +25,10 @@ INTRA = tl.constexpr(2)
 
 @triton.jit
 def chunk_begin(position, c):
-    """Returns the first position of the chunk of `position`; 0 for negative positions."""
+    """Returns the first position of the chunk of c tokens that holds `position`.
+
+    For negative positions it returns 0.
+    """
     return tl.maximum(position, 0) // c * c
 
 
@@ -33,7 +36,8 @@ def chunk_begin(position, c):
 def inter_end(position, c, succ_length):
     """Returns the position after the last INTER key of the query at `position`.
 
-    It is also the first SUCC key, if the query has SUCC keys.
+    If the query has SUCC keys, this is the first of them. c is the number of tokens of a chunk,
+    succ_length the number of queries at its start that have SUCC keys.
     """
     intra = chunk_begin(position, c)
     return tl.where(position - intra >= succ_length, intra, tl.maximum(intra - c, 0))
@@ -44,7 +48,7 @@ def keys_of_query(position, relation, c, succ_length):
     """Returns the positions (first, last) of the keys that a query sees in one range.
 
     position is the query's position in the document, relation the range: INTER, SUCC or INTRA. The
-    range is empty if first > last. c is the number of tokens of a chunk.
+    range is empty if first > last. c and succ_length are those of inter_end.
     """
     intra = chunk_begin(position, c)
     inter = inter_end(position, c, succ_length)
@@ -97,7 +101,9 @@ def keys_of_tile(
 def queries_of_key(key, relation, c, succ_length, length_k):
     """Returns the positions (first, last) of the queries that see the key in one range.
 
-    The range is empty if first > last. length_k is the number of keys of the document.
+    The key is at position `key`; relation is the range: INTER, SUCC or INTRA. The result is empty
+    if first > last. length_k is the number of keys of the document; c and succ_length are those of
+    inter_end.
     """
     end = chunk_begin(key, c) + c
     first = tl.where(relation == INTRA, key, tl.where(relation == SUCC, end, end + succ_length))
@@ -112,7 +118,8 @@ def queries_of_tile(first, last, relation, c, succ_length, length_k):
     """Returns the query positions (low, clear_low, clear_high, high) for the keys [first, last].
 
     Queries in [low, high) see at least one of the keys in one range. Queries in
-    [clear_low, clear_high) see all of them, and so need no mask.
+    [clear_low, clear_high) see all of them, and so need no mask. first and last are positions; the
+    other arguments are those of queries_of_key.
     """
     low, clear_high = queries_of_key(first, relation, c, succ_length, length_k)
     clear_low, high = queries_of_key(last, relation, c, succ_length, length_k)
@@ -121,8 +128,8 @@ def queries_of_tile(first, last, relation, c, succ_length, length_k):
 
 @triton.jit
 def inter_delta(position, c, inter_position):
-    """Returns by how many positions RoPE must rotate a query to be at the inter position, float32.
+    """Returns by how many positions RoPE must rotate a query to be at inter_position, float32.
 
-    q is passed rotated at `position` mod c, which is subtracted.
+    q is passed already rotated by its position in its chunk of c tokens, which is subtracted.
     """
     return (inter_position - (position - chunk_begin(position, c))).to(tl.float32)

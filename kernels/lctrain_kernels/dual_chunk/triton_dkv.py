@@ -99,8 +99,8 @@ def dual_chunk_dkv_kernel(
 
     - With IS_SUCC, keys rotated by -c are multiplied by their SUCC queries; dk is then rotated by
       c.
-    - Without, unrotated keys are multiplied by unrotated queries (INTRA) and by queries at the
-      inter position (INTER). dk and dv of SUCC, which dk and dv hold at launch, are added.
+    - Without IS_SUCC, unrotated keys are multiplied by unrotated queries (INTRA) and by queries at
+      the inter position (INTER). At launch, dk and dv hold the results of SUCC, which are added.
 
     Tiles of scores are transposed, keys by queries, so that the products for dv and dk read the
     weights from registers. q_inter [T, H, D] (queries at the inter position), k_succ [Tk, Hk, D]
@@ -108,6 +108,9 @@ def dual_chunk_dkv_kernel(
     the same strides.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
+
+    chunk_length is c, and succ_length the number of SUCC queries at the start of a chunk.
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

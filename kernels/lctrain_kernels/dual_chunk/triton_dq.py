@@ -91,15 +91,19 @@ def dual_chunk_dq_kernel(
 ):
     """Computes dq of a tile of queries, in two launches over the ranges of ranges.py.
 
-    - With IS_INTER, queries at the inter position, which dq holds at launch, are multiplied by the
-      INTER keys. Their gradient is rotated back and stored in dq.
-    - Without, unrotated queries are multiplied by keys rotated by -c (SUCC) and by unrotated keys
-      (INTRA). The INTER part, which dq holds at launch, is added.
+    - With IS_INTER, dq holds the queries at the inter position at launch. They are multiplied by
+      the INTER keys; their gradient is rotated back and stored in dq.
+    - Without IS_INTER, unrotated queries are multiplied by keys rotated by -c (SUCC) and by
+      unrotated keys (INTRA). At launch, dq holds the INTER part, which is added.
 
     In one launch, the rotation between two loops would make ptxas serialise the products (C7515).
 
     Grid: that of varlen_fwd_kernel. q, dout, dq are [T, H, D]; k, v [Tk, Hk, D]; dual_chunk_rotate
     writes k_succ [Tk, Hk, D] and stats [H, T, 4].
+
+    chunk_length is c, the number of tokens of a chunk; succ_length the number of SUCC queries at
+    the start of a chunk; inter_position the position to which INTER queries are rotated.
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -97,6 +97,9 @@ def dual_chunk_fwd_kernel(
     position in out; each program reads its rows of out before it overwrites them.
 
     Grid: that of varlen_fwd_kernel.
+
+    chunk_length is c, the number of tokens of a chunk, and succ_length the number of SUCC queries
+    at its start. tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -82,15 +82,21 @@ def dual_chunk_rotate_kernel(
 ):
     """Rotates queries to the inter position, or keys by -c, for one tile of one head.
 
-    c is the number of tokens of a chunk. Rotating the keys by -c gives the same logits as rotating
-    the SUCC queries by c. If pointers.stats is given, as for queries in the backward, the kernel
-    also writes the statistics per query that the backward kernels read.
+    With IS_QUERY the rows of x are queries. c = chunk_length is the number of tokens of a chunk,
+    succ_length the number of SUCC queries at its start, inter_position the inter position.
 
-    - x, rotated, out, dout [T, H, D]; lse, dlse [H, T] float32.
+    Rotating the keys by -c gives the same logits as rotating the SUCC queries by c. If
+    pointers.stats is given, as for queries in the backward, the kernel also writes the statistics
+    per query that the backward kernels read.
+
+    - x, rotated, out, dout [T, H, D]; lse, dlse [H, T] float32. out and dout are the output of
+      the forward and its gradient; dlse is the gradient of lse.
     - stats [H, T, 4] float32: base-2 lse (+inf for a query that saw no key), delta / keep_scale
       with delta = rowsum(dout * out) - dlse, and two unused numbers.
 
     Grid: (heads * tiles * SCHEDULE_ROWS / BLOCK_M,).
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_D: tl.constexpr = TILE.block_d

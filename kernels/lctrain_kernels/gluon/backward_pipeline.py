@@ -116,7 +116,7 @@ def next_visit(visit, tile, GROUP: gl.constexpr, BY_HEAD: gl.constexpr):
 
 @gluon.jit
 def allocate_query_bars(STAGES: gl.constexpr):
-    """Allocates the mbarriers q_ready and dout_ready, one of each per pipeline stage.
+    """Allocates the mbarriers q_ready and dout_ready, one of each per stage of STAGES.
 
     Loads of a block of queries complete q_ready of their stage, loads of dout complete dout_ready.
     """
@@ -308,7 +308,8 @@ def store_partial_dq(dq, dq_bufs, step, HALF_INDEX: gl.constexpr, TRANSPOSED: gl
 def drain_partial_dq(steps, HALF_INDEX: gl.constexpr):
     """Makes a consumer warpgroup wait until the dQ warp has read its last partial dq.
 
-    Without a step there is none, and the warpgroup does not wait.
+    HALF_INDEX is the warpgroup, and `steps` the number of partial dq that it handed over. With 0
+    steps it does not wait.
     """
     barrier_wait(DQ_EMPTY + HALF_INDEX, DQ_WARP_AND_CONSUMER, 4, gl.where(steps > 0, 1, 0))
 

@@ -169,7 +169,7 @@ def forward_tile(columns: int, pack: int, has_dropout: bool) -> ForwardTile:
 def entry_registers(consumers: int) -> int:
     """Returns the registers per thread with which a forward kernel starts, its maxnreg.
 
-    Warp specialisation then divides the registers anew among producer and consumer warps.
+    Warp specialisation then divides the registers again among producer and consumer warps.
 
     Args:
         consumers: Number of consumer warpgroups, 2 or 3.

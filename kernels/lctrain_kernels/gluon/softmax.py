@@ -189,7 +189,7 @@ def known_max_constraints(elements):
 
 @gluon.jit
 def split_rows(x):
-    """Returns scores [64, N] as [64, N // 8, 4, 2], without moving data between threads.
+    """Returns scores x [64, N] as [64, N // 8, 4, 2], without moving data between threads.
 
     The third dimension is the lane of a row that holds the scores.
     """
@@ -212,7 +212,10 @@ def _column_block(x, INDEX: gl.constexpr):
 
 @gluon.jit
 def _weights_by_known_max(s, m, l, multiplier, s_layout: gl.constexpr, dtype: gl.constexpr):
-    """Computes the weights of a block by known_max_assembly; see online_softmax for the results."""
+    """Computes the weights of a block by known_max_assembly.
+
+    Arguments and results are those of online_softmax.
+    """
     ELEMENTS: gl.constexpr = s.shape[1] // 2
     lanes: gl.constexpr = lanes_layout(s.shape[1])
     operands = (split_rows(s), m[:, None, :, None], l[:, None, :, None], multiplier)
@@ -247,6 +250,7 @@ def initial_state(BLOCK_N: gl.constexpr):
     """Returns m and l of the online softmax before a row's first block, [64, 4] float32.
 
     m is the most negative finite float32, so that masked scores of -inf give weights of 0; l is 0.
+    BLOCK_N is the number of keys of a block, on which the layout of m and l depends.
     """
     layout: gl.constexpr = lanes_layout(BLOCK_N)
     return gl.full([64, 4], INITIAL_MAX, gl.float32, layout), gl.zeros([64, 4], gl.float32, layout)
@@ -263,7 +267,10 @@ def reduce_rows(m, l, row_layout: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, alpha, o_layout: gl.constexpr):
-    """Returns the accumulator acc [64, D] float32 times the factor alpha [64, 4] of its rows."""
+    """Returns the accumulator acc [64, D] float32 times the factor alpha [64, 4] of its rows.
+
+    o_layout is the layout of acc and of the result.
+    """
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
     factor = gl.convert_layout(alpha, lanes_layout(COLUMNS), assert_trivial=True)

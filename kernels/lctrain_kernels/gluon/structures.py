@@ -1,5 +1,16 @@
 """Named tuples that the functions of a Hopper kernel pass to each other.
 
+A kernel's docstring describes its own arguments. The attention kernels share these:
+
+- *_desc: TMA descriptor of a tensor.
+- pointers, strides: Named tuples of the other tensors' addresses, and of strides in elements.
+- num_items: Number of work items: tiles times head groups.
+- total_q, scale, softcap, threshold, keep_scale, first_head: See Scalars.
+- window_left, window_right: Numbers of keys that a query sees before and after its own position;
+  negative is unbounded. If pointers.window is given, the kernel reads both numbers there.
+- TILE: Sizes and head counts, a ForwardShape or BackwardShape.
+- FLAGS: Features beyond plain attention, a tile.structures.Flags.
+
 Triton 3.6 restricts them. A named tuple holds either constants or run-time values; both may include
 None. Integers that must not specialise a kernel are separate launch arguments. No field is named
 `values` or `type`, and a named tuple has no properties.

@@ -64,7 +64,10 @@ def _sigmoid(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns activation(x) and its derivative in float32, accurate enough for data of DTYPE."""
+    """Returns activation(x) and its derivative in float32, accurate enough for data of DTYPE.
+
+    ACTIVATION is SILU, GELU_TANH (GELU by tanh) or GELU (exact).
+    """
     if ACTIVATION == SILU:
         share, rest = _sigmoid(x, DTYPE)
         return x * share, share * (1.0 + x * rest)
@@ -106,7 +109,9 @@ def gated_fwd_kernel(
 ):
     """Computes out = activation(gate) * up, each [rows, columns].
 
-    Grid: (rows * cdiv(columns, BLOCK),).
+    activation(gate) is rounded to gate's dtype first. Each tensor has a row stride of its own,
+    stride_gate, stride_up or stride_out, and column stride 1. ACTIVATION is an argument of
+    `activate`. A program computes BLOCK columns of a row. Grid: (rows * cdiv(columns, BLOCK),).
     """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
@@ -136,9 +141,10 @@ def gated_bwd_kernel(
 ):
     """Computes the gradients of gate and up from dout, each [rows, columns].
 
-    If out_ptr is given, activation(gate) * up is recomputed and stored there; out may be dout
-    itself. Each tensor has a row stride of its own, and column stride 1. Grid: (rows *
-    cdiv(columns, BLOCK),).
+    dgate = dout * up * activation'(gate), dup = dout * activation(gate). If out_ptr is given,
+    activation(gate) * up is computed again and stored there, with dout's row stride; out may be
+    dout itself. Each of the other tensors has a row stride of its own; column strides are 1.
+    ACTIVATION is an argument of `activate`. Grid: (rows * cdiv(columns, BLOCK),).
     """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
@@ -161,7 +167,8 @@ def bias_gelu_fwd_kernel(
 ):
     """Computes out = activation(x + bias), [rows, columns], for GELU activations.
 
-    Grid: (rows * cdiv(columns, BLOCK),).
+    x has any row stride, out is contiguous; bias is [columns], or None. ACTIVATION is an argument
+    of `activate`. A program computes BLOCK columns of a row. Grid: (rows * cdiv(columns, BLOCK),).
     """
     row, offsets = _place(columns, BLOCK)
     mask = offsets < columns
@@ -187,11 +194,15 @@ def bias_gelu_bwd_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Computes the gradient of x, and partial sums of the gradient of the bias.
+    """Computes the gradients of bias_gelu_fwd_kernel: dx, and partial sums of dbias.
 
-    Grid: (parts, cdiv(columns, BLOCK)). Program p of a block of columns processes the groups of
-    ROWS rows with index p, p + parts, ... and stores its sum in row p of dbias [parts, columns],
-    float32.
+    - dx = dout * activation'(x + bias). dout and x [rows, columns] have any row stride; dx is
+      contiguous.
+    - dbias [parts, columns] float32, or None without a bias.
+
+    Grid: (parts, cdiv(columns, BLOCK)). Program p of a block of BLOCK columns processes the groups
+    of ROWS rows with index p, p + parts, ... and stores its sum of dx in row p of dbias. ACTIVATION
+    is an argument of `activate`.
     """
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

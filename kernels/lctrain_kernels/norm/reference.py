@@ -66,7 +66,7 @@ def norm_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of norm_fwd.
+    """Returns the gradients of norm_fwd's x, weight and bias.
 
     Args:
         dy: Gradient of the normalised rows, [T, H].

@@ -44,10 +44,15 @@ def norm_fwd_kernel(
     """Normalises ROWS rows of x [rows, COLUMNS], or of x + residual, per program.
 
     - x and residual have any row stride; y (normalised) and sum (x + residual) are contiguous.
-    - weight and bias [COLUMNS]; `offset` is added to the weight.
-    - mean and rstd (1 / standard deviation) [rows] float32 are written, mean for LayerNorm only.
+    - weight and bias [COLUMNS]; `offset` is added to the weight. bias may be None.
+    - mean and rstd [rows] float32 are written, mean only with CENTERED. rstd is 1 / standard
+      deviation with CENTERED, else 1 / root mean square, with eps under the root.
 
-    Without a residual, sum is not written. Grid: (cdiv(rows, ROWS),).
+    Without a residual (None), sum is not written. Grid: (cdiv(rows, ROWS),).
+
+    BLOCK is the smallest power of two >= COLUMNS. CENTERED subtracts the mean (LayerNorm, not
+    RMSNorm). With FLOAT32_PRODUCT, the normalised row is multiplied by the weight before it is
+    rounded; without, it is rounded first.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -104,12 +109,16 @@ def norm_bwd_kernel(
 
     Each program loops over groups of ROWS rows.
 
-    - dy, dsum (gradient of x + residual, or None) and x [rows, COLUMNS] have any row stride.
+    - dy is the gradient of y. dsum is the gradient of the sum x + residual, which is added to dx,
+      or None. x is the input of the norm: the sum, if there is a residual. All are [rows, COLUMNS]
+      with any row stride.
     - mean and rstd [rows] float32 come from norm_fwd_kernel; weight is [COLUMNS].
     - dx [rows, COLUMNS] is contiguous.
-    - dweight and dbias [programs, COLUMNS] float32 hold one partial sum per program.
+    - dweight and dbias [programs, COLUMNS] float32 hold one partial sum per program. dbias may be
+      None.
 
-    Grid: any number of programs.
+    Grid: any number of programs. `offset`, BLOCK and CENTERED are those of norm_fwd_kernel; STAGES
+    is the depth of the load pipeline.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
@@ -152,7 +161,7 @@ def column_sum_kernel(
 ):
     """Stores the sum of the rows of parts [num_parts, COLUMNS] float32 in out [COLUMNS].
 
-    Grid: (cdiv(COLUMNS, BLOCK),).
+    A program sums BLOCK columns, and loads PARTS rows at a time. Grid: (cdiv(COLUMNS, BLOCK),).
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)

@@ -72,7 +72,7 @@ def rotate(
 
     Args:
         q: Queries, any strides of tokens and heads, column stride 1.
-        k: Keys, strides likewise; or None.
+        k: Keys, any strides of tokens and heads, column stride 1; or None.
         cos: Cosines [rows, R or R / 2].
         sin: Sines, in the shape of cos.
         positions: Row of cos and sin for each token, [T], integers. None takes the token's index

@@ -164,7 +164,7 @@ def _copy_rest(
         weight_ptr: Weight of the norm, [D], or None.
         offset: Number that is added to the weight.
         x_offsets: Offset of each head's first column in the input, [TOKENS, HEADS, 1], in elements.
-        out_offsets: Offset of each head's first column in the output, likewise.
+        out_offsets: Offset of each head's first column in the output, in the same form.
         mask: Which heads and tokens are not padding, [TOKENS, HEADS, 1].
         SHAPE: Constants of the kernel.
     """
@@ -328,6 +328,19 @@ def norm_rotary_bwd_kernel(
     - cos, sin and positions are those of rotary_kernel.
 
     Grid: any number of programs.
+
+    Args:
+        pointers: Pointers to the tensors above.
+        num_tokens: Number of tokens T.
+        num_rows: Number of rows of cos and sin.
+        strides: Strides of the tensors.
+        eps: Number that RMSNorm adds to the mean square.
+        offset: Number that RMSNorm adds to the weight: 1 for Gemma, else 0.
+        NUM_HEADS: Number of heads H.
+        HEADS: Smallest power of two >= NUM_HEADS.
+        TOKENS: Number of tokens that a program loads at a time.
+        STAGES: Depth of the load pipeline.
+        SHAPE: The RotaryShape.
     """
     # Local variables, because Triton 3.6 accepts no field of a launch constant in a shape.
     BLOCK_HALF: tl.constexpr = SHAPE.block_half

@@ -1,6 +1,21 @@
 """Makes the launch arguments that all portable attention kernels share.
 
-The arguments are strides, the padded head dim, the window, dropout and ALiBi.
+A kernel's docstring describes its tensors and its own arguments. All kernels take these:
+
+- pointers, strides: Named tuples of the tensors' addresses, and of their strides in elements.
+- stride_alibi: Stride between the ALiBi slopes of two documents; 0 if all documents share them.
+- num_tiles: Number of tiles in the schedule.
+- total_q: Number of packed queries T, the stride of heads in tensors [H, T].
+- window_left, window_right: Numbers of keys that a query sees before and after its own position;
+  negative is unbounded. If pointers.window is given, the kernel reads both numbers there.
+- scale: softmax_scale, the factor of q.k.
+- softcap: Softcap c, which replaces a logit x by c tanh(x / c).
+- threshold: An attention weight is dropped if its 16 random bits are below this number.
+- keep_scale: 1 / keep probability, the factor of kept weights.
+- first_head: Index of the call's first query head for the dropout RNG; None instead of 0.
+- TILE: Sizes of the tile, a TileShape. BLOCK_M, BLOCK_N, PACK and GROUP are its fields.
+- FLAGS: Features beyond plain attention, a Flags.
+- PRECISION: Precision of matrix products, for tl.dot.
 """
 
 import triton

@@ -20,7 +20,8 @@ def load_window(window_ptr, left, right):
         window_ptr: (left, right) in device memory, [2] int32, or None.
         left: Visible keys before a query's own position, if window_ptr is None; negative is
             unbounded.
-        right: Visible keys after a query's own position, likewise.
+        right: Visible keys after a query's own position, if window_ptr is None; negative is
+            unbounded.
     """
     if window_ptr is not None:
         left = tl.load(window_ptr)

@@ -1,7 +1,7 @@
 """Named tuples of compile-time constants, TileShape and Flags, of the portable kernels.
 
 A kernel takes each as one constexpr and reads the fields by name (`TILE.block_m`). Triton compiles
-the kernel anew for every combination of values.
+the kernel again for every combination of values.
 """
 
 from typing import NamedTuple

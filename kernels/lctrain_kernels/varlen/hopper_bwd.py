@@ -215,6 +215,8 @@ def varlen_bwd_hopper_kernel(
 
     With TILE.dq_from_registers, dq_sum is zero at launch, and has the layout of first_slab with
     per_head slabs per head. dq_desc, dq and semaphores are then None.
+
+    gluon/structures.py describes the arguments that are not named here.
     """
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d

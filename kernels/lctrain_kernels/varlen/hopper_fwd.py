@@ -337,7 +337,8 @@ def varlen_fwd_hopper_kernel(
     heads that share a key/value head. With three consumer warpgroups TILE.pack is 1.
     pointers.counter is an int32, zero at launch.
 
-    Grid: at most one program per multiprocessor.
+    Grid: at most one program per multiprocessor. gluon/structures.py describes the arguments that
+    are not named here.
     """
     dtype: gl.constexpr = q_desc.dtype
     gl.static_assert(TILE.stages <= FORWARD_STAGES, "named barriers overlap")

@@ -166,7 +166,10 @@ def _finish(
     options: AttentionOptions,
     saved: dict[str, Tensor],
 ) -> dict[str, Tensor | None]:
-    """Returns the gradients of the inputs by name: q, k, v, and the learnable sink if given.
+    """Turns the kernels' results into the gradients of the inputs q, k, v and the learnable sink.
+
+    It removes delta from `gradients`, and computes the sink's gradient from it, if there is a sink.
+    The other gradients stay as they are.
 
     Args:
         gradients: Results of the backward, by name: q, k, v, and delta [H, T].

@@ -79,6 +79,8 @@ def varlen_dkv_kernel(
     - stats [H, T, 4] float32, as varlen_dq_kernel writes it.
 
     Grid: (key/value heads * tiles * SCHEDULE_ROWS / BLOCK_N,).
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -85,6 +85,8 @@ def varlen_dq_kernel(
     - lse (read), dlse (read) and delta = rowsum(dout * out) - dlse (written): [H, T] float32.
     - stats [H, T, 4] float32 (written): base-2 lse (+inf for a query that saw no key), delta /
       keep_scale, and two unused numbers.
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n

@@ -92,6 +92,8 @@ def varlen_fwd_kernel(
 
     The grid has one axis: key/value heads x scheduled tiles x blocks of a tile (SCHEDULE_ROWS *
     PACK / BLOCK_M) x packs of heads (GROUP / PACK). A scheduled tile has SCHEDULE_ROWS positions.
+
+    tile/arguments.py describes the arguments that are not named here.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
