@@ -21,13 +21,13 @@ class MemoryConfig:
             or auto (the fastest policy that fits into memory).
         keep_attention: Number of layers, counted from the last, whose attention outputs stay on the
             GPU, so that attention is not recomputed.
-        host_attention: Number of further layers, counted from there, whose attention outputs move
-            to the host (offload only).
+        host_attention: Number of layers just before those of keep_attention, whose attention
+            outputs move to the host (offload only).
         keep_inputs: Number of layers, counted from the last, whose inputs stay on the GPU (offload
             and auto); None takes 2.
         segment_layers: Number of consecutive layers in a segment. Only the input of a segment's
-            first layer is kept; the backward computes the other inputs again by running the layers
-            before them once more, without attention where its outputs are kept (checkpoint and
+            first layer is kept. The backward computes the other inputs again: it runs the layers
+            before them once more, and reuses attention outputs that are kept (checkpoint and
             offload).
         mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
             tokens at once. Results are equal within rounding (all policies but none).

@@ -21,17 +21,17 @@ from lctrain.distributed.shared_pack import SharedPack
 def flash_attn_shared_func(
     q: Tensor, k: Tensor, v: Tensor, shared: SharedPack, **options: Any
 ) -> Tensor:
-    """Computes this rank's part of flash_attn_varlen_func on a shared pack.
+    """Computes flash_attn_varlen_func on a shared pack, for this rank's tokens.
 
     Args:
         q: Queries of this rank's t tokens, [t, H, D].
         k: Keys of this rank's tokens, [t, Hk, D].
         v: Values of this rank's tokens, [t, Hk, D].
         shared: The shared pack, as this rank sees it.
-        **options: Options of flash_attn_varlen_func after max_seqlen_k, except `schedule`,
-            `document_ids`, `block_table`, `return_lse` and `return_attn_probs`. ALiBi slopes and
-            sinks are given for all heads and all documents of the pack. Without `dropout_seed`, the
-            first rank of the context group draws the seed.
+        **options: Keyword arguments of flash_attn_varlen_func that follow max_seqlen_k, except
+            `schedule`, `document_ids`, `block_table`, `return_lse` and `return_attn_probs`. ALiBi
+            slopes and sinks cover all heads and all documents of the pack. Without `dropout_seed`,
+            the first rank of the context group draws the seed.
 
     Returns:
         The output of this rank's tokens, [t, H, D].
@@ -64,17 +64,17 @@ def flash_attn_shared_func(
 def dual_chunk_attn_shared_func(
     q: Tensor, k: Tensor, v: Tensor, shared: SharedPack, **options: Any
 ) -> Tensor:
-    """Computes this rank's part of dual_chunk_attn_varlen_func on a shared pack.
+    """Computes dual_chunk_attn_varlen_func on a shared pack, for this rank's tokens.
 
     Args:
         q: Queries of this rank's t tokens, [t, H, D], rotated as for dual_chunk_attn_varlen_func.
         k: Keys of this rank's tokens, [t, Hk, D], rotated in the same way.
         v: Values of this rank's tokens, [t, Hk, D].
         shared: The shared pack, as this rank sees it.
-        **options: inv_freq, chunk_size, local_size, and optionally logit_scale of all documents of
-            the pack, dropout_p, softmax_scale, dropout_seed and backend, as for
-            dual_chunk_attn_varlen_func. Without `dropout_seed`, the first rank of the context group
-            draws the seed.
+        **options: Keyword arguments of dual_chunk_attn_varlen_func: inv_freq, chunk_size and
+            local_size; optionally logit_scale (of all documents of the pack), dropout_p,
+            softmax_scale, dropout_seed and backend. Without `dropout_seed`, the first rank of the
+            context group draws the seed.
 
     Returns:
         The output of this rank's tokens, [t, H, D].
@@ -106,14 +106,15 @@ def diff_attn_shared_func(
     shared: SharedPack,
     **options: Any,
 ) -> Tensor:
-    """Computes this rank's part of diff_attn_varlen_func on a shared pack.
+    """Computes diff_attn_varlen_func on a shared pack, for this rank's tokens.
 
     Args:
         q1: Queries of branch 1 for this rank's t tokens, [t, H, D].
         q2: Queries of branch 2, [t, H, D].
         k1: Keys of branch 1, [t, Hk, D].
-        k2: Keys of branch 2, [t, Hk, D]; k1 itself for version 2, which is then exchanged once.
-        v: Values of this rank, [t, Hk, Dv].
+        k2: Keys of branch 2, [t, Hk, D]. In version 2 of differential attention both branches have
+            the same keys: pass k1 itself, which is then exchanged once.
+        v: Values of this rank's tokens, [t, Hk, Dv].
         lam: Lambda: a scalar or [H], the same on every rank, or [t, H] of this rank's tokens.
         shared: The shared pack, as this rank sees it.
         **options: Options of diff_attn_varlen_func, except `schedule`, `document_ids` and
@@ -156,7 +157,7 @@ def shared_seed(options: dict[str, Any], shared: SharedPack, device: torch.devic
 
     Args:
         options: Options of the attention. If dropout is on and `dropout_seed` is missing, every
-            rank draws a seed from torch's generator, and uses the one of the first rank.
+            rank draws a seed from torch's generator, and all use the first rank's seed.
         shared: The shared pack.
         device: Device of the queries.
     """

@@ -35,12 +35,12 @@ class Selection(NamedTuple):
     """The rows that a rank selects from the gathered rows of all ranks.
 
     Attributes:
-        longest: Largest number of rows of a rank, to which the others are padded. In the gathered
-            rows, rank r's rows begin at r * longest.
+        longest: Largest number of rows of any rank. Every rank's rows are padded to this number, so
+            rank r's rows begin at r * longest in the gathered rows.
         places: Index of every selected row in the gathered rows, [n] int64. A row may be selected
             twice.
-        parts: Division of the numbers 0 to n - 1 of the selected rows into int64 tensors. Within a
-            tensor no row is selected twice, so that the backward can add without collisions.
+        parts: Indices into `places`, 0 to n - 1, divided into int64 tensors. The indices of one
+            tensor select different rows, so that the backward can add without collisions.
     """
 
     longest: int
@@ -51,10 +51,10 @@ class Selection(NamedTuple):
 def gather_rows(rows: Tensor, selection: Selection, group: Any) -> Tensor:
     """Gathers the rows of all ranks of a group, and selects some of them.
 
-    Memory: the gathered rows of all ranks exist only during this call; the attention saves only the
-    result for its backward. The backward holds one sum of gradients for all gathered rows, in
-    float32 or more. It adds gradients to the sum piece by piece, in the same order in every run,
-    and reduces it over the ranks.
+    Memory: the gathered rows of all ranks exist only during this call. The backward holds one
+    gradient for each gathered row, in float32 or more. It adds the gradients of the selected rows,
+    one part of `selection.parts` after the other, and then sums them over the ranks. The order of
+    the additions is the same in every run.
 
     Args:
         rows: [rows of this rank, ...].

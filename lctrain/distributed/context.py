@@ -48,8 +48,8 @@ class Chunk(NamedTuple):
 class KeyRows(NamedTuple):
     """The gathered keys that the queries of one rank need.
 
-    For each chunk of queries these are its document's keys, from the document's start to the
-    chunk's end. If a heads group has two chunks of one document, the keys of the first chunk occur
+    The queries of a chunk need their document's keys, from the document's start to the chunk's end.
+    If a heads group has two chunks of one document, the keys that the first chunk needs occur
     twice.
 
     Attributes:
@@ -151,7 +151,7 @@ class ContextShard:
         return np.concatenate([self._group_indices(group) for group in range(self.groups)])
 
     def keys(self, rank: int) -> KeyRows:
-        """Returns which of the gathered keys a rank's queries need.
+        """Returns which of the gathered keys the queries of a rank's heads group need.
 
         Args:
             rank: The rank.

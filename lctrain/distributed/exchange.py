@@ -63,13 +63,16 @@ def exchange(
 
 
 def _filled(rows: Tensor, shared: SharedPack) -> Tensor:
-    """Returns the rows; one row of zeros if there are none, since kernels refuse empty tensors."""
+    """Returns the rows; or one row of zeros if there are no rows, which kernels refuse."""
     missing = shared.pack.total_q - rows.shape[0]
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def _all_keys(rows: Tensor, shared: SharedPack) -> Tensor:
-    """Gathers the keys of all heads groups, and returns those that this rank's queries need."""
+    """Gathers the keys of all heads groups, and returns those that this heads group's queries see.
+
+    If ranks gather no keys, it returns `rows`.
+    """
     if shared.selection is None:
         return rows
     return gather_rows(rows, shared.selection, shared.groups.keys)

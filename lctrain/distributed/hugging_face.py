@@ -26,9 +26,10 @@ def is_sharded(model: Any) -> bool:
 def save_weights(model: Any, folder: Path, ranks: Topology) -> None:
     """Writes a sharded model's weights, so that `from_pretrained` loads them. All ranks call it.
 
-    Every rank writes its shards, and rank 0 joins the files; no rank holds the whole model. If
-    transformers stores the family's weights in another form than the model has them, or the model
-    has adapters, the weights are gathered on rank 0's CPU, and transformers writes them.
+    Every rank writes its shards, and rank 0 joins the files; no rank holds the whole model. There
+    are two exceptions: the model has adapters, or transformers stores the weights of its family
+    under other names or shapes. Then rank 0 gathers the weights on its CPU, and transformers writes
+    them.
 
     Args:
         model: A transformers model whose parameters are DTensors.
@@ -82,7 +83,7 @@ def _is_converted(model: Any, weights: dict[str, Tensor]) -> bool:
 
 
 def _files(weights: dict[str, Tensor]) -> dict[str, int]:
-    """Returns the number of the safetensors file that gets each weight, from 1."""
+    """Returns, for each weight, the number of the safetensors file that holds it, from 1."""
     number, size = 1, 0
     files: dict[str, int] = {}
     for name, value in weights.items():

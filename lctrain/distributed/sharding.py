@@ -21,11 +21,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 class ShardRoot(nn.Module):
-    """Root module of a sharded model: calls a function while the root's parameters are gathered.
+    """Root module of a sharded model: runs a function while the root's parameters are gathered.
 
-    Every use of a sharded model, such as a forward pass, runs inside such a call. All ranks must
-    then call the same layers in the same order. Each layer gathers its own parameters when it is
-    called.
+    The root's parameters are those outside of the decoder layers, such as embeddings. Each decoder
+    layer gathers its own parameters when it is called. Every use of a sharded model, such as a
+    forward pass, is a function that `root(function)` runs. In it, all ranks must call the same
+    layers in the same order.
 
     Args:
         model: The model that is sharded.
@@ -64,7 +65,7 @@ def has_parameters_on_meta() -> bool:
 def take_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Moves a model's parameters to the meta device, and returns the original ones by name.
 
-    A shared parameter stays shared, and has one name in the result.
+    A parameter that several modules share stays shared, and has one name in the result.
 
     Args:
         model: A model with parameters on any device.
@@ -85,8 +86,8 @@ def take_parameters(model: nn.Module) -> dict[str, Tensor]:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the modules that FSDP2 shards as one group each: the decoder layers.
 
-    These are the modules whose classes `_no_split_modules` of the model lists. Without such a list,
-    they are the entries of the model's longest ModuleList.
+    They are the modules whose class names are in the model's `_no_split_modules`. Without such a
+    list, they are the entries of the model's longest ModuleList.
 
     Args:
         model: A transformers model, which may have PEFT adapters.
@@ -113,14 +114,14 @@ def shard_model(
     """Divides a model's parameters over the ranks of a mesh.
 
     Args:
-        model: The model, complete on rank 0. The parameters and buffers of other ranks are not
-            read. Patches are applied already.
+        model: The model, already patched. Rank 0 has its parameters and buffers; those of other
+            ranks are not read.
         mesh: Mesh of the ranks: one dimension, or two for (replicas, shards).
         device: Device of this rank.
         policy: Dtypes of gathered parameters and of the reduction of gradients.
 
     Returns:
-        The root, through which the model is called. The parameters of `model` are DTensors.
+        The ShardRoot that runs every use of the model. The parameters of `model` become DTensors.
     """
     is_first = torch.distributed.get_rank() == 0
     whole = take_parameters(model)
@@ -153,10 +154,10 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def through_root(trainer: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Returns `function(*args)`, called inside the root of the trainer's model if it is sharded.
+    """Runs `function(*args)`, inside the ShardRoot if the trainer's model is sharded.
 
     Args:
-        trainer: Lightning's Trainer; None for none.
+        trainer: Lightning's Trainer, or None.
         function: Any function that calls the model or a part of it. If the model is sharded, all
             ranks must call the same layers in the same order.
         *args: Arguments of the function.
@@ -171,7 +172,7 @@ def through_root(trainer: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Returns this rank's shard of a DTensor, which shares its memory; other tensors as they are.
+    """Returns this rank's shard of a DTensor, without a copy; another tensor is returned itself.
 
     Args:
         tensor: A tensor of any shape.
@@ -180,7 +181,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole_value(tensor: Tensor) -> Tensor:
-    """Returns the whole value of a DTensor, on every rank; other tensors as they are.
+    """Returns the whole value of a DTensor, on every rank; another tensor is returned itself.
 
     Args:
         tensor: A tensor of any shape. If it is a DTensor, all ranks must call this function.

@@ -15,11 +15,11 @@ class PackShare:
 
     Args:
         plan: Division of the pack over the ranks of the group.
-        rank: Number of this share.
-        places: [max(tokens, 1)] int64, places of the share's tokens in the pack. A share without
+        rank: Index in its context group of the rank that computes this share.
+        places: [max(tokens, 1)] int64, indices of the share's tokens in the pack. A share without
             tokens has the first token of the pack as a filler, which has no target and takes no
             part in the attention.
-        shared: What the attention knows of the pack; None before `shared_by`.
+        shared: The pack as the attention of this rank needs it; None until `shared_by` sets it.
     """
 
     # Lightning's convert_input goes into dataclasses, and copies them.
@@ -43,7 +43,7 @@ class PackShare:
 
     @property
     def shared(self) -> SharedPack:
-        """What the attention knows of the pack.
+        """The pack as the attention of this rank needs it.
 
         Raises:
             ValueError: before `shared_by`.
@@ -57,29 +57,31 @@ class PackShare:
         return self._shared
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackShare:
-        """Returns the share with its tensors on `device`, before `shared_by`."""
+        """Returns the share with its tensors on `device`. Call it before `shared_by`."""
         return PackShare(self.plan, self.rank, self.places.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackShare:
-        """Returns the share with its tensors in pinned host memory, before `shared_by`."""
+        """Returns the share with its tensors in pinned host memory. Call it before `shared_by`."""
         return PackShare(self.plan, self.rank, self.places.pin_memory())
 
     def shared_by(self, groups: ContextGroups, document_ids: Tensor) -> PackShare:
-        """Returns the share of a pack that the ranks of process groups compute together.
+        """Returns this share, with the SharedPack that lets ranks compute the pack together.
 
         Args:
-            groups: Process groups of the ranks.
-            document_ids: Ids of the pack's documents in the dropout key, [N] int32.
+            groups: Process groups of the ranks that share the pack.
+            document_ids: Ids of the pack's documents for the dropout RNG, [N] int32.
         """
         shared = SharedPack.of(self.plan, self.rank, self.places.device, groups, document_ids)
         return PackShare(self.plan, self.rank, self.places, shared)
 
     def check(self, rows: tuple[int, ...], has_boundaries: bool) -> None:
-        """Raises ValueError unless a model's inputs are this share, and ranks compute it together.
+        """Raises ValueError unless a model's inputs are the tokens of this share.
+
+        `shared_by` has been called before.
 
         Args:
             rows: Shape (B, S) of the inputs.
-            has_boundaries: Whether the inputs bring the boundaries of the whole pack.
+            has_boundaries: Whether the inputs include the boundaries of the whole pack.
         """
         assert self.shared is not None
         if tuple(rows) != (1, len(self.places)) or not has_boundaries:
@@ -91,7 +93,9 @@ class PackShare:
 
     @torch.no_grad()
     def gather(self, rows: Tensor) -> Tensor:
-        """Returns the rows of the whole pack, on all ranks of the group, without gradients.
+        """Gathers the rows of all shares into those of the whole pack, without gradients.
+
+        All ranks of the context group must call it; each gets the result.
 
         Args:
             rows: [max(tokens, 1), ...], one row per token of this share.

@@ -67,12 +67,12 @@ class SharedPack:
         shard: Assignment of the pack's tokens to the ranks.
         rank: Index of this rank in the context group.
         groups: Process groups of this rank.
-        pack: Pack that this rank passes to the kernels. Its documents are those of the shared pack;
-            or, if keys are gathered, the chunks of the heads group, each with its document's keys
-            up to the chunk's end.
+        pack: Pack that this rank passes to the kernels. Its documents are those of the shared pack.
+            If keys are gathered, its documents are the chunks of the heads group: queries of the
+            chunk, and the document's keys up to the chunk's end.
         documents: Index in the shared pack of the document of every entry of `pack`, [n] int64;
             None if both packs have the same documents.
-        selection: Which of the gathered keys `pack` needs; None if no keys are gathered.
+        selection: Which of the gathered keys are the keys of `pack`; None if no keys are gathered.
     """
 
     shard: ContextShard
@@ -152,13 +152,19 @@ class SharedPack:
         return heads // self.shard.heads * self.place
 
     def of_heads(self, values: Tensor | None) -> Tensor | None:
-        """Returns the part of a tensor [..., H] for this rank's heads; None for None."""
+        """Returns the entries of values [..., H] for the heads that this rank computes.
+
+        For None it returns None.
+        """
         if values is None or self.shard.heads == 1:
             return values
         return values.chunk(self.shard.heads, -1)[self.place]
 
     def of_documents(self, values: Tensor | None) -> Tensor | None:
-        """Selects from values [N, ...] of the shared pack those of the documents of `pack`."""
+        """Returns, for each document of `pack`, its entry of values [N, ...] of the shared pack.
+
+        For None it returns None.
+        """
         if values is None or self.documents is None:
             return values
         return values.index_select(0, self.documents)

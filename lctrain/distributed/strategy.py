@@ -41,8 +41,8 @@ class ShardedStrategy(ModelParallelStrategy):
     `lctrain.distributed.sharding.through_root`.
 
     With `context_parallel` above 1, consecutive ranks form a context group and share one pack. A
-    batch on the device is then this rank's share, which the attention of a patched model exchanges
-    with the other ranks.
+    batch on the device is then only this rank's share of the pack. In the layers, the attention of
+    a patched model exchanges heads or keys with the other ranks of the group.
 
     Args:
         replicas: Number of copies of the parameters.
@@ -52,9 +52,9 @@ class ShardedStrategy(ModelParallelStrategy):
             among as many ranks as divide the key/value heads, and keys between these groups.
 
     Raises:
-        ValueError: if `context_exchange` is unknown; when the ranks are known, if `replicas` *
-            `context_parallel` does not divide their number, or a context group would cross
-            machines.
+        ValueError: if `context_exchange` is unknown. Once the number of ranks is known: if
+            `replicas` * `context_parallel` does not divide it, or a context group would extend over
+            several machines.
     """
 
     def __init__(
@@ -83,7 +83,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Arguments of a DistributedSampler: one replica per pack, and the index of this pack."""
+        """Arguments by which a DistributedSampler gives each context group one pack.
+
+        `num_replicas` is the number of packs that all ranks compute at the same time, `rank` the
+        index of this rank's pack among them.
+        """
         return {"num_replicas": self.topology.data_size, "rank": self.topology.data_rank}
 
     def setup_environment(self) -> None:
@@ -140,7 +144,10 @@ class ShardedStrategy(ModelParallelStrategy):
         return replace(batch, share=share)
 
     def _require_same_pack(self, batch: PackedBatch) -> None:
-        """Raises ValueError if the first batch of a foreign data loader differs within a group."""
+        """Raises ValueError if ranks of a context group got different packs as their first batch.
+
+        Later batches are not compared.
+        """
         if self._has_compared:
             return
         self._has_compared = True

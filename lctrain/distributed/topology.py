@@ -56,7 +56,7 @@ class Topology:
 
     @classmethod
     def of(cls, trainer: Any) -> Topology:
-        """Returns the topology of a trainer's ranks; one rank for None.
+        """Returns the topology of a trainer's ranks; that of a single rank for None.
 
         Args:
             trainer: Lightning's Trainer. A strategy of lctrain knows its topology; every other one
@@ -69,7 +69,10 @@ class Topology:
 
     @classmethod
     def of_process(cls) -> Topology:
-        """Returns the topology of torch's default process group; one rank without a group."""
+        """Returns the topology of torch's default process group.
+
+        Without a process group, it is that of a single rank.
+        """
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()

@@ -1,4 +1,4 @@
-"""Bytes that a rank receives from others in one attention on a shared pack."""
+"""Computes the bytes that a rank receives from others in one attention layer on a shared pack."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lctrain.distributed.context import ContextShard
 
 
 class AttentionWidths(NamedTuple):
-    """Numbers per token that one attention layer exchanges, over all heads.
+    """How many numbers the tensors of one attention layer have per token, over all heads.
 
     Attributes:
-        queries: Query heads times head dim, of all tensors of queries.
-        keys: Key/value heads times head dim, of all tensors of keys and values.
+        queries: Query heads times head dim, summed over all tensors of queries.
+        keys: Key/value heads times head dim, summed over all tensors of keys and values.
         output: Query heads times the head dim of values.
     """
 
@@ -30,9 +30,9 @@ class Received(NamedTuple):
     """Bytes that a rank receives from other ranks, by collective.
 
     Attributes:
-        all_to_all: In exchanges of heads.
-        all_gather: In gathers of keys.
-        reduce_scatter: In sums of the gradients of keys.
+        all_to_all: Bytes of the exchanges of heads.
+        all_gather: Bytes of the gathers of keys.
+        reduce_scatter: Bytes of the sums of the gradients of keys.
     """
 
     all_to_all: int = 0
@@ -43,12 +43,12 @@ class Received(NamedTuple):
 def received_forward(
     shard: ContextShard, rank: int, widths: AttentionWidths, itemsize: int
 ) -> Received:
-    """Returns the bytes that a rank receives in a forward.
+    """Returns the bytes that a rank receives in the forward of an attention layer.
 
     Args:
-        shard: Division of the pack.
-        rank: The rank.
-        widths: Numbers per token.
+        shard: Division of the pack over the ranks.
+        rank: Index of the rank in its context group.
+        widths: How many numbers the layer's tensors have per token.
         itemsize: Bytes of a number.
     """
     own, others = _tokens(shard, rank)
@@ -61,9 +61,10 @@ def received_forward(
 def received_backward(
     shard: ContextShard, rank: int, widths: AttentionWidths, itemsize: int
 ) -> Received:
-    """Returns the bytes that a rank receives in a backward. The arguments are those of the forward.
+    """Returns the bytes that a rank receives in the backward of an attention layer.
 
-    Gradients of gathered keys are summed in float32 or more.
+    The arguments are those of `received_forward`. Gradients of gathered keys are summed in float32
+    or more.
     """
     own, others = _tokens(shard, rank)
     heads = shard.heads
@@ -80,5 +81,5 @@ def _tokens(shard: ContextShard, rank: int) -> tuple[int, int]:
 
 
 def _gathered(shard: ContextShard, widths: AttentionWidths) -> int:
-    """Returns the numbers that a rank receives in the gathers of keys."""
+    """Returns how many numbers a rank receives in the gathers of keys of an attention layer."""
     return (shard.groups - 1) * max(shard.group_tokens) * widths.keys // shard.heads

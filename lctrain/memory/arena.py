@@ -20,8 +20,8 @@ class Arena:
     """A block of host memory that hands out slots of any size, and reuses released slots.
 
     torch's own allocator of pinned memory rounds every block up to a power of two. The arena pins
-    ordinary memory instead, so it takes the bytes that it is asked for. If pinning fails, the arena
-    warns and stays unpinned: copies are then slower, and results the same.
+    ordinary memory instead, and so takes only `capacity` bytes. If pinning fails, the arena warns
+    and stays unpinned: copies are slower, and results do not change.
 
     Attributes:
         capacity: Size of the block, in bytes.
@@ -89,8 +89,8 @@ class Arena:
     def release(self, begin: int, size: int) -> None:
         """Records that a slot was garbage-collected. The next `reserve` or `used` frees its bytes.
 
-        Python may collect a slot at any allocation, also while `reserve` runs, so this method does
-        not change the list of free ranges.
+        Python may collect a slot during any allocation, even while `reserve` runs. Therefore this
+        method does not change the list of free ranges.
         """
         self._released.append((begin, size))
 

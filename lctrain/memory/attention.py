@@ -24,7 +24,7 @@ class KeptResults:
     """Outputs and lse of the attention calls in one forward of one layer.
 
     Args:
-        keep: Takes an output tensor, and returns an object whose `get` returns the tensor again.
+        keep: Function that stores a tensor, and returns an object whose `get` returns the tensor.
     """
 
     def __init__(self, keep: Keep) -> None:
@@ -34,7 +34,10 @@ class KeptResults:
 
     @contextmanager
     def suspend(self) -> Iterator[None]:
-        """Context manager in which attention is computed, since another layer is recomputed."""
+        """Context manager in which attention is computed, although results are kept.
+
+        Another layer runs in it, whose attention calls must not get this layer's results.
+        """
         self.suspended = True
         try:
             yield

@@ -27,9 +27,13 @@ def free_host_bytes(
 ) -> int:
     """Returns the host memory in bytes that this process may still allocate.
 
-    The result is the smallest of these: what the machine has available, and what the limits leave
-    of the process's control group (cgroup version 2, or version 1 in `memory/`) and of every group
-    around it. In a container, the machine's memory alone does not show the limit.
+    The result is the smallest of these numbers:
+
+    - the memory that the machine has available;
+    - for the process's control group and every group around it: the group's limit minus the memory
+      in use. The groups are those of cgroup version 2, or of version 1 in `memory/`.
+
+    In a container the machine's available memory alone may exceed the container's limit.
 
     Args:
         cgroup: Folder in which the control groups are mounted.
@@ -55,7 +59,7 @@ def free_host_bytes(
 
 
 def _own_paths(own_groups: Path) -> tuple[PurePosixPath, PurePosixPath]:
-    """Returns the paths of this process's control groups: of version 2, and of version 1's memory.
+    """Returns the paths of this process's control groups: version 2's, and version 1's for memory.
 
     Args:
         own_groups: File with lines "number:controllers:/path"; version 2 names no controllers.

@@ -1,4 +1,4 @@
-"""Memory policies of the layers: those of given settings, and those among which "auto" chooses."""
+"""Turns memory settings into a policy for each layer, and lists the settings that "auto" tries."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LONGEST_SEGMENT = 4
 def candidates(
     config: MemoryConfig, measured: Profile, host_limit: int | None
 ) -> list[MemoryConfig]:
-    """Returns the policies that "auto" tries in turn, those with the least recomputation first.
+    """Returns the settings that "auto" tries one after the other, until one fits.
 
-    Among policies with equal recomputation, those that move the fewest bytes to the host come
-    first.
+    They are sorted by the operations that the backward computes again, the fewest first. Among
+    settings with equal numbers, those that move the fewest bytes to the host come first.
 
     Args:
         config: Settings of "auto".

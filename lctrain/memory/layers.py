@@ -43,7 +43,7 @@ class LayerPolicy:
 
 
 class LayerCheckpoints:
-    """Makes a transformers model run every decoder layer under activation checkpointing, by policy.
+    """Runs every decoder layer of a transformers model under checkpointing, each by its policy.
 
     In training mode, transformers calls a layer through the layer's `_gradient_checkpointing_func`.
     This class sets that function, so no `forward` is replaced.
@@ -105,8 +105,8 @@ class LayerCheckpoints:
             The layer's output.
 
         Raises:
-            ValueError: if the policy keeps other tensors than inputs on the GPU under
-                torch.compile, or attention that is not lctrain's.
+            ValueError: if the policy keeps more than inputs on the GPU, and torch.compile compiles
+                the layer; or if it keeps the outputs of an attention that is not lctrain's.
         """
         policy = self.policies[index]
         repeated = self.policies[index + 1 : index + 2]  # its output is rebuilt for the next layer
@@ -158,7 +158,11 @@ class LayerCheckpoints:
         return found
 
     def _keep_input(self, place: str, group: Any, x: Tensor) -> Any:
-        """Returns an object whose `get` returns the hidden states [B, S, E] in the backward."""
+        """Keeps a layer's input, the hidden states x [B, S, E], for the backward.
+
+        Returns:
+            An object whose `get` returns x in the backward.
+        """
         if place == RECOMPUTE:
             before = None if self._before is None else self._before()
             if before is not None and before.made(x):
@@ -196,7 +200,7 @@ class LayerCheckpoints:
 
 @torch.compiler.disable(reason="memory=offload and kept attention need a model as it is")
 def _refuse_compilation() -> None:
-    """Raises ValueError inside torch.compile, which cannot trace copies and kept results."""
+    """Raises the ValueError for a policy that torch.compile cannot trace."""
     raise ValueError(
         "memory must keep nothing but inputs on the GPU under torch.compile, got offloaded inputs "
         "or kept attention. Use memory=checkpoint with keep_attention=0, or do not compile."

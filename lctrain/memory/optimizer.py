@@ -19,7 +19,7 @@ _SMALLEST = 4096  # elements of a weight from which torchao's moments have 8 bit
 def optimizer_bytes(parameters: Sequence[Tensor], target: str = ADAMW) -> tuple[int, int]:
     """Returns the bytes of an optimizer's states on the device and on the host.
 
-    An optimizer that is not known here counts as AdamW, with two moments in the weights' dtype.
+    An optimizer that this module does not know counts as AdamW: two moments in the weights' dtype.
 
     Args:
         parameters: The trained weights.

@@ -91,7 +91,7 @@ class Plan:
 
 
 def _layer_lines(plan: Plan) -> list[str]:
-    """Returns a line for the layers of each policy."""
+    """Returns one line of text for each policy that layers have, with the numbers of its layers."""
     lines: list[str] = []
     policies: Sequence[LayerPolicy | None] = plan.policies or (None,) * len(plan.rows)
     for policy in dict.fromkeys(policies):
@@ -244,15 +244,15 @@ def _needed(
 def _checkpointed(
     layers: Sequence[LayerBytes], policies: Sequence[LayerPolicy]
 ) -> tuple[int, int, int]:
-    """Returns three numbers of bytes for checkpointed layers.
+    """Returns the bytes of checkpointed layers in a forward and backward.
 
     The backward goes from the last layer to the first, and frees what a layer kept once that layer
-    is done. The peak is therefore reached at the layer with the largest sum of two terms: its own
-    forward or backward, and what this layer and all earlier layers keep.
+    is done. While it is at a layer, the GPU holds what this layer and all earlier layers keep, the
+    tensors that are copied from or to the host, the rebuilt inputs of the segment, and the layer's
+    own backward. The peak is the largest such sum.
 
     Returns:
-        Bytes that all layers together keep on the GPU; bytes at the peak beyond these; bytes on the
-        host.
+        (bytes that all layers together keep on the GPU, peak minus these bytes, bytes on the host)
     """
     kept, host, most = 0, 0, 0
     rebuilt = first = 0  # bytes of a segment's rebuilt inputs, and of its first layer's input

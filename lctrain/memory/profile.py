@@ -59,7 +59,7 @@ class Profile:
         optimizer: Bytes of the optimizer's states on the GPU.
         host: Bytes of the optimizer's states on the host.
         layers: Bytes of every layer.
-        around: Bytes of tensors outside of the layers that live during the whole step.
+        around: Bytes of tensors outside of the layers that exist during the whole step.
         head: Peak bytes between the last layer's forward and its backward: the final norm, and the
             gradient of the norm's output.
         loss: Bytes of one chunk of logits, and of the float32 gradient of the output embedding if
@@ -165,7 +165,7 @@ class _Layer:
 
 
 class _Run:
-    """One forward, and with checkpointing one backward, of a decoder on the meta device.
+    """Runs a decoder's forward on the meta device, and with checkpointing also its backward.
 
     Attributes:
         tracker: Counter of the bytes of live tensors.

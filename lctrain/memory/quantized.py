@@ -14,7 +14,7 @@ _ROW = 5  # bytes of a row's scale and zero point in torchao's int8
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of a weight; of a quantized weight, with its scales.
+    """Returns the bytes of a weight, including the scales of a quantized weight.
 
     Args:
         tensor: A dense tensor, a weight of bitsandbytes, or a tensor subclass such as torchao's.
@@ -37,7 +37,7 @@ def is_quantized(tensor: Any) -> bool:
 
 
 def dense_like(tensor: Any) -> Tensor:
-    """Returns a meta tensor with the shape and dtype in which a weight takes part in products.
+    """Returns a meta tensor with the shape and dtype of a weight, after dequantization if needed.
 
     Args:
         tensor: A weight, quantized or not.

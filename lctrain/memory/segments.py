@@ -1,8 +1,9 @@
 """Segments: groups of consecutive layers of which only the first layer's input is kept.
 
-The backward goes through a segment from its last layer to its first. Before it starts, the
-segment's layers run once more without saving anything; their outputs are the inputs that the other
-layers need. Kept attention outputs are reused in this run, so attention is not computed again.
+Before the backward of a segment, all its layers except the last run once more, and autograd saves
+nothing. Their outputs are the inputs of the segment's other layers. If a layer's attention outputs
+are kept, this run reuses them and does not compute attention. The backward then goes through the
+segment from its last layer to its first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lctrain.memory.attention import KeptResults
 
 
 class LayerInput:
-    """The hidden states [B, S, E] that enter a layer, as the layer's backward gets them.
+    """The input of a layer in the backward: hidden states [B, S, E], kept or computed again.
 
     Args:
         source: Object whose `get` returns the hidden states: a kept tensor, or the LayerCall of the
@@ -33,7 +34,7 @@ class LayerInput:
         self._value: Tensor | None = None
 
     def peek(self) -> Tensor:
-        """Returns the hidden states, and keeps them on the GPU until `get` is called."""
+        """Returns the hidden states. They stay on the GPU until `get` is called."""
         if self._value is None:
             self._value = self._source.get()
         return self._value
@@ -45,14 +46,14 @@ class LayerInput:
 
 
 class LayerCall:
-    """The call of a layer in a forward pass, which can be repeated to compute its output again.
+    """One layer's call in the forward, which the backward repeats to compute the output again.
 
     Args:
         layer: The layer's forward.
         x: Hidden states [B, S, E] that the layer got.
         given: Further positional arguments of the layer.
         options: Keyword arguments of the layer.
-        inputs: Object that returns the hidden states in the backward.
+        inputs: LayerInput that returns the hidden states in the backward.
         results: Kept outputs of the layer's attention; None if attention is recomputed.
     """
 
@@ -81,7 +82,7 @@ class LayerCall:
         self._output = weakref.ref(x), x._version
 
     def made(self, x: Tensor) -> bool:
-        """Returns whether a tensor is the layer's recorded output, unchanged."""
+        """Returns whether x is the layer's recorded output and was not changed in place since."""
         if self._output is None:
             return False
         reference, version = self._output
@@ -99,7 +100,7 @@ class LayerCall:
 
     @contextmanager
     def _same_random(self) -> Iterator[None]:
-        """Context manager in which torch's generators have their states of the forward."""
+        """Context manager in which torch's generators have their states before the forward."""
         state, devices, states = self._random
         with torch.random.fork_rng(devices, device_type=_fork_device(self._device)):
             torch.set_rng_state(state)

@@ -23,7 +23,7 @@ MOST_WAITING = 2
 
 
 class OnDevice:
-    """A kept activation that stays on its device; it has the method `get` of OnHost.
+    """A kept activation that stays on its device; it can replace an OnHost.
 
     Args:
         x: The activation, of any shape. Its autograd history is dropped.
@@ -38,7 +38,7 @@ class OnDevice:
 
 
 class HostStore:
-    """Keeps activations in host memory, with an arena or more for each kind of activation.
+    """Keeps activations in host memory, in one or more arenas for each kind of activation.
 
     Attributes:
         counts: Number of tensors that one forward pass stores, by kind of activation, such as
@@ -172,12 +172,15 @@ class HostStore:
             torch.cuda.current_stream(x.device).wait_event(event)
 
     def advance(self) -> None:
-        """Drops the oldest tensor that waits for its copy; called at a layer that moves none."""
+        """Waits for the oldest copy to the host, and drops its source tensor.
+
+        It is called at each layer that moves no tensor to the host.
+        """
         if self._waiting:
             self._finish_one()
 
     def finish(self) -> None:
-        """Drops all tensors that wait for their copy to the host."""
+        """Waits for all copies to the host, and drops their source tensors."""
         while self._waiting:
             self._finish_one()
 
@@ -185,7 +188,7 @@ class HostStore:
 class Group:
     """The activations of one layer in one forward pass that are on the host.
 
-    They are copied back to the GPU together.
+    The backward copies them back to the GPU together.
 
     Args:
         store: The HostStore that holds the activations.
@@ -247,7 +250,7 @@ class OnHost:
         self._fetched = x, self._store._event(x)
 
     def get(self) -> Tensor:
-        """Returns the activation on its device, and starts to copy the layer before."""
+        """Returns the activation on its device, and starts to copy the previous layer's group."""
         self._store.finish()
         if self._fetched is None:
             self._group.fetch()

@@ -17,11 +17,11 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 class TiledMLPs:
-    """Makes the MLPs of a model's layers compute tile by tile in training; a tile is a few tokens.
+    """Makes the MLPs of a model's layers compute a few tokens (a tile) at a time in training.
 
     Each tile runs under activation checkpointing, so only one tile's activations exist at a time.
-    The gradient of a weight is the sum over the tiles, in the weight's dtype, float32. Outputs and
-    gradients equal those without tiles within rounding.
+    The gradient of a weight is summed over the tiles in the weight's dtype, which must be float32.
+    Outputs and gradients equal those without tiles within rounding.
 
     Args:
         layers: Layers of a transformers model. Their attribute `mlp` is the MLP.

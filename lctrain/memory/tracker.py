@@ -24,7 +24,8 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         live: Bytes of the storages that exist now.
-        peak: Largest value of `live` since `restart`, with the workspace of attention backwards.
+        peak: Largest value of `live` since `restart`, including the workspace of attention kernels
+            in the backward.
     """
 
     def __init__(self) -> None:
