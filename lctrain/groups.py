@@ -22,12 +22,13 @@ class PrefixGroups(NamedTuple):
 
     Attributes:
         parents: Index of the prefix of each document in the pack; -1 for a document without one.
-        members: Indices of the documents that end each completion, by group.
+        members: For each group, the indices of the documents that hold its completions.
         prefix_tokens: [P] int64, indices of the prefixes' tokens in the pack.
         suffix_tokens: [S] int64, indices of the suffixes' tokens in the pack.
         cu_prefix: [G + 1] int32, cumulative lengths of the prefixes.
         cu_suffix: [G + 1] int32, cumulative lengths of all suffixes of a group together.
-        document_ids: [G] int32, number that keys the dropout mask of the suffixes on the prefix.
+        document_ids: [G] int32, number of each group that keys the dropout mask of its suffixes'
+            attention to the prefix.
         max_prefix: Length of the longest prefix.
         max_suffix: Largest number of suffix tokens in a group.
         longest: Length of the longest prefix with one of its suffixes.
@@ -62,19 +63,21 @@ class PrefixGroups(NamedTuple):
 def group_documents(
     groups: Sequence[tuple[Any, Sequence[Any]]], read: Callable[[str, Any], Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[int], list[tuple[int, ...]]]:
-    """Divides groups into documents: the prompt without its last token, then every completion.
+    """Divides groups into documents: a prefix, then one suffix for every completion.
 
-    The last token of the prompt begins every suffix, since it predicts the first token of each
-    completion. The prompt of a group with a single token has no prefix.
+    The prefix is the prompt without its last token. That token begins every suffix, since it
+    predicts the first token of the completion. If the prompt has only one token, there is no
+    prefix.
 
     Args:
         groups: Pairs of a prompt and its completions, integers.
-        read: Returns the integers of a sequence, [n] int64; takes a name for messages.
+        read: Called as read(name, sequence); returns the sequence's integers, [n] int64. The name
+            is for messages.
 
     Returns:
-        The documents [n] int64; their labels, not shifted, with -100 at the tokens of the prompt;
-        the index of each document's prefix, -1 for none; and the documents that end the completions
-        of each group.
+        Four lists: the documents, [n] int64 each; their labels, not shifted, with -100 at the
+        tokens of the prompt; the index of each document's prefix, or -1; and for each group, the
+        indices of the documents that hold its completions.
 
     Raises:
         ValueError: if there is no group, or a prompt or completion is empty.
@@ -121,12 +124,12 @@ def prefix_groups(
     members: Sequence[tuple[int, ...]],
     document_ids: Tensor,
 ) -> PrefixGroups:
-    """Returns the groups of a pack, with tensors on the CPU.
+    """Builds the PrefixGroups of a pack, with tensors on the CPU.
 
     Args:
-        lengths: Lengths of the N documents; the suffixes of a prefix follow it.
-        parents: Index of each document's prefix; -1 for none.
-        members: Documents that end the completions of each group.
+        lengths: Lengths of the N documents. The suffixes of a prefix come right after it.
+        parents: Index of each document's prefix; -1 for a document without one.
+        members: For each group, the indices of the documents that hold its completions.
         document_ids: [N] int32, numbers that key the dropout masks.
     """
     from lctrain_kernels.schedule import make_schedule

@@ -14,9 +14,10 @@ from torch.optim import AdamW, Optimizer
 class HostAdamW(Optimizer):
     """torch's AdamW on float32 copies of the weights in host memory.
 
-    A step copies the gradients to the host, updates the copies with torch's fused AdamW for CPUs,
-    and copies the weights back. The GPU holds no state. Weights in bfloat16 are the rounded
-    copies, so small updates are not lost.
+    A step copies the gradients to the host, updates the float32 copies with torch's fused AdamW for
+    CPUs, and copies them back into the weights. The GPU holds no optimizer state. If the weights
+    are bfloat16, they are the rounded copies. The copies keep the small updates that bfloat16 would
+    lose.
 
     Args:
         params: Parameters, or parameter groups.
@@ -61,7 +62,7 @@ class HostAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Updates all parameters that have a gradient, after one call of the closure if given."""
+        """Updates all parameters that have a gradient. If a closure is given, it runs first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

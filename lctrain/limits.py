@@ -69,7 +69,7 @@ def check_seed(seed: int, name: str = "seed") -> None:
 
 
 def check_passkey_source(source: Any, passkey_fraction: float, prefix: str = "") -> None:
-    """Raises ValueError if a mix or conversations are to have passkey documents.
+    """Raises ValueError if passkey documents are asked for with a mix or with conversations.
 
     Args:
         source: Source of documents, or the settings of one.

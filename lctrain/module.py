@@ -96,7 +96,8 @@ class LongContextModule(pl.LightningModule):
             before the first.
         gradient_norm: Gradient norm before clipping, 0-dim float32 tensor; None without clipping.
         held_out_losses: Pairs (optimizer step, held-out loss per token), one per validation.
-        held_out_set_losses: Such pairs by the name of the set, if there are several.
+        held_out_set_losses: The same pairs for each held-out set, by the set's name, if there are
+            several sets.
         converts_progress: True: this module converts a checkpoint's batch counts if a run resumes
             with other numbers of ranks and accumulated packs. PackedDataModule reads it.
     """
@@ -321,7 +322,7 @@ class LongContextModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss`, the mean over the held-out tokens of all ranks, and `val/perplexity`.
 
-        Each of several held-out sets has `val/NAME/loss` and `val/NAME/perplexity`, too.
+        With several held-out sets, it also logs `val/NAME/loss` and `val/NAME/perplexity` of each.
         """
         losses = self._held_out.log(self, "val")
         if not self.trainer.sanity_checking:

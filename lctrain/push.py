@@ -131,7 +131,7 @@ class Upload:
 
 
 def _comes_from_the_hub(error: Exception) -> bool:
-    """Whether an error is one of the network, of the login, or the hub's answer."""
+    """Whether an error comes from the network, from the login, or from the hub's answer."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library.startswith(
         ("huggingface_hub", "httpx", "httpcore")

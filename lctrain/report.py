@@ -32,8 +32,8 @@ class RunReport:
         last_loss: Training loss of the last step; None if this process took no step.
         held_out_first: Held-out loss before the first step.
         held_out_last: Held-out loss after the last step.
-        held_out_sets: Such losses before the first and after the last step by the name of the set,
-            if there are several sets.
+        held_out_sets: For each held-out set, by its name, its loss before the first step and after
+            the last step, if there are several sets.
         tokens_per_second: Tokens per second of all ranks together, without the first logging
             interval; None if it was not measured.
         peak_memory_gib: Peak memory in GiB: allocated on the GPU, or of this process without a GPU.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def set_unchanged(batch: Any, name: str, value: Any) -> None:
-    """The `__setattr__` of PackedBatch: accepts only an attribute's current value.
+    """Serves as `__setattr__` of PackedBatch: it accepts only an attribute's current value.
 
     The `__setattr__` of a frozen dataclass always raises. But Lightning's convert_input (precision
     "bf16-true", FSDP) sets every field of a dataclass to its current value.

@@ -93,7 +93,7 @@ def checked_options(
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         deterministic: Whether the backward must give the same bits in every run.
-            torch.use_deterministic_algorithms turns it on, too.
+            torch.use_deterministic_algorithms also turns it on.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.

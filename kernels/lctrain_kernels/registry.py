@@ -63,14 +63,14 @@ def implements(
 def refusals(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> dict[str, str | None]:
-    """Returns, for each backend, the first property of a call that it does not support, else None.
+    """Returns, for each backend, which property of a call it does not support first, or None.
 
     Args:
         operation: Name of the operation, such as "varlen".
         direction: FORWARD or BACKWARD.
         operands: Tensor inputs of the call; a FusedCall for a fused operation.
         options: Options of the call.
-        dout: Gradient of out in a backward, else None.
+        dout: Gradient of out in a backward; None in a forward.
     """
     found = _IMPLEMENTATIONS[operation, direction]
     return {name: one.refuses(operands, options, dout) for name, one in found.items()}

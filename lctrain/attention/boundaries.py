@@ -56,8 +56,8 @@ class Boundaries(NamedTuple):
             queries; None if there is no padding.
         indices_k: [Tk] int64, indices of the keys that are not padding, in the B * Sk flattened
             keys; None if there is no padding.
-        shared_rows: Whether a row holds several documents; None if only a synchronisation would
-            tell.
+        shared_rows: Whether a row holds several documents; None if finding out would take a
+            synchronisation.
         padding: The rows that the tokens come from, if an encoder's input hook has packed them.
         prefixes: Prefixes that documents of the pack share; None without any.
         share: The part of the pack that the rows hold, a `lctrain.distributed.share.PackShare`;
@@ -98,8 +98,8 @@ def from_cu_seqlens(
     Raises:
         TypeError: if an argument has the wrong dtype.
         ValueError: if an argument is missing, max_length is not an int, there are several rows, the
-            boundaries are no vector, an id or the schedule does not fit, or, on the CPU, the
-            boundaries do not cover the row, or queries and keys have other documents.
+            boundaries are no vector, or an id or the schedule does not fit. On the CPU, also if the
+            boundaries do not cover the row, or queries and keys have different documents.
     """
     from lctrain_kernels.pack import checked_pack
 
@@ -279,11 +279,11 @@ def find_lengths(boundaries: Boundaries, position_ids: Tensor | None = None) -> 
 
 
 def _documents(boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    """Returns the number of every query among the pack's queries, and the query's document.
+    """Returns where the T queries of the rows are in the pack.
 
     Returns:
-        Two tensors [T] int64: the place of each query in the pack, and the index of its document.
-        The places are 0 to T - 1, unless the rows hold a share of the pack.
+        Two tensors [T] int64: the index of each query among the pack's queries, and the index of
+        its document. The first is 0 to T - 1, unless the rows hold a share of the pack.
     """
     real, cu_seqlens = boundaries.indices_q, boundaries.pack.cu_seqlens_q
     if boundaries.share is None:

@@ -205,9 +205,9 @@ def attend(
 
     Args:
         kernel: Function (part, *queries, *per_query, *keys) -> [T, H, W], where `part` is a Part,
-            and queries and keys are those of `split`, by default (part, q, k, v). q is [T, H, W], k
-            and v are [Tk, Hk, W]. T and Tk count tokens without padding, and
-            W is the larger of D and Dv.
+            and queries and keys are those that `split` returns; by default (part, q, k, v). q is
+            [T, H, W], k and v are [Tk, Hk, W]. T and Tk count tokens without padding, and W is the
+            larger of D and Dv.
         query: [B, H, S, D].
         key: [B, Hk, Sk, D].
         value: [B, Hk, Sk, Dv].

@@ -1,4 +1,4 @@
-"""Attention of suffixes to the prefix that they share, merged with that to themselves."""
+"""Attention of suffixes to a prefix that they share, merged with their attention to themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class SharedPrefixes(NamedTuple):
     """The suffixes and prefixes of a batch, as every layer passes them to the kernels.
 
     Attributes:
-        pack: The suffixes of a group as queries, and their prefix as keys.
+        pack: Pack for the kernels with one document per group: its suffixes are the queries, and
+            their prefix is the keys.
         prefix_tokens: [P] int64, indices of the prefixes' tokens in the batch.
         suffix_tokens: [S] int64, indices of the suffixes' tokens in the batch.
         longest: Length of the longest prefix with one of its suffixes.
@@ -69,10 +70,10 @@ def add_prefixes(
     lse: Tensor,
     **options: Any,
 ) -> Tensor:
-    """Returns the attention of all tokens, with that of the suffixes to their prefixes added.
+    """Merges the attention of every document to itself with that of suffixes to their prefixes.
 
-    It is exact, gradients included: merge_attn_states is differentiable in the log-sum-exps. With
-    dropout, a suffix draws a mask of its own for the keys of the prefix.
+    The result and its gradients are exact, since merge_attn_states is differentiable in the
+    log-sum-exps. With dropout, a suffix draws a mask of its own for the keys of the prefix.
 
     Args:
         shared: Suffixes and prefixes.
@@ -81,7 +82,7 @@ def add_prefixes(
         v: [T, Hk, D].
         out: [T, H, D], attention of every document to itself.
         lse: [H, T], log-sum-exp of the logits of that attention, a sink included.
-        **options: Keyword arguments of flash_attn_pack_func, without mask and sink.
+        **options: Keyword arguments of flash_attn_pack_func, except those of the mask and the sink.
     """
     from lctrain_kernels.merge import merge_attn_states
     from lctrain_kernels.varlen.api import flash_attn_pack_func

@@ -11,7 +11,7 @@ from lctrain_kernels.pack import Pack
 
 
 class Part(NamedTuple):
-    """What one call of a kernel computes: some documents, and all heads or a slice of them.
+    """What one call of a kernel computes: a pack of documents, with all heads or this rank's heads.
 
     Attributes:
         pack: The documents.
@@ -25,7 +25,7 @@ class Part(NamedTuple):
     dropout_seed: Tensor | None = None
 
     def first_head(self, heads: int) -> int:
-        """Returns the number of the first head, of a call with `heads` heads."""
+        """Returns the index of this part's first head, where the part has `heads` heads."""
         return 0 if self.shared is None else self.shared.place * heads
 
     def of_heads(self, values: Tensor | None) -> Tensor | None:
@@ -51,13 +51,16 @@ def attend_shared(
     dropout_p: float,
     causal: bool,
 ) -> Tensor:
-    """Computes the attention of the tokens that this rank has of a pack. All ranks must call it.
+    """Computes the attention of this rank's tokens of a pack that several ranks share.
+
+    All ranks of the context group must call it.
 
     Args:
-        kernel: Function (part, *queries, *per_query, *keys) -> [tokens, H, W].
-        split: Function from queries, keys and values to the queries and keys of the kernel.
+        kernel: Called as kernel(part, *queries, *per_query, *keys) with a Part; returns the output
+            [tokens, H, W].
+        split: Called as split(q, k, v); returns (queries, keys), the tensors that the kernel takes.
         states: Queries [S, H, W], keys [S, Hk, W] and values [S, Hk, W] of this rank's tokens.
-        per_query: Further tensors of the kernel, [S, H'] per query and head.
+        per_query: Further tensors of the kernel, [S, H'], one number per query and head.
         boundaries: Boundaries of the whole pack, with this rank's share of it.
         dropout_p: Probability of dropping an attention weight.
         causal: Whether attention is causal.

@@ -5,13 +5,13 @@
 
 Every number is computed, none is measured. The time of a step is the sum of
 
-- compute: model FLOPs of the rank with the most attention work, at the assumed share of the peak;
-- exchange: bytes of the attention layers of the rank that receives most (forward and backward),
-  which wait for nothing and overlap with nothing;
-- FSDP2: the part of gathering parameters twice (bf16) and of summing gradients once (float32) that
-  is longer than compute, since torch overlaps both with it.
+- compute: the largest model FLOPs of any rank, at the assumed share of the peak;
+- exchange: the bytes that attention layers exchange in forward and backward, on the rank that
+  receives most. This time overlaps with nothing;
+- FSDP2: parameters are gathered twice (bf16) and gradients summed once (float32). torch overlaps
+  both with compute, so only the time by which they exceed compute counts.
 
-Efficiency is the time of compute, were its FLOPs divided evenly, over the time of a step.
+Efficiency is the compute time with evenly divided FLOPs, divided by the time of a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARAMETER_BYTES, GRADIENT_BYTES, STATE_BYTES = 2, 4, 2  # gathered, summed, exch
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a cost model takes for granted.
+    """The assumptions of the cost model.
 
     Attributes:
         model: Title of the model.
@@ -50,7 +50,7 @@ class Assumptions:
         network: Bytes per second that a GPU receives from other machines.
         latency: Seconds of a collective, whatever its size.
         tokens: Tokens per rank.
-        document: Tokens of a document, at most the pack.
+        document: Tokens of a document; a smaller pack is one document.
         context: Ranks that share a pack; None for all of them.
     """
 
@@ -89,7 +89,7 @@ class ModelCost:
 
     @classmethod
     def of(cls, shape: ModelShape) -> ModelCost:
-        """Builds the model without memory for its weights, and counts."""
+        """Returns the cost of a model, which is built on the meta device to be counted."""
         model = build_shape(shape, "sdpa", torch.device("meta"), torch.bfloat16)
         config = model.config
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
@@ -103,12 +103,12 @@ class ModelCost:
 
 
 def step_cost(cost: ModelCost, assumed: Assumptions, gpus: int) -> dict[str, Any]:
-    """Returns the computed times of a step.
+    """Returns one row of the table: the computed times of a step.
 
     Args:
-        cost: The model.
-        assumed: Assumptions.
-        gpus: Number of ranks.
+        cost: Size of the model.
+        assumed: Assumptions of the cost model.
+        gpus: Number of GPUs, each of which is a rank.
     """
     size = gpus if assumed.context is None else assumed.context
     heads = choose_heads("auto", size, cost.key_heads, min(size, assumed.on_machine))

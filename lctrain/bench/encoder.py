@@ -6,8 +6,8 @@
 lctrain is compared with encoders that compute padding, and with encoders that remove it in each
 layer. The lengths of the rows' texts rise evenly from 0.2 to 1 times the row's length, so they
 average 0.6 of it. All contenders have the same weights and rows; on a GPU they run in bfloat16.
-Small batches are limited by the time of kernel launches. So `graph` cases replay a CUDA graph of
-the step for every contender, and lctrain gets a ready pack, as from a collator. The record is
+Kernel launches limit the speed of small batches. In `graph` cases every contender therefore replays
+a CUDA graph of the step, and lctrain gets rows that a collator has already packed. The record is
 written after every case.
 """
 
@@ -138,7 +138,7 @@ def build_ours(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
 
 
 def build_sdpa(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
-    """Returns transformers' own encoder with SDPA, which computes padding, too."""
+    """Returns transformers' own encoder with SDPA, which also computes padding."""
     return case.build("sdpa", device, tiny)
 
 

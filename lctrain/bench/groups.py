@@ -4,9 +4,10 @@
     lctrain-bench groups --shape llama-8b --sizes 2 --prompt 8192 --completion 1024
     lctrain-bench groups --tiny --sizes 4 --prompt 96 --completion 16
 
-A step is forward and backward of the loss of all completions of one group. Shared: one pack, in
-which the prompt is computed once. Separate: every prompt with its completion as a pack of its own,
-one after the other. The weights are random; llama-8b trains LoRA adapters.
+A group is a prompt with its completions. A step is forward and backward of the loss of all
+completions of one group. "Shared" is one pack in which the prompt is computed once. "Separate" has
+one pack for each completion, with its own copy of the prompt, and computes the packs one after the
+other. The weights are random; llama-8b trains LoRA adapters.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def measure(
     warmup: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Returns the milliseconds of forward and backward of all packs, the loss and the peak memory.
+    """Times forward and backward of all packs; returns milliseconds, loss and peak memory.
 
     Args:
         model: The model, on the device.

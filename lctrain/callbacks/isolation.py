@@ -100,7 +100,8 @@ class IsolationCheck(pl.Callback):
 def as_pack(view: BatchView) -> PackedBatch | None:
     """Returns the documents of a batch as a pack on the batch's device.
 
-    Documents that share a prefix, which reaches them all, are returned as documents of their own.
+    Documents that share a prefix all depend on it, so they are returned without their groups, as
+    independent documents.
 
     Args:
         view: The batch.
@@ -148,10 +149,10 @@ def check_isolation(
         model: A causal LM that takes the arguments `batch.model_kwargs()`.
         batch: A pack on the model's device.
         progress: Whether to show a bar over the forward passes if they take more than a second.
-        share: Share of any pack, whose ranks also share this pack; all of them must call this
-            function. None computes the pack on this rank. Other boundaries divide a pack in another
-            way, which may change the last bits. So they are checked on one rank, for as many
-            tokens as the largest share has.
+        share: Share of any pack. The ranks that share that pack also share `batch`, and all of them
+            must call this function. None computes the pack on this rank alone. The check with
+            changed boundaries runs on one rank, with as many tokens as the largest share has: other
+            boundaries would divide the pack in another way, which may change the last bits.
 
     Raises:
         IsolationError: if outputs change that must not change.
@@ -186,7 +187,7 @@ def check_isolation(
 
 
 def _divided(batch: PackedBatch, share: PackShare | None) -> PackedBatch:
-    """Returns this rank's share of a pack, divided like that of `share`; the pack for None."""
+    """Returns this rank's share of a pack, for the ranks of `share`; for None the pack itself."""
     if share is None:
         return batch
     found = share_pack(batch, share.size, share.rank, share.plan.heads)

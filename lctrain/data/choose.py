@@ -27,10 +27,11 @@ def preparation_of(
     settings: DataSettings,
     held_out: Any = None,
 ) -> AnyPreparation:
-    """Returns what prepares the rows of a source, a mix, texts, token ids or packed rows.
+    """Returns the object whose `run` prepares packed rows from the data that a user passed.
 
     Args:
-        source: The data, as `PackedDataModule` takes them; None reads the standard library.
+        source: A source, a mix, texts, token ids or packed rows, as `PackedDataModule` takes them.
+            None reads Python's standard library.
         tokenizer: A tokenizer of transformers, or its name or path; None trains one.
         settings: Settings of the data module.
         held_out: Documents to hold out, or held-out sets by name, as `PackedDataModule` takes them.
@@ -74,5 +75,5 @@ def preparation_of(
 
 
 def _as_source(value: Any) -> Any:
-    """Returns texts as a source; other values as they are."""
+    """Returns texts wrapped in a source; another value is returned itself."""
     return DatasetSource(dataset=value) if holds_texts(value) else value

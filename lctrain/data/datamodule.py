@@ -240,7 +240,8 @@ class PackedDataModule(LightningDataModule):
     def _order(self, epoch: int) -> np.ndarray:
         """Returns the row of every rank at every micro-batch of an epoch: [micro-batches, ranks].
 
-        Rows that do not fill an optimizer step are left out, unless an epoch has no other rows.
+        Rows that do not fill the last optimizer step are left out. If the whole epoch is shorter
+        than one step, only the rows that do not fill a micro-batch are left out.
         """
         costs, options = self._ready.train_rows.plan.costs(), self.options
         packs = self._packs if len(costs) >= self._packs else self._world_size
@@ -393,7 +394,7 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def _share(self) -> Any:
-        """Makes this rank's share of every batch; None if no ranks share a pack."""
+        """The `collate_fn` that makes this rank's share of a batch; None if ranks share none."""
         ranks = Topology.of(self.trainer)
         return collate_share(ranks.context, ranks.context_rank, ranks.heads)
 

@@ -37,10 +37,10 @@ class SourcePart:
     Attributes:
         source: Source of the documents.
         name: Name of the source in the log and the reports. None takes the kind of the source.
-        weight: Share of the tokens of a pass over the mix, relative to the other weights. None, in
-            all sources or in none, takes `epochs` as it is.
+        weight: Share of the tokens of a pass over the mix, relative to the other weights. Either
+            all sources have a weight, or it is None in all; then `epochs` decides.
         epochs: Times that every document is read in a pass over the mix, above 0; a fraction reads
-            a part of the documents. With weights it is the most times.
+            a part of the documents. With weights it is a limit.
         overlong: Treatment of a document that is too long: "split", "truncate" or "drop". None
             truncates conversations, and takes the data module's setting for texts.
 
@@ -185,12 +185,13 @@ def part_of(settings: Any, own: Sequence[str] = _OWN) -> SourcePart:
 
 
 def overlong_of(source: Source, own: str | None, default: str) -> str:
-    """Returns the treatment of a source's documents that are too long.
+    """Returns how documents of a source that are too long are treated: "split" and so on.
 
     Args:
         source: The source.
-        own: The source's own setting; None truncates conversations.
-        default: Setting of the data module, for texts.
+        own: The source's own setting. With None, conversations are truncated, and texts take
+            `default`.
+        default: Setting of the data module.
     """
     if own is not None:
         return own
@@ -210,8 +211,8 @@ def named_sets(sets: Any) -> dict[str, Source]:
     """Returns held-out sets by name as sources.
 
     Args:
-        sets: A mapping with a Source, or a mapping with `kind` and the settings of that source, by
-            name; None for no set.
+        sets: Mapping from the name of a set to a Source, or to a mapping with `kind` and the
+            settings of that source. None for no set.
 
     Raises:
         ValueError: if a name or a source is wrong; the message begins with its place.
@@ -233,7 +234,7 @@ def sources_of(data: Any) -> dict[str, Any]:
     """Returns every source of the settings of the config group `data`, by its place in messages.
 
     Args:
-        data: Settings of the data, which are those of a source or of a mix, too.
+        data: Settings of the data, which include those of a source or of a mix.
 
     Raises:
         ValueError: if a setting of a source is wrong; the message names the place.

@@ -60,7 +60,7 @@ class MixPreparation:
 
     @cached_property
     def parts(self) -> dict[str, Preparation]:
-        """What prepares the documents of each source, by the name of the source."""
+        """Preparation of each source, by the name of the source."""
         found = {}
         for number, part in enumerate(self.source.parts):
             overlong = overlong_of(part.source, part.overlong, self.settings.overlong)
@@ -165,7 +165,7 @@ class MixPreparation:
 
 
 def _with_unread(report: Any, train: Any, parts: list[MixedPart]) -> Any:
-    """Adds to a report the documents that were left out or repaired when the texts were read."""
+    """Returns the report with the numbers of documents left out or repaired while reading."""
     faults = sum(len(getattr(part.store, "faults", ())) for part in parts)
     return replace(
         report,

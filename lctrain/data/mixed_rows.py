@@ -23,8 +23,9 @@ class MixedPart:
         store: Tokens of N documents; see `lctrain.data.documents.StoredTokens`. It may have the
             methods `labels` and `count_trained` of a ChatStore.
         overlong: Treatment of a document that is too long: "split", "truncate" or "drop".
-        epochs: Times that every document is read in a pass; with weights, the most times.
-        weight: Share of the tokens, relative to the other weights; None in all parts or in none.
+        epochs: Times that every document is read in a pass. With weights it is a limit.
+        weight: Share of the tokens, relative to the other weights. Either all parts have a weight,
+            or it is None in all parts.
     """
 
     name: str
@@ -37,11 +38,14 @@ class MixedPart:
 def repeats_of(
     tokens: Sequence[int], epochs: Sequence[float], weights: Sequence[float] | None
 ) -> list[float]:
-    """Returns how often every source is read in one pass over a mix.
+    """Returns how many times every source is read in one pass over a mix.
+
+    With weights, the numbers are the largest for which the tokens of the pass have the shares of
+    the weights and no number exceeds its limit in `epochs`.
 
     Args:
-        tokens: Tokens of each source, at least 1.
-        epochs: Times that each source may be read.
+        tokens: Number of tokens of each source, at least 1.
+        epochs: Times that each source is read; with weights, at most.
         weights: Shares of the tokens; None reads every source `epochs` times.
     """
     if weights is None:
@@ -62,8 +66,8 @@ def mix_rows(
 ) -> PackedRows:
     """Packs the documents of several sources together.
 
-    The result depends on the documents and the arguments only. A part of a source that is not read
-    as a whole consists of the same documents in every pass.
+    The result depends on the documents and the arguments only. If a pass reads only a part of a
+    source, the part consists of the same documents in every pass.
 
     Args:
         parts: The sources. Each has a document.
@@ -116,13 +120,13 @@ def mix_rows(
 
 
 class MixedStore:
-    """Documents of several stores in one order, some of them several times; used like a TokenStore.
+    """A sequence of documents from several stores, with repetitions; used like a TokenStore.
 
     Attributes:
         lengths: [M] int64, number of tokens of each document that are used.
         names: [M] names of the documents.
         sources: [M] int64, number of the store of each document.
-        has_labels: Whether a store has labels. Every token of the other stores is a label.
+        has_labels: Whether any store has labels. In the other stores every token is trained on.
     """
 
     def __init__(
@@ -193,7 +197,7 @@ class MixedStore:
 
 
 def _usable(part: MixedPart, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the documents of a source that are used, and how many of their tokens: [n] each."""
+    """Returns which documents of a source are used, and how many tokens of each: [n] int64 each."""
     lengths = np.asarray(part.store.lengths, np.int64)
     documents = np.arange(len(lengths))
     if part.overlong == "drop":
@@ -203,12 +207,15 @@ def _usable(part: MixedPart, limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _repeat(lengths: np.ndarray, times: float, random: np.random.Generator) -> np.ndarray:
-    """Returns the documents of one pass, at least one: whole copies, then a part in rising order.
+    """Returns the numbers of the documents of one pass over a source, at least one.
+
+    With times = 2.5, these are all documents, all documents again, and then documents with about
+    half of the tokens, in rising order.
 
     Args:
         lengths: [n] int64, tokens of each document.
-        times: Times that the documents are read.
-        random: Generator that chooses the documents of the part.
+        times: Times that the source is read, above 0.
+        random: Generator that chooses documents for the fraction.
     """
     copies = int(times)
     whole = np.tile(np.arange(len(lengths)), copies)
@@ -224,13 +231,14 @@ def _repeat(lengths: np.ndarray, times: float, random: np.random.Generator) -> n
 def _interleave(
     picked: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Spreads the documents of every source evenly over the whole.
+    """Joins the documents of all sources into one sequence, each source spread evenly over it.
 
     Args:
-        picked: Numbers of the documents of each source, and their lengths: [m] int64 each.
+        picked: For each source, the numbers and the lengths of its documents: [m] int64 each.
 
     Returns:
-        The source, the number in it, and the length of every document: [M] int64 each.
+        For every document of the sequence, its source, its number in the source, and its length:
+        [M] int64 each.
     """
     counts = [len(numbers) for numbers, _ in picked]
     order = np.argsort(
@@ -264,7 +272,7 @@ def _count(
 def _with_lost(
     report: PackingReport, parts: Sequence[MixedPart], store: MixedStore, limit: int
 ) -> PackingReport:
-    """Adds to a report the documents that were truncated, dropped or faulty before packing."""
+    """Returns the report with the numbers of documents that were truncated, dropped or faulty."""
     truncated, dropped = [], []
     for number, part in enumerate(parts):
         lengths = np.asarray(part.store.lengths, np.int64)

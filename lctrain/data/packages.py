@@ -32,7 +32,7 @@ class PackagesSource(Source):
     chosen by a hash of their path, which mixes the packages. Upgrading a package changes the data.
 
     Attributes:
-        with_stdlib: Whether the files of the standard library are read as well.
+        with_stdlib: Whether the files of the standard library are also read.
         min_file_bytes: Size of the smallest file that is read.
         max_file_bytes: Size of the largest file that is read. Larger files are mostly tables and
             generated code.

@@ -63,7 +63,7 @@ def passkey_lengths(
 def add_passkeys(
     plan: PackingPlan, documents: int, lengths: np.ndarray, row_offsets: np.ndarray, max_tokens: int
 ) -> PackingPlan:
-    """Returns a packing plan whose rows contain passkey documents as well.
+    """Returns a packing plan whose rows also contain passkey documents.
 
     Args:
         plan: Packing plan of the text documents. Its R rows leave room for the passkey documents.

@@ -203,7 +203,8 @@ class Preparation:
         """Returns the documents to train on, and those to hold out.
 
         Raises:
-            ValueError: if a document cannot be read and the source forbids it, or none has text.
+            ValueError: if a document cannot be read and the source does not allow that, or no
+                document has text.
         """
         label = type(self.source).__name__
         train = read_documents(self.source.load(self.cache_dir), label)
@@ -221,10 +222,10 @@ class Preparation:
         return train, held_out
 
     def read_all(self) -> Documents:
-        """Returns the documents of the source, none of them set aside.
+        """Returns all documents of the source; none is held out.
 
         Raises:
-            ValueError: if none has text.
+            ValueError: if no document has text.
         """
         found = read_documents(self.source.load(self.cache_dir), type(self.source).__name__)
         if len(found) == 0:
@@ -329,7 +330,7 @@ def set_readers(
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
     settings: DataSettings,
 ) -> dict[str, Preparation]:
-    """Returns what prepares held-out sets that have sources of their own, by name.
+    """Returns the Preparation of each held-out set that has a source of its own, by name.
 
     Args:
         sets: Sources of the sets by name.
@@ -369,7 +370,7 @@ def prepare_sets(
 
 
 def warn_of_shared(held_out: Documents, train: Sequence[Documents], place: str = "") -> None:
-    """Warns if held-out documents are in the training data, too.
+    """Warns if held-out documents are also in the training data.
 
     Args:
         held_out: The held-out documents.

@@ -23,7 +23,7 @@ def share_pack(batch: PackedBatch, size: int, rank: int, heads: int = 1) -> Pack
         batch: The whole pack, on any device.
         size: Number of ranks that share it.
         rank: Number of the share.
-        heads: Number of ranks that exchange heads, as in ContextShard.
+        heads: Number of ranks in a heads group, as in ContextShard.
 
     Raises:
         ValueError: if documents of the pack share a prefix.
@@ -71,10 +71,10 @@ def whole_pack(batch: PackedBatch) -> PackedBatch:
 
 
 def share_item(item: Any, size: int, rank: int, heads: int) -> Any:
-    """Returns one rank's share of a data loader's item, a batch or one with its place in a stream.
+    """Returns a data loader's item, with its batch replaced by one rank's share.
 
     Args:
-        item: A PackedBatch, or a tuple with a field `batch`.
+        item: A PackedBatch; or, for a stream, a named tuple with the batch in its field `batch`.
         size: Number of ranks that share a pack.
         rank: Number of the share.
         heads: Number of ranks that exchange heads.

@@ -136,7 +136,7 @@ def compare_methods(
 
     By default, the first max(lengths) - stride positions of a document are not scored. Each window
     scores `stride` positions, so at a length of n every scored token is predicted from more than n
-    - stride and at most n tokens. Scoring the first positions as well would include tokens whose
+    - stride and at most n tokens. Also scoring the first positions would include tokens whose
     context lies within the trained window, and so hide a failure beyond the window.
 
     Args:

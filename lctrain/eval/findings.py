@@ -51,7 +51,7 @@ def beyond_window(comparison: MethodComparison) -> str:
     """Says how the perplexity of each method changes from the trained window to the longest length.
 
     Returns:
-        A sentence; empty if there is no length beyond the window, or none within it.
+        A sentence. It is empty if all lengths are beyond the window, or all are within it.
     """
     longest = next(iter(comparison.tables.values())).rows[-1].length
     if longest <= comparison.window:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Masked(NamedTuple):
-    """A document: its tokens after masking, and the tokens to predict, -100 elsewhere."""
+    """A document after masking: its tokens, and the tokens to predict, with -100 elsewhere."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -125,7 +125,7 @@ def _mask(input_ids: np.ndarray, masking: MaskTokens) -> _Masked:
 
 
 def _groups(masked: Sequence[_Masked], length: int, max_tokens: int) -> Iterator[list[_Piece]]:
-    """Yields the windows of all documents in groups of at most `max_tokens`, at least one each."""
+    """Yields groups of windows of all documents: at most `max_tokens`, but at least one window."""
     group: list[_Piece] = []
     held = 0
     for number, one in enumerate(masked):

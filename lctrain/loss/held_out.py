@@ -13,9 +13,9 @@ from lctrain.distributed import Topology
 
 
 class HeldOutLoss:
-    """Sums of the losses and the tokens of S held-out sets, over the batches of one rank.
+    """Adds up the losses and the numbers of tokens of each held-out set, over this rank's batches.
 
-    Every rank adds at least one batch of each set.
+    Every rank must add at least one batch of each set.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class HeldOutLoss:
         """Adds the loss of one batch.
 
         Args:
-            number: Number of the set. Sets come in rising order.
+            number: Number of the set, from 0. Batches of set 0 are added first, then those of 1.
             loss_sum: 0-dim tensor, sum of the token losses.
             tokens: Number of tokens with a target.
         """
@@ -37,14 +37,15 @@ class HeldOutLoss:
         self._tokens[number] += tokens
 
     def means(self, ranks: Topology, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss per token over all ranks, 0-dim float64 each.
+        """Returns the losses per token over the batches of all ranks, 0-dim float64 each.
 
         Args:
-            ranks: Ranks that have added batches.
+            ranks: Ranks of the run, all of which call this method.
             names: Names of the sets.
 
         Returns:
-            The loss over all sets, and the loss of each set by name; {} for a single set.
+            The loss over all sets together, and the loss of each set by its name. With one set, the
+            second is {}.
         """
         if not self._sums:
             return torch.zeros((), dtype=torch.float64), {}
@@ -58,7 +59,7 @@ class HeldOutLoss:
         return whole, dict(zip(named, sums / tokens.clamp(min=1.0), strict=False))
 
     def log(self, module: pl.LightningModule, stage: str) -> dict[str, float]:
-        """Logs loss and perplexity over the tokens of all ranks, and those of every set.
+        """Logs loss and perplexity over the tokens of all ranks: of all sets together, and of each.
 
         Args:
             module: Module whose trainer has the ranks and the data module with `held_out_names`.

@@ -63,8 +63,9 @@ def token_log_probs(
     Args:
         model: A transformers causal LM, patched by `lctrain.patch_model` with attention="flash".
         batch: A pack on the model's device.
-        temperature: Divisor of the logits, above 0, as in the sampling of the completions.
-        entropy: Whether to compute entropies, too, which takes one more product with the output
+        temperature: Divisor of the logits, above 0: the one with which the completions were
+            sampled.
+        entropy: Whether to compute entropies. This takes one more product with the output
             embedding.
 
     Raises:

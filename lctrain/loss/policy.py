@@ -23,8 +23,9 @@ class PolicyLoss(NamedTuple):
     Attributes:
         loss: 0-dim, weighted sum over the tokens.
         divisor: Number of tokens, or of completions with average="completion", a Python int.
-        clipped: 0-dim, number of tokens whose ratio was clipped, so that they have no gradient.
-        kl: 0-dim, sum over the tokens of the estimated divergence from the reference; 0 without.
+        clipped: 0-dim, number of tokens that get no gradient because their ratio was clipped.
+        kl: 0-dim, sum over the tokens of the estimated divergence D from the reference; 0 without a
+            reference.
     """
 
     loss: Tensor
@@ -48,9 +49,13 @@ def policy_loss(
 ) -> PolicyLoss:
     """Returns the clipped policy loss of completions, as GRPO uses it (arXiv 2402.03300).
 
-    Token t of completion i has the loss -min(r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i) +
-    kl D, with r = exp(log_prob - old_log_prob) and D = exp(ref - log_prob) - (ref - log_prob) - 1.
-    The parts of a group may be in any packs: no sum depends on the pack.
+    A token of completion i has the loss
+
+        -min(r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i) + kl D
+
+    with the advantage A_i, r = exp(log_prob - old_log_prob), and the divergence D =
+    exp(reference - log_prob) - (reference - log_prob) - 1. The completions of a group may be in
+    different packs, since no sum depends on the pack.
 
     Args:
         policy: Log-probabilities of n tokens of C completions.
@@ -63,10 +68,11 @@ def policy_loss(
         kl: Factor of the divergence from the reference, at least 0.
         token_weights: [n] constant factors of the tokens' losses, such as the ratios of a trainer
             to its sampler, or 0 to leave a token out; None for 1.
-        average: "token" counts tokens (DAPO); "completion" averages the tokens of each completion
-            first, and counts completions (GRPO).
-        ratio: "token" for a ratio of each token; "sequence" for one ratio per completion, the mean
-            of its tokens' logarithms (GSPO, arXiv 2507.18071).
+        average: "token" adds up the tokens' losses, and the divisor is their number (DAPO).
+            "completion" adds up each completion's mean, and the divisor is the number of
+            completions (GRPO).
+        ratio: "token" for a ratio r of each token; "sequence" for one ratio per completion, exp of
+            the mean of log_prob - old_log_prob over its tokens (GSPO, arXiv 2507.18071).
 
     Raises:
         ValueError: if a shape does not fit, or a number is out of range.
@@ -107,7 +113,7 @@ def group_advantages(
 
     Args:
         rewards: [C], one reward for each completion, group after group.
-        members: Size of every group, or the completions of each group.
+        members: Number of completions in every group, or a list with the number of each group.
         scale: Whether to divide by the standard deviation of the group, plus 1e-4.
 
     Raises:

@@ -43,16 +43,18 @@ def preference_loss(
 ) -> PreferenceLoss:
     """Returns the loss of pairs of completions, of which the first is the chosen one.
 
-    With m the difference of the summed log-probabilities between the chosen and the rejected
-    completion, less that of the reference, and a the same difference of means per token:
+    For a completion, S is the sum of its tokens' log-probabilities, R the same sum of the reference
+    model, and n its number of tokens. "Difference" is the value of the chosen completion minus that
+    of the rejected one.
 
-    - "dpo": -log sigmoid(beta m) (arXiv 2305.18290); label_smoothing e is that of conservative
-      DPO: -(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m).
-    - "ipo": (m - 1 / (2 beta))^2, with means per token in place of sums (arXiv 2310.12036).
-    - "simpo": -log sigmoid(beta a - gamma), without a reference (arXiv 2405.14734).
-    - "orpo": the negative log-likelihood per token of the chosen completion, plus beta times
-      -log sigmoid of the log odds ratio of the mean log-probabilities (arXiv 2403.07691), without
-      a reference.
+    - "dpo" (arXiv 2305.18290): -log sigmoid(beta m), with m the difference of S - R. With
+      label_smoothing e it is conservative DPO: -(1 - e) log sigmoid(beta m) - e log sigmoid(-beta
+      m).
+    - "ipo" (arXiv 2310.12036): (d - 1 / (2 beta))^2, with d the difference of (S - R) / n.
+    - "simpo" (arXiv 2405.14734), without a reference: -log sigmoid(beta a - gamma), with a the
+      difference of S / n.
+    - "orpo" (arXiv 2403.07691), without a reference: -S / n of the chosen completion, minus beta
+      log sigmoid(o), with o the difference of log(p / (1 - p)) for p = exp(S / n).
 
     Args:
         policy: Log-probabilities of a pack whose completions 2i and 2i + 1 are pair i, as

@@ -16,9 +16,10 @@ class Task(NamedTuple):
     """The losses of one kind of language model.
 
     Attributes:
-        pack_loss: Function from (model, PackedBatch) to the summed loss and the number of targets.
-        losses: Function from (model, keyword arguments, positions, targets) to one loss per
-            position.
+        pack_loss: Called with (model, PackedBatch); returns the summed loss and the number of
+            targets.
+        losses: Called with (model, keyword arguments of the model, positions, targets); returns one
+            loss per position.
     """
 
     pack_loss: Callable[..., tuple[Tensor, Tensor]]

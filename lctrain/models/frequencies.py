@@ -242,7 +242,7 @@ class CrossingCache:
     With rope type 'longrope', texts longer than `original_max_position_embeddings` use other
     frequencies, so the keys cached before are invalid. Phi-3 recomputes its key/value cache when
     the padded length of the batch exceeds that value. A row that is padded on the left exceeds it
-    later. This method drops the cache at that later step, too.
+    later. This method also drops the cache at that later step.
 
     Args:
         model: The model whose method is replaced.

@@ -287,7 +287,7 @@ def keeps_tensors_elsewhere() -> bool:
     """Returns whether activation checkpointing or an offload handles saved tensors now.
 
     In that case activation(gate) * up is not fused with the projection after it: the checkpoint
-    recomputes the former anyway, and would have to recompute the projection too.
+    recomputes activation(gate) * up anyway, and fused it would also recompute the projection.
     """
     if torch.compiler.is_compiling():
         return False

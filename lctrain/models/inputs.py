@@ -356,7 +356,7 @@ def _numbered(
     Args:
         inputs: Keyword arguments of the model, which are changed.
         numbers: [B, S] int64, the number of each token's document; 0 at padding.
-        what: First words of the error that is raised if a key/value cache is given, too.
+        what: First words of the error that is raised if a key/value cache is also given.
     """
     _forgo_cache(inputs, what)
     inputs["attention_mask"] = (numbers > 0).long()

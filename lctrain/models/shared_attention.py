@@ -16,13 +16,14 @@ from lctrain.models.architectures import attention_layers
 
 
 def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | None = None) -> int:
-    """Returns the number of ranks that exchange heads when ranks share the packs of a model.
+    """Returns how many ranks exchange heads, the size of a heads group, for a model's attention.
 
     Args:
         model: A transformers model, which may have PEFT adapters.
         ranks: Number of ranks that share a pack.
-        exchange: auto, heads or keys.
-        on_machine: Number of ranks of a machine; None for at least `ranks`.
+        exchange: What the ranks exchange: auto, heads or keys; see `choose_heads`.
+        on_machine: Number of ranks on a machine; None if one machine has all
+            ranks that share a pack.
 
     Raises:
         ValueError: if the attention of the model is not lctrain's, a layer attends to the future
@@ -57,10 +58,12 @@ def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | N
 def read_share(
     inputs: dict[str, Any], tokens: Tensor, read: Callable[..., Boundaries]
 ) -> Boundaries | None:
-    """Returns the boundaries of a pack of which the inputs are a share; None for other inputs.
+    """Returns the boundaries of the whole pack if a model's inputs are one rank's share of it.
+
+    Without a share in the inputs, it returns None.
 
     Args:
-        inputs: Keyword arguments of the model, out of which the share is taken.
+        inputs: Keyword arguments of the model. The share is removed from them.
         tokens: [B, S, ...], tokens or embeddings of the call.
         read: `lctrain.models.inputs.read_boundaries`.
 
@@ -77,7 +80,10 @@ def read_share(
 
 
 def covered_tokens(inputs: dict[str, Any]) -> int | None:
-    """Returns a pack's number of tokens; None for a share, while tracing, or if not on the CPU.
+    """Returns the number of tokens of a pack, if it can be read without synchronising.
+
+    Otherwise it returns None: for a share of a pack, and, without a tile schedule, while torch
+    compiles or if the boundaries are on a GPU.
 
     Args:
         inputs: Keyword arguments of the model.

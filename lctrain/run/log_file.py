@@ -17,7 +17,7 @@ _only_file = logging.getLogger("lctrain.run.only_file")
 
 
 class _LogFile(logging.FileHandler):
-    """Log file handler that ignores errors of the disk; the terminal shows the messages as well."""
+    """Log file handler that ignores errors of the disk; the terminal also shows the messages."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignores an error of the disk, which the run reports by itself."""

@@ -2,7 +2,7 @@
 
 A folder holds the files of torch.distributed.checkpoint, with weights and optimizer states;
 `meta.pt`, with the rest of Lightning's checkpoint; and `manifest.json`, with a hash of every file.
-Lightning reads such a folder, too.
+Lightning can also read such a folder.
 """
 
 from __future__ import annotations

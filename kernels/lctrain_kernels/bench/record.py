@@ -64,7 +64,7 @@ class BenchmarkRecord:
     results: list[Result] = field(default_factory=list)
 
     def find(self, workload: str, peer: str) -> Result | None:
-        """Returns the result of a peer on a workload if it has figures, else None."""
+        """Returns the result of a peer on a workload; None if it is missing or has no figures."""
         for result in self.results:
             if (result.workload, result.peer, result.status) == (workload, peer, "ok"):
                 return result

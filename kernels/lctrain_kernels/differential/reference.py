@@ -2,7 +2,7 @@
 
 ``out = A1 v - lam A2 v`` with ``A_b = softmax(s q_b k_b^T)``; each head is a pair of branches. The
 branches are computed as heads of one plain attention: branch b of head h is query head ``2 h + b``.
-The dropout RNG uses this head index, too. So the masks are those of flash_attn_varlen_func over the
+The dropout RNG also uses this head index. So the masks are those of flash_attn_varlen_func over the
 interleaved heads (q1 = q[:, 0::2], q2 = q[:, 1::2]).
 """
 

@@ -61,8 +61,8 @@ def draw_bits(key_0, key_1, document, head, first_query, query, first_key, key):
     A weight uses 16 bits of its word, which keep_mask selects. Keys that differ in bit 3 of their
     position share a word: one uses its upper half, the other its lower half.
 
-    The arguments are split into the tile's position and the position inside the tile. The compiler
-    knows the latter for each register, so choosing one of Philox's four words costs no instruction.
+    A position is split into that of the tile and that inside the tile. The compiler knows the
+    second for each register, so choosing one of Philox's four words costs no instruction.
     The products of Philox's first two rounds are vectors: each depends on the queries or on the
     keys only.
 

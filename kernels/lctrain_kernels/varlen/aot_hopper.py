@@ -158,7 +158,7 @@ def kernel_variants(
 ) -> Iterator[KernelVariant]:
     """Yields the variants of the Hopper kernels to compile.
 
-    Every tile configuration is compiled in bf16, and the plain causal kernels in fp16, too.
+    Every tile configuration is compiled in bf16; the plain causal kernels also in fp16.
 
     Args:
         head_dims: Head dims to compile. A backward that the Hopper kernels do not support is

@@ -245,7 +245,7 @@ def _overlapped_steps(
     in half precision. The two warpgroups may be one step apart, so the products of one run while
     the other issues none.
 
-    The tile has at least one step. Arguments and results are those of plain_steps, and:
+    The tile has at least one step. Results and the other arguments are those of plain_steps.
 
     Args:
         first_key: Position in the document of the warpgroup's first key.

@@ -55,7 +55,7 @@ def plain_steps(
         inputs: Tensors, coordinates and factors, a ComputeInputs.
         bounds: Window and document end relative to the warpgroup's first key, a KeyBounds.
         dk: Accumulator of dk, zeros [keys, columns] float32, in o_layout.
-        dv: Accumulator of dv, the same.
+        dv: Accumulator of dv, zeros [keys, columns] float32, in o_layout.
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
         FLAGS: Features beyond plain attention, a tile.structures.Flags.
         s_layout: Layout of S and dP, [keys, queries].

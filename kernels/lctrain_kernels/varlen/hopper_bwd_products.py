@@ -77,7 +77,7 @@ def emit_dq(
     HALF_INDEX: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """Passes a warpgroup's half of partial dq on, so that it is added to dq's float32 buffer.
+    """Hands over a warpgroup's half of partial dq, to be added to dq's float32 buffer.
 
     Partial dq goes to the dQ warp through shared memory. With TILE.dq_from_registers this warpgroup
     adds it to the buffer itself.

@@ -1,6 +1,6 @@
 """Attention over packed documents in plain PyTorch, used on CPUs.
 
-backend="pytorch" selects it on other devices, too; reading cu_seqlens then synchronises. It
+backend="pytorch" also selects it on other devices; reading cu_seqlens then synchronises. It
 computes one document at a time, in chunks of queries. So memory is linear in the length of a
 document, and documents cannot affect each other. The backward recomputes the weights, as the
 kernels do. Arithmetic is in float32, or in float64 for float64 inputs; callers turn autocast off.
@@ -148,7 +148,7 @@ class Operands:
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """Returns the masked logits [H, M, N] of a chunk of M queries and N keys.
 
-        With a softcap, also returns d(logit) / d(logit before the softcap), else None.
+        The second result is d(logit) / d(logit before the softcap); None without a softcap.
         """
         options = self.options
         scores = torch.matmul(self.grouped(self.q, chunk), self.k[:, chunk.key].transpose(1, 2))
