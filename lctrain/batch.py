@@ -238,7 +238,7 @@ class PackedBatch:
         return dataclasses.replace(self, labels=labels, num_valid_tokens=0)
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Returns keyword arguments for a patched model, under transformers' names, no labels."""
+        """Returns a patched model's keyword arguments, by transformers' names, without labels."""
         return {
             **({} if self.groups is None else {"prefix_groups": self.groups}),
             **({} if self.share is None else {SHARE_ARGUMENT: self.share}),

@@ -385,7 +385,7 @@ def build_strategy(config: TrainerConfig) -> Any:
 
 
 def _refuse_monitors(callbacks: list[pl.Callback]) -> None:
-    """Raises ValueError if a callback monitors a metric of validations, which the run lacks."""
+    """Raises ValueError if a callback monitors a validation metric; this run has no validations."""
     for callback in callbacks:
         if str(getattr(callback, "monitor", None)).startswith("val/"):
             raise ValueError(

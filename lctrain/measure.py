@@ -124,7 +124,7 @@ def make_extensions(
 
 
 def method_of(attention: AttentionConfig | None) -> str:
-    """Returns the method whose attention this is: "dual_chunk", or else "plain"."""
+    """Returns the method to which an attention belongs: "dual_chunk", or "plain" for all others."""
     return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
 
 

@@ -30,7 +30,8 @@ class AttentionOptions(NamedTuple):
         dropout_p: Probability of dropping an attention weight.
         dropout_seed: Seed of the dropout mask, [1] int64; None without dropout.
         first_head: Index of the call's first query head for the dropout RNG. A rank that holds a
-            slice of the heads passes its first one: its dropout mask is then that of all heads.
+            slice of the heads passes its first one: its mask is then that of these heads in a call
+            with all heads.
         alibi_slopes: ALiBi slopes, [H] or [N, H] float32, or None.
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         deterministic: Whether the backward must give the same bits in every run.

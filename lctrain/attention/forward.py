@@ -34,7 +34,7 @@ Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
 def spec_of(module: nn.Module, kind: type[Spec]) -> Spec | None:
-    """Returns the AttentionSpec of a layer if it is an instance of `kind`, else None.
+    """Returns the AttentionSpec of a layer; None if it is not an instance of `kind`.
 
     A layer can carry a spec of another class: `set_attn_implementation` changes the attention of a
     model and leaves the specs of its layers.

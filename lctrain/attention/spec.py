@@ -149,7 +149,7 @@ class DualChunkSpec(AttentionSpec):
 
     @property
     def chunk(self) -> int:
-        """Length of a chunk in tokens; both sizes must be set."""
+        """Number of tokens of a chunk, chunk_size - local_size; both sizes must be set."""
         assert self.chunk_size is not None
         assert self.local_size is not None
         return self.chunk_size - self.local_size

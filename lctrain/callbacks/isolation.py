@@ -329,7 +329,7 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
 def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
     """Returns the logits [T, V], or the last hidden states [T, E] if logits would be too large.
 
-    T counts all tokens of the pack, also if ranks share it. Advances the progress bar by one pass.
+    T counts all tokens of the pack, even if ranks share it. Advances the progress bar by one pass.
     """
     bar.update(1)
     base = getattr(model, "base_model", model)

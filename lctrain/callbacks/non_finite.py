@@ -43,7 +43,7 @@ class _Loss:
     batch: BatchView
 
     def describe(self) -> str:
-        """Returns the loss, the index, and the names of at most SHOWN_DOCUMENTS documents."""
+        """Returns the loss, the micro-batch's index and the names of its documents, as text."""
         names = self.batch.document_names()
         more = len(names) - SHOWN_DOCUMENTS
         shown = ", ".join(names[:SHOWN_DOCUMENTS]) + (f" and {more} more" if more > 0 else "")

@@ -204,7 +204,10 @@ def _fingerprints(values: Any, tokens: int) -> Tensor:
 
 
 def _has_rows(value: Tensor, tokens: int) -> bool:
-    """Returns whether the first dimensions of a tensor, but not all, count `tokens` rows."""
+    """Returns whether the product of a tensor's first dimensions is `tokens`.
+
+    Such a tensor has one row per token. The last dimension does not belong to the product.
+    """
     return value.numel() > 0 and tokens in itertools.accumulate(value.shape[:-1], operator.mul)
 
 

@@ -30,7 +30,10 @@ class RunRecord(pl.Callback):
         self.options = dict(options)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the options, after data and checkpoint have been checked."""
+        """Writes the run's options into its folder and passes them to the loggers.
+
+        By then, data and checkpoint have been checked.
+        """
         if Topology.of(trainer).is_first:
             self.folder.save_options(self.options)
         for logger in trainer.loggers:

@@ -112,7 +112,10 @@ class MemoryConfig:
 
 
 def suits_shards(memory: MemoryConfig) -> bool:
-    """Returns whether trainer.strategy=fsdp2 supports a policy: no layer may run out of order."""
+    """Returns whether trainer.strategy=fsdp2 supports a policy.
+
+    The layers must run in order, so segments are not supported.
+    """
     return memory.name in WITH_SHARDS and memory.segment_layers == 1
 
 

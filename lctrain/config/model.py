@@ -18,7 +18,7 @@ class ModelConfig:
 
     Attributes:
         dtype: Dtype of the weights: float32 or bfloat16. None takes bfloat16 for the frozen weights
-            under adapters, else float32.
+            under adapters, and float32 without adapters.
     """
 
     dtype: str | None = None

@@ -66,7 +66,7 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
 
 
 def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
-    """Returns the first fault of each file, for the first files with faults only."""
+    """Returns one message for each of the first files that have faults: the file's first fault."""
     first: dict[str, str] = {}
     for name, message in zip(names, messages, strict=True):
         file, _, number = name.rpartition(":")

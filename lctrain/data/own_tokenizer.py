@@ -77,7 +77,7 @@ def _is_path(tokenizer: Any) -> bool:
 
 
 def _name_of(tokenizer: Any) -> Any:
-    """Returns the name by which a tokenizer was loaded or is given."""
+    """Returns a tokenizer's name or path: the argument itself, or the tokenizer's attribute."""
     return os.fspath(tokenizer) if _is_path(tokenizer) else getattr(tokenizer, "name_or_path", None)
 
 

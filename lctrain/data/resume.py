@@ -30,7 +30,10 @@ def resume_order(trainer: pl.Trainer) -> None:
 
 
 class _Position:
-    """Function object for RowOrder: returns (epoch, rows finished in it) in a fit; else None."""
+    """Position function of a RowOrder: returns (epoch, number of rows finished in the epoch).
+
+    Outside of a fit it returns None.
+    """
 
     def __init__(self, trainer: pl.Trainer, rows_per_batch: int) -> None:
         self._trainer = weakref.ref(trainer)

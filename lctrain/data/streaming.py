@@ -201,7 +201,10 @@ class StreamedRows(torch.utils.data.Dataset[PlacedBatch]):
         self._pack(begin)
 
     def _begin(self, index: int) -> Window:
-        """Returns a window of known position and unknown contents, or the known window."""
+        """Returns window number `index`, whose predecessors are known.
+
+        If the window was read before, its contents are known. Otherwise only its position is set.
+        """
         if index < len(self._windows):
             return self._windows[index]
         if index == 0:

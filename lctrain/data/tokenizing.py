@@ -189,7 +189,7 @@ class _Encoder:
 
     @cached_property
     def _literal(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer with special tokens as ordinary text; None for one written in Python."""
+        """The tokenizer with special tokens as ordinary text; None if it is written in Python."""
         return literal_tokenizer(self._tokenizer) if self._tokenizer.is_fast else None
 
     def _encode_long(

@@ -125,7 +125,7 @@ def _mask(input_ids: np.ndarray, masking: MaskTokens) -> _Masked:
 
 
 def _groups(masked: Sequence[_Masked], length: int, max_tokens: int) -> Iterator[list[_Piece]]:
-    """Yields groups of windows of all documents: at most `max_tokens`, but at least one window."""
+    """Yields the windows of all documents in groups: one window, or at most `max_tokens` tokens."""
     group: list[_Piece] = []
     held = 0
     for number, one in enumerate(masked):

@@ -140,7 +140,10 @@ def _output_embeddings(inner: Any) -> Any:
 
 
 def _config_of_logits(inner: Any) -> tuple[float, float]:
-    """Returns (softcap, logit_scale) from a config, where families use different names."""
+    """Returns a model's (softcap, logit_scale), for which families' configs use different names.
+
+    Without a softcap the first is 0; without a scale the second is 1.
+    """
     config: Any = getattr(inner, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

@@ -62,8 +62,8 @@ def policy_loss(
         old_log_probs: [n], log-probabilities under the policy that sampled the completions, at the
             same temperature.
         advantages: [C], one for each completion, as `group_advantages` returns them; or [n].
-        clip_low: How far the ratio may fall below 1, above 0.
-        clip_high: How far it may rise above 1; None for clip_low.
+        clip_low: How far the ratio may fall below 1; a positive number.
+        clip_high: How far the ratio may rise above 1; None takes clip_low.
         reference: [n], log-probabilities of the reference model; None without a divergence.
         kl: Factor of the divergence from the reference, at least 0.
         token_weights: [n] constant factors of the tokens' losses, such as the ratios of a trainer

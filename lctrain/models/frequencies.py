@@ -70,7 +70,7 @@ class DocumentFrequencies:
         Args:
             x: Tensor with the device and dtype of the result.
             position_ids: [B, S], or [A, B, S] for A axes of positions.
-            layer_type: Layer type, for modules with frequencies per layer type; else None.
+            layer_type: Layer type, for modules with frequencies per layer type; None for others.
         """
         types = self.rotary.rope_type
         arguments = {} if layer_type is None else {"layer_type": layer_type}
@@ -95,7 +95,7 @@ class DocumentFrequencies:
 
         Args:
             lengths: Lengths of documents in tokens, [...] integers.
-            layer_type: Layer type, for modules with frequencies per layer type; else None.
+            layer_type: Layer type, for modules with frequencies per layer type; None for others.
 
         Returns:
             One row of frequencies per length, [..., D / 2] float32.
@@ -136,7 +136,7 @@ class DocumentFrequencies:
             x: Tensor with the device and dtype of the result.
             position_ids: [B, S] or [A, B, S].
             inv_freq: [..., S, D / 2] float32.
-            layer_type: Layer type, for modules with frequencies per layer type; else None.
+            layer_type: Layer type, for modules with frequencies per layer type; None for others.
         """
         forward: Any = _decorated(type(self.rotary))
         forward = forward.__wrapped__
@@ -306,7 +306,7 @@ def require_document_frequencies(model: nn.Module) -> None:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Returns whether an unknown rotary embedding's output at a position depends on others."""
+    """Returns whether an unknown rotary embedding's output depends on other positions."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
     if "position_ids" not in parameters(module):
@@ -328,7 +328,7 @@ def _serves(rotary: Any, layer_type: str | None) -> bool:
 
     Args:
         rotary: A rotary embedding.
-        layer_type: Layer type, for modules with frequencies per layer type; else None.
+        layer_type: Layer type, for modules with frequencies per layer type; None for others.
     """
     arguments = {} if layer_type is None else {"layer_type": layer_type}
     copied = _fresh(rotary)

@@ -154,7 +154,10 @@ class SharedInput:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Tensor:
-        """Returns one layer's output, in place of torch.nn.functional.linear; once per layer."""
+        """Replaces a call of torch.nn.functional.linear by the layer's output, computed before.
+
+        Each layer's output can be taken once.
+        """
         if function is not torch.nn.functional.linear or len(arguments) != 3:
             raise TypeError(f"hidden states of an attention layer do not serve {function}")
         x, weight, _ = arguments

@@ -85,7 +85,7 @@ class ShardReader(dcp.FileSystemReader):
 
 
 class _PlainValues(DefaultLoadPlanner):
-    """Load planner that accepts only plain values where a checkpoint holds no tensor."""
+    """Load planner that accepts only plain values for the entries that are not tensors."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         try:
@@ -99,7 +99,7 @@ class _PlainValues(DefaultLoadPlanner):
 
 
 class _AllPlainValues(_PlainValues, _EmptyStateDictLoadPlanner):
-    """Load planner that reads every value of a checkpoint, and accepts what `_PlainValues` does."""
+    """Load planner that reads every value of a checkpoint, and accepts only plain values."""
 
 
 def read_shards(path: Path, state: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def recording(model: nn.Module, largest: dict[str, float]) -> Iterator[None]:
 
 
 class _Recorder:
-    """The forward hooks of one attention layer."""
+    """Forward hooks of one attention layer, which record the largest logit that they see."""
 
     def __init__(self, name: str, largest: dict[str, float]) -> None:
         self.name = name

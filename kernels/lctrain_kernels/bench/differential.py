@@ -237,7 +237,7 @@ def _subtract(both: Tensor, lam: Tensor) -> Tensor:
 
 
 def _gradients(inputs: DifferentialInputs, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the gradient of each output of separate_calls: grad_out, or halves of it."""
+    """Returns the outputs' gradients: grad_out, or its halves for branch 1, negated for branch 2."""
     if len(outputs) == 1:
         return [inputs.grad_out]
     halves = [half.contiguous() for half in inputs.grad_out.split(inputs.workload.head_dim, 2)]

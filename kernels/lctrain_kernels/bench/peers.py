@@ -124,7 +124,10 @@ def fa2_varlen(
 
 @functools.cache
 def _causal_options() -> dict[str, Any]:
-    """Returns the options of this PyTorch's `varlen_attn` for causal grouped-query attention."""
+    """Returns keyword arguments that make PyTorch's `varlen_attn` causal, with grouped queries.
+
+    The names depend on the installed version.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters

@@ -156,8 +156,8 @@ def diff_attn_pack_func(
         window_size: (left, right) keys around a query's own position; -1 is unbounded.
         dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
         first_head: Index of the call's first head (a pair of branches) for the dropout RNG. A rank
-            that holds a slice of the heads passes its first one, and so draws its part of the mask
-            of all heads.
+            that holds a slice of the heads passes its first one: its mask is then that of these
+            heads in a call with all heads.
         backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:

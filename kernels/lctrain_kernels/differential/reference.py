@@ -170,7 +170,10 @@ def differential_backward(
     document_ids: Tensor | None = None,
     query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes the backward of differential_forward, from its arguments and out's gradient.
+    """Computes the backward of differential_forward.
+
+    dout, dlse1 and dlse2 are the gradients of its results out, lse1 and lse2; out2, lse1 and lse2
+    are results of it. The other arguments are those of differential_forward.
 
     Returns:
         dq1, dq2 [T, H, D], dk1, dk2 [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and

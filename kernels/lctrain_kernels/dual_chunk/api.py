@@ -157,7 +157,8 @@ def dual_chunk_attn_pack_func(
         softmax_scale: Factor of q.k; D^-0.5 by default.
         dropout_seed: Seed of the dropout mask, an int or an int64 tensor of one element.
         first_head: Index of the call's first query head for the dropout RNG. A rank that holds a
-            slice of the heads passes its first one, and so draws its part of the mask of all heads.
+            slice of the heads passes its first one: its mask is then that of these heads in a call
+            with all heads.
         backend: Implementation: "auto", "hopper", "triton" or "pytorch".
 
     Returns:

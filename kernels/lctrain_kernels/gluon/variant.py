@@ -42,7 +42,7 @@ def has_dropout(features: str) -> bool:
 
 
 def attention_flags(features: str, has_sink: bool = False) -> Flags:
-    """Returns the Flags of a varlen or differential attention kernel, by a name among FEATURES."""
+    """Returns the Flags of a varlen or differential kernel for `features`, an entry of FEATURES."""
     everything = features == "all"
     return Flags(
         has_left=everything,

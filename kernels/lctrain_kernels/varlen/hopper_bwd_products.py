@@ -117,13 +117,13 @@ def gradient_of_logits(
     s_layout: gl.constexpr,
     HAS_DROPOUT: gl.constexpr,
 ):
-    """Returns dS, the gradient of the logits, from dP.
+    """Returns dS = weights * (dP - delta), the gradient of the logits; dropped weights have dP = 0.
 
     Args:
         dp: dP of a warpgroup, [keys, queries] float32.
         weights: Weights times the softcap's derivative, [keys, queries]; negative where dropout
             drops them.
-        shared: Shared memory of the kernel, a BackwardBuffers.
+        shared: Shared memory of the kernel, a BackwardBuffers, which holds delta.
         stage: Pipeline stage of the block of queries.
         dtype: Dtype of dS, bfloat16 or float16.
         s_layout: Layout of dp.

@@ -129,7 +129,7 @@ class ChatTemplate:
 
     @cached_property
     def written_date(self) -> str | None:
-        """Today's date in ISO format if the template writes it into conversations; else None."""
+        """Today's date in ISO format; None if the template does not write it into conversations."""
         if "strftime_now" not in self._template + self._tool_template:
             return None
         system = {"role": "system", "content": "a"}
