@@ -63,7 +63,7 @@ def implements(
 def refusals(
     operation: str, direction: str, operands: Any, options: Any, dout: Tensor | None = None
 ) -> dict[str, str | None]:
-    """Returns, for each backend, which property of a call it does not support first, or None.
+    """Returns, for each backend, a property of the call that it does not support; None without one.
 
     Args:
         operation: Name of the operation, such as "varlen".

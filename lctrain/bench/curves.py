@@ -82,7 +82,7 @@ def train(
     Weights are float32; on a GPU products are in bfloat16 by autocast.
 
     Args:
-        kind: "on" or "off".
+        kind: "on" trains with lctrain's attention, fused modules and loss; "off" without them.
         seed: Seed of the weights.
         shape: Shape of the model.
         packs: One pack per step.

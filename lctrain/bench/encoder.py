@@ -303,7 +303,7 @@ def step_of(model: Any, arguments: dict[str, Any], gradient: Tensor) -> Callable
 
 
 def timer_of(device: torch.device, milliseconds: int) -> Timer:
-    """Returns a function that times a step: the median of repeats in milliseconds, with host time.
+    """Returns a function that times a step: the median of repeats in milliseconds, host included.
 
     Args:
         device: Device of the steps.

@@ -48,7 +48,7 @@ class DataSettings:
         vocab_size: Vocabulary size of the tokenizer, if a tokenizer is trained.
         max_tokens: Capacity of a row in tokens, >= 2.
         max_document_tokens: Longest document in a row, in tokens. At least 2; at most, and by
-            default, max_tokens less the tokens of passkey documents. A model with a short window
+            default, max_tokens minus the tokens of passkey documents. A model with a short window
             can thus be trained on long rows.
         overlong: Treatment of a document longer than max_document_tokens: "split" it into pieces,
             "truncate" it to its first tokens, or "drop" it.

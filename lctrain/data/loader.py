@@ -81,7 +81,7 @@ class Cursor:
     places: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def add_place(self, number: int, place: dict[str, Any]) -> None:
-        """Stores the position in the stream of the batch with this number."""
+        """Stores `place`, the position in the stream of batch `number`."""
         self.places = [found for found in self.places if found[0] < number]
         if not self.places or self.places[-1][1] != place:
             self.places = [*self.places[1 - PLACES :], (number, place)]
@@ -95,8 +95,8 @@ class Cursor:
 class PackLoader:
     """Data loader of one rank: yields a PackedBatch per step; `len` is the steps of an epoch.
 
-    It is not a subclass of torch's DataLoader, since Lightning would replace the sampler of one;
-    the rows are already divided among the ranks.
+    It is not a subclass of torch's DataLoader, because Lightning would replace a DataLoader's
+    sampler, and the rows are already divided among the ranks.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def part_of(settings: Any, own: Sequence[str] = _OWN) -> SourcePart:
 
 
 def overlong_of(source: Source, own: str | None, default: str) -> str:
-    """Returns how documents of a source that are too long are treated: "split" and so on.
+    """Returns the treatment of a source's overlong documents: "split", "truncate" or "drop".
 
     Args:
         source: The source.

@@ -53,8 +53,8 @@ def epoch_order(
 def imbalance(order: np.ndarray, costs: np.ndarray) -> float:
     """Returns the work of the heaviest rank of a step over the mean work of the ranks, >= 1.
 
-    Both are summed over all steps. If time is proportional to work, the run takes this factor more
-    time than with perfectly balanced ranks, since ranks wait for one another.
+    Both are summed over all steps. If time is proportional to work, the run takes this many times
+    as long as with perfectly balanced ranks, since ranks wait for one another.
 
     Args:
         order: [steps, world_size] int64 rows.

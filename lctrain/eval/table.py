@@ -74,7 +74,7 @@ class PerplexityTable:
     def unreached(self) -> list[str]:
         """Returns a warning in a list if the documents are too short for the longest length.
 
-        Without long documents, the contexts at a longer length are the same as at a shorter one.
+        If no document is longer than a shorter length, the longer one gives the same contexts.
         """
         last = self.rows[-1]
         alike = [row for row in self.rows if row.mean_context == last.mean_context]

@@ -35,7 +35,7 @@ def find_checkpoint(
     """Finds the checkpoint that `ckpt_path` denotes.
 
     Args:
-        ckpt_path: Path of a checkpoint; "last" for the newest one; None for none.
+        ckpt_path: Path of a checkpoint; "last" for the newest one; None for a new run.
         directories: Directories of checkpoints that "last" searches first. They hold checkpoints if
             a run starts again in its own folder.
         runs_dir: Folder of earlier runs with the same name, which "last" searches next, the newest

@@ -237,7 +237,7 @@ def _subtract(both: Tensor, lam: Tensor) -> Tensor:
 
 
 def _gradients(inputs: DifferentialInputs, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the outputs' gradients: grad_out, or its halves for branch 1, negated for branch 2."""
+    """Returns the outputs' gradients: grad_out, or its halves, which branch 2 gets negated."""
     if len(outputs) == 1:
         return [inputs.grad_out]
     halves = [half.contiguous() for half in inputs.grad_out.split(inputs.workload.head_dim, 2)]

@@ -99,7 +99,7 @@ class Visible(NamedTuple):
     """Range of keys that the rows of a consumer warpgroup see.
 
     Attributes:
-        shift: Number of keys less number of queries of the document.
+        shift: Number of keys minus number of queries of the document.
         length_k: Number of keys of the document.
         left: Visible keys before a query's own position.
         right: Visible keys after a query's own position.

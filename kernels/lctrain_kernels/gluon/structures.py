@@ -127,7 +127,7 @@ class BackwardBuffers(NamedTuple):
         q: Queries, one or two buffers per stage.
         dout: Gradients of out, [stages, block_m, block_dv].
         lse: Base-2 log-sum-exp of the queries.
-        delta: Term that dS subtracts per query: rowsum(dout * out) less the gradient of lse.
+        delta: Term that dS subtracts per query: rowsum(dout * out) minus the gradient of lse.
         kv_ready: mbarrier of the tile's keys and values.
         q_ready: mbarriers of queries.
         dout_ready: mbarriers of dout.

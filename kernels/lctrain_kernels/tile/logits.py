@@ -31,7 +31,7 @@ def logits(
         s: Tile of scores q.k, float32.
         query: Query positions in the document, broadcastable to s.
         key: Key positions in the document, broadcastable to s.
-        shift: Number of keys less number of queries of the document.
+        shift: Number of keys minus number of queries of the document.
         scale: softmax_scale, the factor of q.k.
         softcap: Softcap c, which replaces a logit x by c tanh(x / c).
         slope: ALiBi slope, broadcastable to s.

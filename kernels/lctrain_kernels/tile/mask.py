@@ -53,7 +53,7 @@ def key_ranges(
     Args:
         first: Position of the first query in the document.
         positions: Number of queries.
-        shift: Number of keys less number of queries of the document.
+        shift: Number of keys minus number of queries of the document.
         length_k: Number of keys of the document.
         left: Visible keys before a query's own position.
         right: Visible keys after a query's own position.
@@ -103,7 +103,7 @@ def query_ranges(
     Args:
         first: Position of the first key in the document.
         keys: Number of keys.
-        shift: Number of keys less number of queries of the document.
+        shift: Number of keys minus number of queries of the document.
         length_q: Number of queries of the document.
         length_k: Number of keys of the document.
         left: Visible keys before a query's own position.
