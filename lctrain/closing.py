@@ -45,7 +45,7 @@ class Closing:
         perplexities: Pairs (context length, perplexity). If methods are compared, those of the last
             method.
         findings: Sentences about the results, for the report, by name.
-        paths: Paths of the written files, by name; files of rank 0.
+        paths: Paths of the written files, by name. Rank 0 writes them.
     """
 
     perplexities: tuple[tuple[int, float], ...]

@@ -53,7 +53,7 @@ def warn_of_other_ids(module: Any, tokenizer: Any) -> None:
 
 
 def pretrained_name(module: Any) -> str | None:
-    """Returns the name or path of the pretrained weights in a module, or that it will load.
+    """Returns the name or path of the pretrained weights that a module holds or will load.
 
     Args:
         module: A LightningModule or a model; None is accepted. If its attribute `pretrained_name`

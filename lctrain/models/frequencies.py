@@ -200,7 +200,9 @@ def detach_frequencies(model: nn.Module) -> None:
 
 @contextmanager
 def row_frequencies(model: nn.Module, lengths: Tensor) -> Iterator[None]:
-    """Context manager: an unpatched model rotates each row by the row's own length.
+    """Context manager in which the rotary frequencies of a row depend only on the row's length.
+
+    The model is not patched, and its frequencies depend on the length of the input.
 
     Args:
         model: A transformers model.
@@ -306,7 +308,7 @@ def require_document_frequencies(model: nn.Module) -> None:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Returns whether an unknown rotary embedding's output depends on other positions."""
+    """Returns whether an unknown rotary embedding's output at a position depends on the others."""
     if not any(name.endswith("inv_freq") for name in module._buffers):
         return False
     if "position_ids" not in parameters(module):

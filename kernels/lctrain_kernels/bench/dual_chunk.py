@@ -140,12 +140,17 @@ def check_dual_chunk(
 ) -> dict[str, ErrorRatio]:
     """Measures lctrain's errors against float64, relative to those of plain PyTorch.
 
-    The result is the error ratios of out, dq, dk and dv. Documents and chunks are shortened.
+    The reference is dense, so the check runs a workload with shorter documents, which
+    `check.scale_down` makes, and without dropout. A chunk is about a quarter of the longest
+    document.
 
     Args:
         workload: Workload to check.
         device: Device of the kernel.
         backend: Backend of the kernel.
+
+    Returns:
+        The error ratios of out, dq, dk and dv.
     """
     short = replace(scale_down(workload), dropout_p=0.0)
     inputs = make_inputs(short, device)
