@@ -35,9 +35,9 @@ from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.run import new_record
 
 FA4_NAME = "bench_fa4_rows"
-BERT = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12}
-MODERNBERT = {"vocab_size": 50_368, "hidden_size": 768, "num_hidden_layers": 22}
-TINY = {
+BERT: dict[str, Any] = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12}
+MODERNBERT: dict[str, Any] = {"vocab_size": 50_368, "hidden_size": 768, "num_hidden_layers": 22}
+TINY: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
 }
@@ -75,17 +75,16 @@ class EncoderCase:
         from transformers import AutoModel, BertConfig, ModernBertConfig
 
         torch.manual_seed(0)
+        smaller = TINY if tiny else {}
         if self.model_type == "bert":
             config: Any = BertConfig(
-                **(BERT | (TINY if tiny else {})),
+                **(BERT | smaller),
                 max_position_embeddings=max(512, self.tokens),
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
             )
         else:
-            config = ModernBertConfig(
-                **(MODERNBERT | (TINY if tiny else {})), max_position_embeddings=self.tokens
-            )
+            config = ModernBertConfig(**(MODERNBERT | smaller), max_position_embeddings=self.tokens)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModel.from_config(config, attn_implementation=implementation, dtype=dtype)
         if hasattr(model, "pooler"):
@@ -187,7 +186,7 @@ def fa4_rows(
     mask = attention_mask
     if mask is None:
         mask = torch.ones((rows, tokens), dtype=torch.bool, device=query.device)
-    _, indices, ends, longest, _ = unpad_input(states[0][..., 0, 0], mask)
+    indices, ends, longest = unpad_input(states[0][..., 0, 0], mask)[1:4]
     q, k, v = (x.flatten(0, 1).index_select(0, indices) for x in states)
     side = None if sliding_window is None else sliding_window - 1
     out = flash_attn_varlen_func(
@@ -262,7 +261,7 @@ def run_case(
         else:
             result = Result(case.name, name, "ok", step_ms=step_ms, peak_bytes=peak)
             record.results.append(result)
-        model = rows = hidden = None
+        model = rows = hidden = None  # type: ignore[assignment]
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -374,7 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark. Returns 1 if lctrain failed in a case."""
     options = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = TINY_CASES if options.tiny else _ALL if device.type == "cuda" else CPU_CASES
+    chosen: tuple[EncoderCase, ...] = (
+        TINY_CASES if options.tiny else _ALL if device.type == "cuda" else CPU_CASES
+    )
     if options.cases and not options.tiny:
         known = {case.name: case for case in (*_ALL, *CPU_CASES)}
         chosen = tuple(known[name] for name in options.cases)

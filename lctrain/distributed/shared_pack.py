@@ -103,7 +103,7 @@ class SharedPack:
                 device. None uses each document's index in the pack.
         """
         groups = ContextGroups() if groups is None else groups
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" gets the index of the GPU
         if shard.groups == 1:
             lengths = list(shard.lengths)
             return cls(shard, rank, groups, _pack(lengths, lengths, device, document_ids))

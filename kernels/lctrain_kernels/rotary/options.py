@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -42,4 +42,7 @@ class RotaryOptions:
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns the fields in the order of `SCHEMA`."""
-        return astuple(self)
+        return tuple(getattr(self, name) for name in _FIELDS)
+
+
+_FIELDS = tuple(RotaryOptions.__dataclass_fields__)
