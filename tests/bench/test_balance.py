@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lctrain.bench import balance
-from lctrain_kernels.bench.balance_report import balance_table, newest_balance_record
+from lctrain_kernels.bench.balance_report import balance_table
+from lctrain_kernels.bench.newest import newest_record
 from tests.numerics import near
 
 
@@ -36,11 +37,11 @@ def test_it_is_a_function_of_its_arguments():
 def test_the_command_writes_a_record_and_its_table(tmp_path, capsys):
     output = tmp_path / "balance" / "balance.json"
     assert balance.main(["--tiny", "--seeds", "2", "--output", str(output)]) == 0
-    record = newest_balance_record(output.parent)
+    record = newest_record(output.parent.name, output.parent.parent)
     assert record == json.loads(output.read_text())
     assert len(record["results"]) == 2 * len(balance.MIXES)
     assert balance_table(record) in capsys.readouterr().out
-    assert newest_balance_record(tmp_path) is None
+    assert newest_record("nothing", tmp_path) is None
 
 
 def test_the_table_has_means_of_seeds_and_the_worst_fill():

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-BALANCE_RESULTS = Path(__file__).parent / "results" / "balance"
-
-
-def newest_balance_record(folder: Path = BALANCE_RESULTS) -> dict[str, Any] | None:
-    """Returns a folder's newest record of `lctrain-bench balance`, by date; None without one."""
-    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return max(records, key=lambda record: record["date"], default=None)
 
 
 def balance_table(record: Mapping[str, Any]) -> str:

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-CURVE_RESULTS = Path(__file__).parent / "results" / "curves"
-
-
-def newest_curves_record(folder: Path = CURVE_RESULTS) -> dict[str, Any] | None:
-    """Returns a folder's newest record of `lctrain-bench curves`, by date; None without one."""
-    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return max(records, key=lambda record: record["date"], default=None)
 
 
 def curves_table(record: Mapping[str, Any]) -> str:

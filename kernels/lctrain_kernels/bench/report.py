@@ -3,23 +3,27 @@
     python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
 The command rewrites the tables of the page. By default it reads the newest result file of each
-device. The tables of dual chunk and differential attention come from the newest files in the
-folders `dual_chunk` and `differential`.
+device. All other tables come from the newest files in the folders of `results/`.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lctrain_kernels.bench.balance_report import balance_table, newest_balance_record
-from lctrain_kernels.bench.curves_report import curves_table, newest_curves_record
+from lctrain_kernels.bench.backward_report import backward_table
+from lctrain_kernels.bench.balance_report import balance_table
+from lctrain_kernels.bench.curves_report import curves_table
+from lctrain_kernels.bench.encoder_report import encoder_table
+from lctrain_kernels.bench.memory_report import memory_table
+from lctrain_kernels.bench.newest import RESULTS, newest_record
 from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
 from lctrain_kernels.bench.workloads import WORKLOADS
 
-RESULTS = Path(__file__).parent / "results"
 BEGIN = (
     "<!-- benchmark tables: begin (python -m lctrain_kernels.bench.report docs/benchmarks.md) -->"
 )
@@ -27,6 +31,15 @@ END = "<!-- benchmark tables: end -->"
 NOTHING_MEASURED = "No measurement has been recorded yet.\n"
 # Sections of the page beside the main one, each with a folder of results.
 SECTIONS = ("dual_chunk", "differential")
+# Kinds of records that have one table each: name of the folder and of the section -> the table.
+KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "varlen_backward": backward_table,
+    "curves": curves_table,
+    "balance": balance_table,
+    "memory": memory_table,
+    "shared_prefix": shared_prefix_table,
+    "encoder": encoder_table,
+}
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:
@@ -202,18 +215,20 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
 
 
 def readme_with_steps(readme: str) -> str:
-    """Returns the page's text with its tables of steps, operations, balance and curves replaced.
+    """Returns the page's text with its tables of steps, operations and KINDS replaced.
 
     A page without the markers of such a table is left as it is.
 
     Raises:
         ValueError: if the text has the first marker of a table but not the last one.
     """
-    operations, balance = newest_operation_record(), newest_balance_record()
-    curves = newest_curves_record()
+    operations = newest_operation_record()
+    records = {kind: newest_record(kind) for kind in KINDS}
     tables = {
-        "curves": NOTHING_MEASURED if curves is None else curves_table(curves),
-        "balance": NOTHING_MEASURED if balance is None else balance_table(balance),
+        **{
+            kind: NOTHING_MEASURED if record is None else KINDS[kind](record)
+            for kind, record in records.items()
+        },
         "step": step_table(newest_step_record()),
         "ops": NOTHING_MEASURED if operations is None else operation_tables(operations),
     }

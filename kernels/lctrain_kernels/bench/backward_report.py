@@ -1,0 +1,50 @@
+"""Makes the Markdown table of the Hopper backward's forms from results/varlen_backward/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lctrain_kernels.bench.newest import origin
+
+LANDED = ("q128_f1", "d128_f1")  # the forms in use at D = 64 and D = 128
+BEFORE, PEER = "base", "fa4"
+
+
+def backward_table(record: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of the backward in use beside the one before and FlashAttention-4.
+
+    Workloads without FlashAttention-4 are left out. The other forms of the record are described in
+    NOTES.md.
+
+    Args:
+        record: Record of forms of the backward, in rounds.
+    """
+    lines = [
+        origin(record),
+        "",
+        "Milliseconds of a backward call, and of its kernels alone. The ratios are "
+        "FlashAttention-4's time over lctrain's:",
+        "",
+        "| workload | round | before | lctrain | FlashAttention-4 | ratio | kernels: lctrain "
+        "| FlashAttention-4 | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = dict.fromkeys(name for turn in record["rounds"] for name in turn["workloads"])
+    for name in names:
+        for turn in record["rounds"]:
+            found = turn["workloads"].get(name)
+            if found is None or PEER not in found["ms"]:
+                continue
+            ours = next(form for form in LANDED if form in found["ms"])
+            times = [found["ms"][form] for form in (BEFORE, ours, PEER)]
+            cells = [f"`{name}`", str(turn["round"]), *(f"{time:.2f}" for time in times)]
+            cells.append(f"{times[2] / times[1]:.2f}")
+            kernels = found.get("kernels_us")
+            if kernels is None:
+                cells += ["-"] * 3
+            else:
+                alone = [sum(kernels[form].values()) / 1000 for form in (ours, PEER)]
+                cells += [*(f"{time:.2f}" for time in alone), f"{alone[1] / alone[0]:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])

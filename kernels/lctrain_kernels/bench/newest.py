@@ -1,0 +1,27 @@
+"""Finds the newest record of a kind of benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def newest_record(kind: str, results: Path = RESULTS) -> dict[str, Any] | None:
+    """Returns the newest record of a kind, by the date in the file; None without one.
+
+    Args:
+        kind: Name of the folder of the kind.
+        results: Folder that holds the folders of all kinds.
+    """
+    records = [json.loads(path.read_text()) for path in (results / kind).glob("*.json")]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Returns device, date and versions of a record, as a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"One {record['device']}, {record['date'][:10]}; {versions}."

@@ -1,0 +1,37 @@
+"""Makes the Markdown table of shared prompts from a record in results/shared_prefix/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from lctrain_kernels.bench.newest import origin
+
+
+def shared_prefix_table(record: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of times with a shared prompt and with separate documents.
+
+    Args:
+        record: Record that `lctrain-bench groups` wrote.
+    """
+    checkpointing = "with" if record["checkpointing"] else "without"
+    lines = [
+        origin(record),
+        "",
+        f"{record['shape']} {checkpointing} checkpointing, a prompt of {record['prompt']:,} tokens "
+        f"and completions of {record['completion']:,}; forward and backward of a group in "
+        "milliseconds, and in brackets tokens and peak memory:",
+        "",
+        "| completions | prompt shared | separate documents | ratio |",
+        "|---|---|---|---|",
+    ]
+    for run in record["runs"]:
+        cells = [str(run["completions"]), _cell(run["shared"]), _cell(run["separate"])]
+        lines.append(f"| {' | '.join(cells)} | {run['speedup']:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(found: Mapping[str, Any]) -> str:
+    memory = f", {found['peak_gib']:.1f} GiB" if "peak_gib" in found else ""
+    return f"{median(found['step_ms']):,.1f} ({found['tokens']:,}{memory})"

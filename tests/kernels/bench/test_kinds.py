@@ -1,0 +1,89 @@
+"""Tests the tables of kinds that have a folder of records each: cells and what is missing."""
+
+import json
+
+import pytest
+
+from lctrain_kernels.bench import report
+from lctrain_kernels.bench.backward_report import backward_table
+from lctrain_kernels.bench.encoder_report import encoder_table
+from lctrain_kernels.bench.memory_report import memory_table
+from lctrain_kernels.bench.newest import RESULTS, newest_record
+from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
+
+HEAD = {"device": "GPU X", "date": "2026-11-30T01:00:00+00:00", "versions": {"torch": "2.11"}}
+
+
+def test_the_newest_record_counts_by_its_date(tmp_path):
+    (tmp_path / "kind").mkdir()
+    for name, date in (("a", "2026-12-01"), ("b", "2026-11-30")):
+        (tmp_path / "kind" / f"{name}.json").write_text(json.dumps({"date": date}))
+    assert newest_record("kind", tmp_path) == {"date": "2026-12-01"}
+    assert newest_record("none", tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", report.KINDS)
+def test_every_kind_has_a_record_and_a_place_on_the_page(kind):
+    assert newest_record(kind) is not None
+    begin, end = (f"<!-- {kind} tables: {edge} -->" for edge in ("begin", "end"))
+    text = report.readme_with_steps(f"{begin}\nold\n{end}\n")
+    assert "old" not in text
+    assert "2026" in text
+
+
+def test_every_folder_of_records_is_read_or_named():
+    """The others hold details of a log entry, and no page shows them."""
+    details = {"groups", "profile"}
+    shown = {*report.KINDS, *report.SECTIONS, "step", "ops"}
+    assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == shown | details
+
+
+def test_memory_has_plan_peak_and_failures():
+    run = {"tokens": 32_768, "policy": "offload", "planned_gib": 2.0, "planned_host_gib": 0.5}
+    layers = ["host/recompute", "device/device"]
+    measured = {"peak_gib": 2.25, "reserved_gib": 3.0, "host_gib": 0.5, "tokens_per_s": 1234.0}
+    fits = {**run, **measured, "layers": layers, "status": "ok", "step_ms": [9.0, 8.0]}
+    fails = {**run, "layers": ["device/recompute"], "status": "out_of_memory"}
+    settings = {"shape": "8B", "layers": 2, "rank": 16, "precision": "bf16", "mlp_tokens": None}
+    text = memory_table({**HEAD, **settings, "runs": [fits, fails]})
+    kept = "inputs of 1 on the GPU, inputs of 1 on the host, attention of 1 on the GPU"
+    measured_row = f"| offload | {kept} | 2.00 | 2.25 | 3.00 | 0.50 / 0.50 | 1,234 | 2 |"
+    assert measured_row in text
+    assert "| inputs of 1 on the GPU | 2.00 | out of memory | - | 0.50 / - | - | 0 |" in text
+    assert "whole MLPs" in text
+
+
+def test_shared_prefixes_have_both_times():
+    shared = {"step_ms": [1.0, 2.0, 4.0], "tokens": 1100, "peak_gib": 1.0}
+    separate = {"step_ms": [8.0], "tokens": 9000}
+    runs = [{"completions": 8, "shared": shared, "separate": separate, "speedup": 4.0}]
+    settings = {"shape": "1B", "prompt": 1024, "completion": 8, "checkpointing": True}
+    text = shared_prefix_table({**HEAD, **settings, "runs": runs})
+    assert "1B with checkpointing, a prompt of 1,024 tokens" in text
+    assert "| 8 | 2.0 (1,100, 1.0 GiB) | 8.0 (9,000) | 4.00 |" in text
+
+
+def test_encoders_have_ratios_in_the_order_of_the_peers():
+    case = {"model_type": "bert", "rows": 4, "tokens": 1024, "graph": True, "tokens_of_rows": 2000}
+    results = [
+        {"workload": "b", "peer": "lctrain", "status": "ok", "step_ms": 2.0, "peak_bytes": 2**30},
+        {"workload": "b", "peer": "sdpa", "status": "ok", "step_ms": 1.0, "peak_bytes": None},
+        {"workload": "b", "peer": "fa4", "status": "error", "step_ms": None, "peak_bytes": None},
+    ]
+    record = {**HEAD, "settings": {"dtype": "bfloat16"}, "workloads": {"b": case}}
+    text = encoder_table({**record, "results": results})
+    assert "| 4 of 1,024, 2,000 tokens, CUDA graph | 2.0 (1.0) | 1.0 | error | 0.50, - |" in text
+
+
+def test_the_backward_in_use_is_compared_within_a_round():
+    first = {"ms": {"base": 3.0, "q128_f1": 2.0, "q128_f3": 9.0, "fa4": 1.0}}
+    kernels = {"d128_f1": {"backward": 900.0, "delta": 100.0}, "fa4": {"backward": 1500.0}}
+    second = {"ms": {"base": 3.0, "d128_f1": 2.0, "fa4": 4.0}, "kernels_us": kernels}
+    rounds = [
+        {"round": 1, "workloads": {"1x32k_d64": first}},
+        {"round": 2, "workloads": {"1x32k": second, "1x32k_dropout": {"ms": {"base": 1.0}}}},
+    ]
+    text = backward_table({**HEAD, "rounds": rounds})
+    assert "| `1x32k_d64` | 1 | 3.00 | 2.00 | 1.00 | 0.50 | - | - | - |" in text
+    assert "| `1x32k` | 2 | 3.00 | 2.00 | 4.00 | 2.00 | 1.00 | 1.50 | 1.50 |" in text
+    assert "dropout" not in text
