@@ -70,6 +70,7 @@ class InputHook:
         implementation: Name of the attention in transformers, such as "lctrain_flash".
         first_position: Position id of a document's first token; above 0 for models that count
             positions themselves, as RoBERTa does.
+        first_counted: The same for models that count positions themselves; None for others.
         reads_mask: Whether the embeddings depend on a row's attention mask.
         position_limit: Number of positions in the model's table; None without a table.
         pools_rows: Whether the model's head gives one output per row.
@@ -81,8 +82,8 @@ class InputHook:
 
     def __init__(self, model: nn.Module, spec: AttentionSpec) -> None:
         self.implementation = spec.implementation
-        self.positions_from_padding = counts_positions_itself(model)
         self.first_position = first_position(model)
+        self.first_counted = self.first_position if counts_positions_itself(model) else None
         self.reads_mask = embeddings_read_mask(model)
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
@@ -154,7 +155,7 @@ class InputHook:
                 self._require_own_positions(model, positions, boundaries)
         if self.pools_rows and (several or (self.unpads and is_padded(boundaries))):
             if not several and positions is None:
-                inputs["position_ids"] = row_positions(model, inputs, tokens)
+                inputs["position_ids"] = row_positions(self.first_counted, inputs, tokens)
             inputs, boundaries = to_rows(model, inputs, boundaries)
         elif self.unpads and is_padded(boundaries) and is_packable(model, inputs):
             return (), self._unpad(model, inputs, tokens, boundaries)
@@ -172,7 +173,7 @@ class InputHook:
             windows = type(model).__name__ if self.windows else None
             found = find_unpadded(mask, tokens.device, windows)
             if found is not None and all(other is None for other in others):
-                if self.position_limit is not None and not self.positions_from_padding:
+                if self.position_limit is not None and self.first_counted is None:
                     require_positions(model, rows[1], "rows", _LONGER, self.position_limit)
                 return found
         return read_boundaries(inputs, *rows, tokens.device)
@@ -180,7 +181,7 @@ class InputHook:
     def _unpad(
         self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries
     ) -> dict[str, Any]:
-        inputs, boundaries = unpad(model, inputs, tokens, boundaries)
+        inputs, boundaries = unpad(model, inputs, tokens, boundaries, self.first_counted)
         self._tell_documents(model, inputs, boundaries)
         return inputs
 

@@ -22,12 +22,10 @@ from lctrain.attention.forward import BOUNDARIES_ARGUMENT, is_causal_layer
 from lctrain.attention.mask import read_mask
 from lctrain.models.architectures import (
     attention_layers,
-    counts_positions_itself,
     embeddings_read_mask,
 )
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
-from lctrain.models.positions import first_position
 
 _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
 
@@ -189,12 +187,13 @@ def is_packable(model: Any, inputs: dict[str, Any]) -> bool:
     return bool(named) and given_cache(inputs) is None
 
 
-def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+def row_positions(first_counted: int | None, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
     """Returns the position ids that an encoder would use for rows if none are passed.
 
     Args:
-        model: The encoder.
-        inputs: Keyword arguments of its forward.
+        first_counted: Position id of a row's first token, for encoders that count the tokens that
+            are not padding, as RoBERTa does; None for other encoders.
+        inputs: Keyword arguments of the encoder's forward.
         tokens: Its `input_ids` [B, S] or `inputs_embeds` [B, S, E].
 
     Returns:
@@ -202,17 +201,20 @@ def row_positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> T
         padding_idx + 1. Other models number the columns from 0.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    if not counts_positions_itself(model):
+    if first_counted is None:
         return columns.expand(tokens.shape[:2])
-    first = first_position(model)
     if inputs.get("input_ids") is None:
-        return (columns + first).expand(tokens.shape[:2])
-    real = tokens != first - 1
-    return real.cumsum(1) * real + first - 1
+        return (columns + first_counted).expand(tokens.shape[:2])
+    real = tokens != first_counted - 1
+    return real.cumsum(1) * real + first_counted - 1
 
 
 def unpad(
-    model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries
+    model: nn.Module,
+    inputs: dict[str, Any],
+    tokens: Tensor,
+    boundaries: Boundaries,
+    first_counted: int | None,
 ) -> tuple[dict[str, Any], Boundaries]:
     """Packs the tokens of an encoder's padded rows into one row.
 
@@ -221,6 +223,7 @@ def unpad(
         inputs: Keyword arguments of its forward. Tensors [B, S, ...] among them are packed.
         tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, E] among the inputs.
         boundaries: Boundaries of N documents with T tokens in rows [B, S]; `indices_q` is given.
+        first_counted: See `row_positions`.
 
     Returns:
         The inputs as one row [1, T, ...] with an attention mask of ones, and the boundaries of this
@@ -230,7 +233,7 @@ def unpad(
     assert places is not None
     packed = dict(inputs)
     if packed.get("position_ids") is None:
-        packed["position_ids"] = row_positions(model, inputs, tokens)
+        packed["position_ids"] = row_positions(first_counted, inputs, tokens)
     if packed["position_ids"].shape[0] == 1:
         packed["position_ids"] = packed["position_ids"].expand(rows)
     for name, value in packed.items():

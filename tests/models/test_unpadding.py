@@ -274,3 +274,18 @@ def test_restored_rows_belong_to_the_model_that_packed_them():
     (boundaries, shape), total = seen[0], int(mask.sum())
     assert tuple(shape) == (1, total)
     assert boundaries.padding.owner == "BertForMaskedLM"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_a_forward_inspects_no_code(family, monkeypatch):
+    model = encoder(family)
+    tokens, mask = rows_of("right")
+    patch_model(model)
+
+    def refuse(cls):
+        raise AssertionError(f"inspected {cls.__name__}")
+
+    monkeypatch.setattr("lctrain.models.code.methods", refuse)
+    monkeypatch.setattr("lctrain.models.architectures.methods", refuse)
+    model(tokens, attention_mask=mask)
