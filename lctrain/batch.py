@@ -194,7 +194,8 @@ class PackedBatch:
         Each completion attends to its prompt and to itself. In the pack, a group is the prompt
         without its last token, followed by one document for each completion, which begins with the
         last token of the prompt. The completions are trained on, the prompts are not. The model
-        must be patched with attention="flash".
+        must be patched with attention="flash". Other models of transformers ignore the groups
+        without an error if they are called directly; the functions of `lctrain.loss` refuse them.
 
         Args:
             groups: Pairs (prompt, completions) of integer sequences, none of them empty.

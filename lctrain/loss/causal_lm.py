@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.output_head import find_output_head
+from lctrain.loss.shared_prefixes import require_flash_attention
 
 PROBE_LENGTHS = (5, 3)
 
@@ -38,7 +39,8 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
         synchronises with the device.
 
     Raises:
-        ValueError: if `model` is a DistributedDataParallel wrapper.
+        ValueError: if `model` is a DistributedDataParallel wrapper, or documents share a prefix and
+            the attention of the model is not flash.
     """
     token_loss = _loss(
         model, batch.model_kwargs(), None, batch.labels.flatten(), "sum", packed=True
@@ -82,6 +84,7 @@ def _loss(
             "gradient reduction would be bypassed. Wrap a module whose forward computes the loss, "
             "as a LightningModule is, or pass model.module for evaluation."
         )
+    require_flash_attention(model, model_kwargs)
     head = find_output_head(model, partial(probe, targets.device, packed))
     if head is None:
         logits = model(**model_kwargs)["logits"].flatten(0, 1)

@@ -12,6 +12,7 @@ from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.output_head import OutputHead, find_output_head
+from lctrain.loss.shared_prefixes import require_flash_attention
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time while the entropy is computed."""
@@ -70,17 +71,25 @@ def token_log_probs(
 
     Raises:
         ValueError: if the temperature is not above 0, or differs from 1 for a model with a soft cap
-            on its logits.
+            on its logits; if the batch is a share of a pack; if documents share a prefix and the
+            attention of the model is not flash.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}. Use 1 to sample as is.")
+    if batch.share is not None:
+        raise ValueError(
+            "batch must be a whole pack, whose completions are summed, got a share of one. Train "
+            "with trainer.context_parallel=1, or call causal_lm_loss, which adds up tokens."
+        )
+    arguments = batch.model_kwargs()
+    require_flash_attention(model, arguments)
     labels = batch.labels.flatten()
     trained = torch.nonzero_static(labels != IGNORE_INDEX, size=batch.num_valid_tokens).flatten()
     completion, completions = _completions(batch, trained)
     targets = labels[trained]
     head = find_output_head(model, partial(probe, labels.device, True))
     if head is None:
-        logits = model(**batch.model_kwargs())["logits"].flatten(0, 1)[trained]
+        logits = model(**arguments)["logits"].flatten(0, 1)[trained]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         log_probs = logits.log_softmax(-1)
         chosen = log_probs.gather(1, targets[:, None])[:, 0]
@@ -91,7 +100,7 @@ def token_log_probs(
             f"temperature must be 1 for a model with a soft cap on its logits, got {temperature}. "
             "Sample its completions at temperature 1."
         )
-    hidden = head.decoder(**batch.model_kwargs())[0].flatten(0, 1)[trained]
+    hidden = head.decoder(**arguments)[0].flatten(0, 1)[trained]
     loss, _ = linear_cross_entropy(
         hidden,
         head.projection.weight,

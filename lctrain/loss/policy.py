@@ -22,14 +22,15 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: 0-dim, weighted sum over the tokens.
-        divisor: Number of tokens, or of completions with average="completion", a Python int.
+        divisor: 0-dim int64, number of tokens, or with average="completion", of completions that
+            have a token. Tokens of weight 0 are not counted.
         clipped: 0-dim, number of tokens that get no gradient because their ratio was clipped.
         kl: 0-dim, sum over the tokens of the estimated divergence D from the reference; 0 without a
             reference.
     """
 
     loss: Tensor
-    divisor: int
+    divisor: Tensor
     clipped: Tensor
     kl: Tensor
 
@@ -67,10 +68,11 @@ def policy_loss(
         reference: [n], log-probabilities of the reference model; None without a divergence.
         kl: Factor of the divergence from the reference, at least 0.
         token_weights: [n] constant factors of the tokens' losses, such as the ratios of a trainer
-            to its sampler, or 0 to leave a token out; None for 1.
+            to its sampler; None for 1. A token of weight 0 is left out of every sum, mean and
+            count.
         average: "token" adds up the tokens' losses, and the divisor is their number (DAPO).
             "completion" adds up each completion's mean, and the divisor is the number of
-            completions (GRPO).
+            completions that have a token (GRPO).
         ratio: "token" for a ratio r of each token; "sequence" for one ratio per completion, exp of
             the mean of log_prob - old_log_prob over its tokens (GSPO, arXiv 2507.18071).
 
@@ -83,24 +85,28 @@ def policy_loss(
     if policy.completions and advantages.shape == (policy.completions,):
         advantages = advantages[policy.completion]
     advantages = advantages.detach().to(policy.log_probs)
+    weights = torch.ones_like(policy.log_probs)
+    if token_weights is not None:
+        weights = token_weights.detach().to(weights)
+    used = weights != 0
+    counts = policy.sums(used.to(weights))
     logs = policy.log_probs - old_log_probs.detach().to(policy.log_probs)
-    counts = policy.counts().clamp(min=1)
+    logs = logs.where(used, 0)
     if ratio == "sequence":
-        logs = (policy.sums(logs) / counts)[policy.completion]
+        logs = (policy.sums(logs) / counts.clamp(min=1))[policy.completion].where(used, 0)
     ratios = logs.exp()
     clipped = ratios.clamp(1 - clip_low, 1 + high)
     losses = -torch.minimum(ratios * advantages, clipped * advantages)
-    without_gradient = (ratios != clipped) & (clipped * advantages < ratios * advantages)
+    without_gradient = used & (ratios != clipped) & (clipped * advantages < ratios * advantages)
     divergence = torch.zeros_like(losses)
     if reference is not None:
-        difference = reference.detach().to(losses) - policy.log_probs
+        difference = (reference.detach().to(losses) - policy.log_probs).where(used, 0)
         divergence = difference.exp() - difference - 1
         losses = losses + kl * divergence
-    if token_weights is not None:
-        losses = losses * token_weights.detach().to(losses)
+    losses = losses * weights
     if average == "completion":
-        losses = losses / counts[policy.completion]
-    divisor = policy.completions if average == "completion" else len(losses)
+        losses = losses / counts.clamp(min=1)[policy.completion]
+    divisor = (counts > 0).sum() if average == "completion" else used.sum()
     return PolicyLoss(losses.sum(), divisor, without_gradient.sum(), divergence.sum().detach())
 
 

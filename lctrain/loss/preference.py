@@ -22,13 +22,15 @@ class PreferenceLoss(NamedTuple):
 
     Attributes:
         loss: 0-dim, sum over the pairs.
-        pairs: Number of pairs, a Python int.
-        margins: [pairs], reward of the chosen completion minus that of the rejected one, without
-            gradient. A positive margin ranks the pair correctly.
+        pairs: 0-dim int64, number of pairs in which both completions have a trained token. Other
+            pairs add nothing to the loss.
+        margins: [completions / 2], reward of the chosen completion minus that of the rejected one,
+            without gradient. A positive margin ranks the pair correctly. It is 0 for a pair that is
+            not counted.
     """
 
     loss: Tensor
-    pairs: int
+    pairs: Tensor
     margins: Tensor
 
 
@@ -70,8 +72,9 @@ def preference_loss(
         ValueError: if the completions are no pairs, or an argument does not fit the kind.
     """
     _check(policy, reference, kind, beta, gamma, label_smoothing)
-    sums = policy.sums().view(-1, 2)
-    means = sums / policy.counts().view(-1, 2).clamp(min=1)
+    sums, counts = policy.sums().view(-1, 2), policy.counts().view(-1, 2)
+    means = sums / counts.clamp(min=1)
+    used = (counts > 0).all(1)
     if kind == "orpo":
         odds = means - _log1mexp(means)
         margin = beta * (odds[:, 0] - odds[:, 1])
@@ -83,7 +86,7 @@ def preference_loss(
         assert reference is not None
         ratios = sums - reference.detach().to(sums).view(-1, 2)
         if kind == "ipo":
-            ratios = ratios / policy.counts().view(-1, 2).clamp(min=1)
+            ratios = ratios / counts.clamp(min=1)
         difference = ratios[:, 0] - ratios[:, 1]
         margin = beta * difference
         if kind == "ipo":
@@ -92,7 +95,8 @@ def preference_loss(
             losses = -(1 - label_smoothing) * logsigmoid(margin)
             if label_smoothing:
                 losses = losses - label_smoothing * logsigmoid(-margin)
-    return PreferenceLoss(losses.sum(), policy.completions // 2, margin.detach())
+    losses, margin = losses.where(used, 0), margin.detach().where(used, 0)
+    return PreferenceLoss(losses.sum(), used.sum(), margin)
 
 
 def _log1mexp(values: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Tests log-probabilities of packs and the losses on them against float64 formulas on documents."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import lctrain
 from lctrain import PackedBatch
 from lctrain.callbacks import TokenExactLoss
+from lctrain.loss import causal_lm_loss, token_losses
 from lctrain.loss.log_probs import TokenLogProbs, token_log_probs
 from lctrain.loss.policy import group_advantages, policy_loss
 from lctrain.loss.preference import preference_loss
@@ -218,14 +221,85 @@ def test_policy_loss_and_gradients(models, make_llama, average, ratio):
     assert_equal_in_float64(sum(part.kl for part in parts), found.kl)
 
 
-def test_token_weights_leave_tokens_out(models):
-    patched, _ = models
-    found = token_log_probs(patched, PackedBatch.from_groups(PAIRS))
-    old = found.log_probs.detach() - 0.01
-    weights = torch.zeros(11)
-    weights[3:5] = 2.0
-    loss = policy_loss(found, old, torch.ones(4), token_weights=weights).loss
-    assert_equal_in_float64(loss, -2 * torch.exp(torch.tensor(0.01)) * 2)
+@pytest.mark.parametrize("average", ["token", "completion"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_token_of_weight_0_is_as_if_it_were_not_there(average, ratio):
+    """Its log-probability may be infinite; completion 1 has no other token."""
+    completion = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    kept = torch.tensor([0, 2, 5, 6])
+    logs = -torch.rand(7) - 0.1
+    old, reference = logs - 0.5, -torch.rand(7) - 0.1  # the ratio of every token is clipped
+    logs[1] = float("-inf")
+    weights = torch.zeros(7).index_fill(0, kept, 2.0)
+    options = {"clip_low": 0.01, "kl": 0.2, "average": average, "ratio": ratio}
+    whole = logs.clone().requires_grad_()
+    found = policy_loss(
+        TokenLogProbs(whole, completion, 3), old, torch.tensor([1.0, 5.0, -1.0]),
+        reference=reference, token_weights=weights, **options,
+    )  # fmt: skip
+    part = logs[kept].requires_grad_()
+    expected = policy_loss(
+        TokenLogProbs(part, torch.tensor([0, 0, 1, 1]), 2), old[kept], torch.tensor([1.0, -1.0]),
+        reference=reference[kept], token_weights=weights[kept], **options,
+    )  # fmt: skip
+    assert found.divisor == (2 if average == "completion" else 4)
+    assert found.clipped == expected.clipped > 0
+    assert_equal_in_float64([found.loss, found.kl], [expected.loss, expected.kl])
+    found.loss.backward()
+    expected.loss.backward()
+    assert_equal_in_float64(whole.grad[kept], part.grad)
+    assert not whole.grad[[1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
+def test_completions_without_a_trained_token_count_nowhere(kind):
+    """Completions 2 to 4 of six have no token: pair 0 is the only complete one."""
+    logs = torch.tensor([-0.5, -0.2, -0.7, -0.4], requires_grad=True)
+    policy = TokenLogProbs(logs, torch.tensor([0, 0, 1, 5]), 6)
+    alone = TokenLogProbs(logs[:3], torch.tensor([0, 0, 1]), 2)
+    sums = torch.zeros(6) if kind in ("dpo", "ipo") else None
+    found = preference_loss(policy, sums, kind=kind)
+    expected = preference_loss(alone, None if sums is None else sums[:2], kind=kind)
+    assert found.pairs == 1
+    assert_equal_in_float64(found.loss, expected.loss)
+    assert found.margins.tolist() == [expected.margins.item(), 0.0, 0.0]
+    found.loss.backward()
+    assert logs.grad.isfinite().all()
+    assert logs.grad[3] == 0
+    counted = policy_loss(policy, logs.detach(), torch.ones(6), average="completion")
+    assert counted.divisor == 3
+
+
+def test_a_pack_without_targets_has_no_loss_and_no_divisor(models):
+    found = token_log_probs(models[0], PackedBatch.from_groups(PAIRS).without_targets())
+    assert preference_loss(found, kind="simpo")[:2] == (0, 0)
+    for average in ("token", "completion"):
+        assert policy_loss(found, found.log_probs, torch.ones(4), average=average)[:2] == (0, 0)
+
+
+def test_a_model_that_ignores_groups_is_an_error(models):
+    """Without its patch, a model would show the prompt to the first completion only."""
+    patched, plain = models
+    batch = PackedBatch.from_groups(PAIRS)
+    unpatched = copy.deepcopy(plain)
+    lctrain.patch_model(unpatched).unpatch()
+    positions, targets = torch.arange(2), torch.arange(2)
+    for model in (plain, unpatched):
+        for call in (
+            lambda model=model: token_log_probs(model, batch),
+            lambda model=model: causal_lm_loss(model, batch),
+            lambda model=model: token_losses(model, batch.model_kwargs(), positions, targets),
+        ):
+            with pytest.raises(ValueError, match="shared prefixes must be flash, got sdpa"):
+                call()
+    plain.set_attn_implementation("lctrain_flash")  # by name
+    assert_equal_in_float64(causal_lm_loss(plain, batch)[0], causal_lm_loss(patched, batch)[0])
+
+
+def test_a_share_of_a_pack_is_an_error(models):
+    batch = dataclasses.replace(PackedBatch.from_groups(PAIRS), share=object())
+    with pytest.raises(ValueError, match=r"batch must be a whole pack, .* got a share of one"):
+        token_log_probs(models[0], batch)
 
 
 def test_advantages_are_relative_to_the_group():

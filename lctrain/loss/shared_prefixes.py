@@ -1,0 +1,35 @@
+"""require_flash_attention: refuses documents that share a prefix for a model that ignores this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def require_flash_attention(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a model ignores the shared prefixes in its arguments.
+
+    A model of transformers without a patch takes any keyword argument. Only the first completion of
+    a group would then see the prompt. A model without a config is not checked.
+
+    Args:
+        model: A transformers model, or a PeftModel around one.
+        arguments: Keyword arguments of the model, as `PackedBatch.model_kwargs()` returns them.
+
+    Raises:
+        ValueError: if there are shared prefixes, and the attention of the model is not flash.
+    """
+    config = getattr(model, "config", None)
+    if arguments.get("prefix_groups") is None or config is None:
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    attention = str(getattr(text, "_attn_implementation", None))
+    if attention != "lctrain_flash":
+        raise ValueError(
+            "the attention of shared prefixes must be flash, got "
+            f"{attention.removeprefix('lctrain_')}. Patch the model with attention='flash', a "
+            "reference model too, or pass prompts and completions as separate documents: "
+            "PackedBatch.from_documents."
+        )
