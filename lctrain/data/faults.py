@@ -81,6 +81,21 @@ def warn_once(message: str) -> None:
         log.warning(message)
 
 
+def shared_message(shared: int, documents: int, place: str) -> str:
+    """Returns the warning that held-out documents are also in the training data.
+
+    Args:
+        shared: Number of these documents.
+        documents: Number of held-out documents.
+        place: Text before the message.
+    """
+    return (
+        f"{place}{shared:,} of {documents:,} held-out documents are in the training data, too: a "
+        "held-out loss says nothing about new text there. Leave them out of the documents to train "
+        "on."
+    )
+
+
 def on_first_rank() -> bool:
     """Whether Lightning's rank of this process is 0."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only

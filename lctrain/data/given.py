@@ -13,6 +13,7 @@ import numpy as np
 from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.dataset import DatasetTokens, pack, pack_tokens
+from lctrain.data.faults import shared_message, warn_once
 from lctrain.data.mix import placed
 from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.prepared import OWN_SET, PreparedData
@@ -83,6 +84,7 @@ class TokenPreparation:
             ValueError: if a document has no token ids, or if the documents fill no row.
         """
         train, held_out = self.dataset, self.held_out
+        trained: np.ndarray | None = None
         if isinstance(train, PackedRows):
             rows, documents = train, _fingerprint_rows(train)
         else:
@@ -93,6 +95,7 @@ class TokenPreparation:
                 kept = _kept(digests, self.settings.held_out_fraction)
                 held_out = tokens.select(np.flatnonzero(~kept))
             rows = self._pack(tokens.select(np.flatnonzero(kept)))
+            trained = digests[kept]
             documents = hashlib.sha256(digests[kept].tobytes()).hexdigest()[:16]
         settings = {
             "source": type(self.dataset).__name__,
@@ -102,10 +105,12 @@ class TokenPreparation:
             "overlong": self.settings.overlong,
             "packing_window": self.settings.packing_window,
         }
+        _warn_of_trained(held_out, trained, "")
         sets = {OWN_SET: self._held_out_rows(held_out)}
         for name, documents in self.held_out_sets.items():
             with placed(f"held_out[{name!r}]"):
                 sets[name] = self._held_out_rows(documents)
+                _warn_of_trained(documents, trained, f"The held-out set {name}: ")
         return PreparedData(self.tokenizer, rows, sets, settings)
 
     def _held_out_rows(self, held_out: Any) -> PackedRows:
@@ -156,6 +161,22 @@ def _digests(tokens: DatasetTokens) -> np.ndarray:
         for index in range(len(tokens))
     )
     return np.array([int.from_bytes(digest, "little") for digest in found], dtype=np.uint64)
+
+
+def _warn_of_trained(held_out: Any, trained: np.ndarray | None, place: str) -> None:
+    """Warns if held-out documents are also in the training data. Packed rows are not compared.
+
+    Args:
+        held_out: Documents of token ids; rows or None are not compared.
+        trained: [N] uint64, hashes of the training documents; None for rows.
+        place: Text before the message.
+    """
+    if trained is None or held_out is None or isinstance(held_out, PackedRows):
+        return
+    tokens = held_out if isinstance(held_out, DatasetTokens) else DatasetTokens(held_out)
+    shared = int(np.isin(_digests(tokens), trained).sum())
+    if shared:
+        warn_once(shared_message(shared, len(tokens), place))
 
 
 def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:

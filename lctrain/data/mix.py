@@ -120,11 +120,17 @@ class SourceMix:
             "the others, or use epochs.",
         )
         chats = [part.source for part in parts if isinstance(part.source, ChatSource)]
-        templates = {chat.rendering.template for chat in chats} - {None}
+        given = [chat.rendering.template for chat in chats if chat.rendering.template is not None]
+        templates = set(given)
         require(
             len(templates) < 2,
             "sources must share one chat_template, got several. The trained model is saved with "
             "one.",
+        )
+        require(
+            len(given) in (0, len(chats)),
+            f"sources must share one chat_template, got it in {len(given)} of {len(chats)} chat "
+            "sources. Set it in the others, too; it would render their conversations.",
         )
 
     @cached_property

@@ -15,7 +15,7 @@ from lctrain.data.documents import Documents, join_documents
 from lctrain.data.faults import on_first_rank
 from lctrain.data.mix import SourceMix, overlong_of, placed
 from lctrain.data.mixed_rows import MixedPart, mix_rows
-from lctrain.data.prepare import Preparation, cache_errors, prepare_sets
+from lctrain.data.prepare import Preparation, cache_errors, prepare_sets, warn_of_shared
 from lctrain.data.prepared import PreparedData
 from lctrain.data.sources import Source
 from lctrain.data.tokenizer import fingerprint_tokenizer, train_mask_tokenizer, train_tokenizer
@@ -89,6 +89,10 @@ class MixPreparation:
             with placed(name):
                 read[name] = preparation.documents()
         train = {name: documents for name, (documents, _) in read.items()}
+        for name, (_, held_out_of_source) in read.items():  # its own documents are compared above
+            others = [documents for other, documents in train.items() if other != name]
+            place = f"The held-out set {name}, in other sources: "
+            warn_of_shared(held_out_of_source, others, place)
         tokenizer = self.given_tokenizer()
         if tokenizer is None:
             joined = join_documents(list(train.values()))

@@ -19,7 +19,7 @@ from lctrain.data.chat.template import ChatTemplate
 from lctrain.data.chat.tokenizing import ChatTokenizing
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
-from lctrain.data.faults import on_first_rank, warn_once
+from lctrain.data.faults import on_first_rank, shared_message, warn_once
 from lctrain.data.hub import HubSource
 from lctrain.data.mix import overlong_of, placed
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
@@ -379,10 +379,7 @@ def warn_of_shared(held_out: Documents, train: Sequence[Documents], place: str =
     """
     shared = sum(count_shared(held_out, documents) for documents in train)
     if shared:
-        warn_once(
-            f"{place}{shared:,} of {len(held_out):,} held-out documents are in the training data, "
-            "too: a held-out loss says nothing about new text there. Leave them out of data.files."
-        )
+        warn_once(shared_message(shared, len(held_out), place))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lctrain.data import (
     TokenizedDocument,
 )
 from lctrain.data.dataset import DatasetTokens
+from lctrain.data.faults import warn_once
 from lctrain.data.mixed_rows import MixedPart, mix_rows, repeats_of
 from lctrain.eval.documents import evaluation_documents
 from tests.numerics import near
@@ -186,6 +187,24 @@ def test_every_source_holds_out_what_it_would_hold_out_alone(sources, tokenizer,
     assert len(evaluation_documents(data.preparation, "all")) == 50
 
 
+@pytest.mark.parametrize("own_files", [True, False])
+def test_held_out_documents_that_another_source_trains_on_are_counted(own_files, tmp_path, caplog):
+    """They come from held_out_files, or from the split of a source with two documents."""
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number} is a number that I like. " * 5)
+    small = {"kind": "text", "name": "small", "files": [f"{tmp_path}/1[01].txt"]}
+    if own_files:
+        small["held_out_files"] = [f"{tmp_path}/0[2-4].txt"]
+    large = {"kind": "text", "name": "large", "files": [f"{tmp_path}/*.txt"]}
+    warn_once.cache_clear()
+    PackedDataModule(
+        SourceMix(sources=[small, large]), max_tokens=64, vocab_size=300, held_out_fraction=0.001,
+        cache_dir=tmp_path / "cache",
+    ).setup()  # fmt: skip
+    found = [text for text in caplog.messages if "in the training data, too" in text]
+    assert any(text.startswith("The held-out set small, in other sources: ") for text in found)
+
+
 def test_a_step_has_the_same_rows_on_any_number_of_ranks(sources, tokenizer, tmp_path):
     orders = []
     for ranks, accumulated in ((1, 4), (2, 2), (4, 1)):
@@ -310,3 +329,5 @@ def test_faults_that_the_data_module_finds(sources, tokenizer, tmp_path):
         )
     with pytest.raises(ValueError, match="sources must share one chat_template, got several"):
         SourceMix(sources=templates)
+    with pytest.raises(ValueError, match="share one chat_template, got it in 1 of 2 chat sources"):
+        SourceMix(sources=[templates[0], SourcePart(source=sources.chats, name="other")])
