@@ -270,10 +270,10 @@ class PackedDataModule(LightningDataModule):
         tokens stay exact.
         """
         rows = self._ready.held_out_rows
-        loaders = [self._held_out_loader(rows[name]) for name in self.held_out_names]
+        loaders = [self._held_out_loader(rows[name], name) for name in self.held_out_names]
         return loaders[0] if len(loaders) == 1 else loaders
 
-    def _held_out_loader(self, rows: PackedRows) -> PackLoader:
+    def _held_out_loader(self, rows: PackedRows, name: str) -> PackLoader:
         """Returns the loader of this rank's rows of one held-out set."""
         steps = -(-len(rows) // self._world_size)
         numbers = np.arange(steps) * self._world_size + self._rank
@@ -283,6 +283,7 @@ class PackedDataModule(LightningDataModule):
             RowStream(lambda epoch: numbers, steps, endless=False),
             steps,
             lambda: 0,
+            name=name,
             num_workers=self.options.num_workers,
             **self._batch_options(),
         )

@@ -107,6 +107,7 @@ class PackLoader:
         position: Callable[[], int],
         cursor: Cursor | None = None,
         *,
+        name: str | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         collate_fn: Callable[[Any], Any] | None = None,
@@ -121,12 +122,14 @@ class PackLoader:
             steps: Steps of an epoch.
             position: Returns the number of the batch that an iterator starts with.
             cursor: Counter that is set to the number of the next batch; None makes one.
+            name: Name of the held-out set of the rows, for its metrics; None for training rows.
             num_workers: Number of worker processes; 0 loads in this process.
             pin_memory: Whether to copy batches to pinned memory.
             collate_fn: Function that changes every item before it is pinned; None for none.
             mask: Function from a batch and the number of its epoch to the batch with masked
                 tokens; None masks nothing.
         """
+        self.name = name
         self._mask, self._pin_memory = mask, pin_memory
         self._cursor = Cursor() if cursor is None else cursor
         self._stream = stream

@@ -41,7 +41,7 @@ class HeldOutLoss:
 
         Args:
             ranks: Ranks of the run, all of which call this method.
-            names: Names of the sets.
+            names: Names of the sets. Sets without one have their numbers as names.
 
         Returns:
             The loss over all sets together, and the loss of each set by its name. With one set, the
@@ -62,13 +62,16 @@ class HeldOutLoss:
         """Logs loss and perplexity over the tokens of all ranks: of all sets together, and of each.
 
         Args:
-            module: Module whose trainer has the ranks and the data module with `held_out_names`.
+            module: Module whose trainer has the ranks and the loaders. The `name` of a loader is
+                that of its set.
             stage: Prefix of the metrics, "val" or "test".
 
         Returns:
             The loss per token over all sets, under the name "", and of every set by its name.
         """
-        names = getattr(getattr(module.trainer, "datamodule", None), "held_out_names", ())
+        loaders = getattr(module.trainer, f"{stage}_dataloaders")
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        names = [getattr(loader, "name", None) or str(i) for i, loader in enumerate(loaders)]
         loss, sets = self.means(Topology.of(module.trainer), names)
         # Every rank has the same value, and the maximum over ranks keeps its bits. Lightning warns
         # about metrics that are logged without a reduction.

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from lctrain import train
+from lctrain import PackedBatch, train
 from lctrain.data import PackedDataModule
+from lctrain.data.faults import warn_once
 from lctrain.module import LongContextModule
 from tests.numerics import as_float32, near
-from tests.training import make_trainer
+from tests.training import loader, make_trainer
 
 DOCUMENTS = [[3 + i, 4, 5, 6, 7 + i, 8] for i in range(8)]
 SETS = {"code": [[9, 8, 7, 6, 5]] * 3, "news": [[3, 3, 3], [4, 4, 4, 4, 4, 4]]}
@@ -46,6 +47,26 @@ def test_every_set_has_a_loss_and_the_whole_counts_tokens(validated):
         assert metrics[f"val/{name}/perplexity"] == found["val/perplexity"]
         total += loss * targets[name]
     assert module.held_out_losses == [(0, near(total / sum(targets.values())))]
+
+
+def test_loaders_of_the_users_do_not_get_the_names_of_the_sets(tmp_path, make_llama):
+    data = PackedDataModule(DOCUMENTS, held_out=SETS, max_tokens=12, held_out_fraction=0.0)
+    module, trainer = LongContextModule(make_llama(), attention=None), make_trainer(tmp_path)
+    trainer.test(module, data, verbose=False)
+    assert {"test/code/loss", "test/news/loss"} <= set(trainer.callback_metrics)
+    others = [loader([PackedBatch.from_documents([row])]) for row in DOCUMENTS[:2]]
+    trainer.test(module, dataloaders=others, verbose=False)
+    names = {name for name in trainer.callback_metrics if name.endswith("/loss")}
+    assert names == {"test/loss", "test/0/loss", "test/1/loss"}
+
+
+def test_held_out_token_ids_that_are_trained_on_are_counted_in_a_warning(caplog):
+    sets = {"code": [*DOCUMENTS[:2], [9, 8, 7]], "news": SETS["news"]}
+    warn_once.cache_clear()
+    data = PackedDataModule(DOCUMENTS, held_out=sets, max_tokens=12, held_out_fraction=0.0)
+    data.setup()
+    (message,) = [text for text in caplog.messages if "in the training data, too" in text]
+    assert message.startswith("The held-out set code: 2 of 3 held-out documents")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
