@@ -72,11 +72,13 @@ class FlopCounter:
             windows=tuple(_window(config, layer) for layer in range(layers)),
         )
 
-    def step_flops(self, lengths: Iterable[int]) -> float:
+    def step_flops(self, lengths: Iterable[int], parents: Iterable[int] = ()) -> float:
         """Returns the FLOPs of forward and backward over one pack.
 
         Args:
             lengths: Number of tokens of each document.
+            parents: Index of the prefix that each document attends to, or -1, as in
+                `PrefixGroups`; empty if no documents share a prefix.
         """
         lengths = list(lengths)
         dense = 6.0 * self.matrix_parameters * sum(lengths)
@@ -84,7 +86,12 @@ class FlopCounter:
             count * sum(visible_pairs(length, window) for length in lengths)
             for window, count in _counts(self.windows).items()
         )
-        return dense + 12.0 * self.attention_width * pairs
+        shared = sum(
+            lengths[parent] * length
+            for parent, length in zip(parents, lengths, strict=False)
+            if parent >= 0
+        )
+        return dense + 12.0 * self.attention_width * (pairs + len(self.windows) * shared)
 
 
 def _value_dim(config: Any, head_dim: int) -> int:

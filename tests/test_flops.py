@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lctrain import PackedBatch
+from lctrain.callbacks.batches import BatchView
 from lctrain.flops import FlopCounter, peak_flops, visible_pairs
 
 
@@ -90,6 +92,16 @@ def test_experts_count_by_the_share_that_a_token_uses():
         return FlopCounter.of(MixtralForCausalLM(config)).matrix_parameters
 
     assert matrices(8) - matrices(4) == 16 * 4  # only the router grows
+
+
+def test_suffixes_see_their_prefix_too():
+    """A prefix of 3 tokens with suffixes of 2 and 4 tokens, and a document of its own."""
+    counter = FlopCounter(matrix_parameters=0.0, attention_width=1.0, windows=(None, 9))
+    batch = PackedBatch.from_groups([([5, 6, 7, 8], [[1], [1, 2, 3]]), ([5], [[1]])])
+    assert batch.lengths == (3, 2, 4, 2)
+    pairs = 6 + (3 + 3 * 2) + (10 + 3 * 4) + 3
+    for view in (BatchView(batch), BatchView(batch).without_tokens()):
+        assert counter.step_flops(view.lengths, view.parents) == 12 * 2 * pairs
 
 
 @pytest.mark.parametrize(

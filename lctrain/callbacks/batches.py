@@ -79,7 +79,7 @@ class BatchView:
         shape = self.input_ids.to("meta")
         if isinstance(self.content, PackedBatch):
             pack = self.content
-            kept = {"names": pack.names, "document_ids": pack.document_ids}
+            kept = {"names": pack.names, "document_ids": pack.document_ids, "parents": self.parents}
             return BatchView({"input_ids": shape, "lengths": pack.lengths, **kept})
         names = ("names", "document_ids", "cu_seq_lens_q", "attention_mask", "position_ids")
         kept = {name: self.content[name] for name in names if self.content.get(name) is not None}
@@ -120,6 +120,13 @@ class BatchView:
         if mask is not None:
             return tuple(length for length in mask.sum(1).tolist() if length)
         return (columns,) * rows
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Index of the prefix of each document, or -1; empty if no documents share a prefix."""
+        if not isinstance(self.content, PackedBatch):
+            return tuple(self.content.get("parents", ()))
+        return () if self.content.groups is None else self.content.groups.parents
 
     @property
     def ranks(self) -> int:

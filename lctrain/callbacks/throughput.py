@@ -186,7 +186,7 @@ class ThroughputMonitor(pl.Callback):
         return Throughput(
             tokens=float(view.num_tokens),
             capacity=view.rows * (self.max_tokens or 0) / view.ranks,
-            flops=self._counter.step_flops(view.lengths) / view.ranks,
+            flops=self._counter.step_flops(view.lengths, view.parents) / view.ranks,
         )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
