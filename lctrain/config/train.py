@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,7 @@ class TrainConfig:
             "trainer.strategy must not be fsdp2": self.trainer.strategy == "fsdp2",
             "evaluation.methods must be empty": bool(self.evaluation.methods),
             "passkeys must be off": bool(passkeys),
-            "data must not be conversations": hasattr(self.data, "train_on"),
+            "data must not be conversations": any(_conversations(self.data)),
             "callbacks.length_perplexity must be null": any(
                 target.endswith(".LengthPerplexity") for target in targets
             ),
@@ -147,3 +148,12 @@ class TrainConfig:
             require(
                 not broken, f"{rule} with task=mlm, got another value. Leave it at its default."
             )
+
+
+def _conversations(data: DataConfig) -> list[bool]:
+    """Returns for the data, every source of a mix and every held-out set if it is conversations."""
+    given = [data, *(getattr(data, "sources", None) or []), *(data.held_out_sets or {}).values()]
+    return [
+        one.get("kind") == "chat" if isinstance(one, Mapping) else hasattr(one, "train_on")
+        for one in given
+    ]

@@ -68,6 +68,10 @@ def test_the_recipe_and_the_default_share():
         (["evaluation.methods=[plain]"], "evaluation.methods must be empty with task=mlm"),
         (["trainer.strategy=fsdp2"], "trainer.strategy must not be fsdp2 with task=mlm"),
         (
+            ["data.held_out_sets={a: {kind: chat, files: [a.jsonl]}}"],
+            "data must not be conversations with task=mlm",
+        ),
+        (
             ["callbacks=[default,length_perplexity]"],
             "callbacks.length_perplexity must be null with task=mlm",
         ),
@@ -76,6 +80,13 @@ def test_the_recipe_and_the_default_share():
 def test_bad_settings(overrides, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(*overrides, *changes, output_dir=tmp_path / "run")
+
+
+def test_conversations_of_a_mix_are_refused(overrides, tmp_path):
+    settings = [text for text in overrides if not text.startswith(("data=", "data.files"))]
+    sources = "data.sources=[{kind: stdlib}, {kind: chat, files: [a.jsonl]}]"
+    with pytest.raises(ValueError, match="data must not be conversations with task=mlm"):
+        config(*settings, "data=mix", sources, output_dir=tmp_path / "run")
 
 
 def test_families_without_such_a_model(overrides, tmp_path):
