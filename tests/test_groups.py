@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import lctrain
 from lctrain import PackedBatch
@@ -11,8 +12,14 @@ from lctrain.callbacks import IsolationCheck
 from lctrain.config import MemoryConfig
 from lctrain.loss import causal_lm_loss
 from lctrain.memory.policy import apply_config
+from lctrain.models.differential import to_differential
 from lctrain.module import LongContextModule
-from tests.numerics import assert_equal_in_float64, assert_errors_at_most_twice
+from tests.models.families import make_model
+from tests.numerics import (
+    assert_equal_in_float64,
+    assert_errors_at_most_twice,
+    assert_far_apart,
+)
 from tests.training import loader, make_trainer
 
 GROUPS = [
@@ -105,12 +112,28 @@ def test_groups_of_one_token_prompts_and_single_completions(make_llama):
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_window_that_covers_the_group_and_sinks_change_nothing(make_llama):
+def test_a_window_that_covers_the_group_changes_nothing(make_llama):
     model = make_llama().double()
     lctrain.patch_model(model, sliding_window=12)
     shared, _ = results(model, PackedBatch.from_groups(GROUPS))
     alone, _ = results(model, separate(GROUPS))
     assert_equal_in_float64(shared, alone)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_sinks_count_once_for_a_suffix_and_its_prefix():
+    model = make_model("gpt_oss", vocab_size=97, sliding_window=12).double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.uniform_(1.0, 2.0)
+    lctrain.patch_model(model)
+    logits = completion_logits(model, PackedBatch.from_groups(GROUPS))
+    expected = completion_logits(model, separate(GROUPS))
+    assert_equal_in_float64(logits, expected)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(-100.0)
+    assert_far_apart(completion_logits(model, separate(GROUPS)), expected)
 
 
 def test_nan_in_one_suffix_reaches_neither_its_siblings_nor_the_prefix(make_llama):
@@ -247,11 +270,24 @@ def test_faulty_groups(groups, message):
 
 def test_what_cannot_be_served_is_an_error(make_llama):
     batch = PackedBatch.from_groups(GROUPS)
-    for options in ({"attention": "dual_chunk", "chunk_size": 16, "local_size": 4},):
+    dual_chunk = {"attention": "dual_chunk", "chunk_size": 16, "local_size": 4}
+    for options in (dual_chunk, {"attention": "differential"}):
         model = make_llama()
+        if options["attention"] == "differential":
+            model = to_differential(model)
         lctrain.patch_model(model, **options)
-        with pytest.raises(ValueError, match="shared prefixes must be flash, got dual_chunk"):
+        message = f"shared prefixes must be flash, got {options['attention']}"
+        with pytest.raises(ValueError, match=message):
             model(**batch.model_kwargs())
+    model = make_llama()
+    model.model.layers[1].self_attn.is_causal = False
+    lctrain.patch_model(model)
+    with pytest.raises(ValueError, match="prefixes must be causal, got a bidirectional layer"):
+        model(**batch.model_kwargs())
+    model = LlamaForSequenceClassification(make_llama(pad_token_id=0).config)
+    lctrain.patch_model(model)
+    with pytest.raises(ValueError, match="got LlamaForSequenceClassification with a head with one"):
+        model(**batch.model_kwargs())
     model = make_llama()
     lctrain.patch_model(model, sliding_window=11)
     with pytest.raises(ValueError, match="sliding_window must be at least 12, the longest prompt"):

@@ -1,6 +1,6 @@
 """merge_attn_states: merges the attention of the same queries over two disjoint sets of keys.
 
-Context parallelism and split-KV decoding merge their partial results so.
+lctrain.attention.prefixes merges the attention to a shared prefix and to the suffix itself.
 """
 
 import torch

@@ -74,9 +74,10 @@ class AttentionStage:
 class AttentionSchedule(Patching):
     """Patches models as PatchAttention does, and changes the options at given optimizer steps.
 
-        AttentionSchedule({ 0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1}, 1000:
-        {"attention": "flash", "rope": {"rope_type": "yarn", "factor": 4.0}}, 2000: {"attention":
-        "dual_chunk", "chunk_size": 8192},
+        AttentionSchedule({
+            0: {"attention": "flash", "sliding_window": 1024, "dropout": 0.1},
+            1000: {"attention": "flash", "rope": {"rope_type": "yarn", "factor": 4.0}},
+            2000: {"attention": "dual_chunk", "chunk_size": 8192},
         })
 
     The optimizer step alone decides the stage, so a resumed run gives the same bits as an
