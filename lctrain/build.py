@@ -193,7 +193,18 @@ def plan_memory(config: TrainConfig) -> Plan:
     mixed = "bf16-mixed" if precision == "bf16-mixed" else "true"
     quantize = None if config.adapter is None else config.adapter.quantize
     optimizer = config.optim._target_
-    return plan_for(model, config.memory, tokens, mixed, quantize=quantize, optimizer=optimizer)
+    ranks = _ranks(config.trainer)
+    return plan_for(
+        model, config.memory, tokens, mixed, ranks=ranks, quantize=quantize, optimizer=optimizer
+    )
+
+
+def _ranks(config: TrainerConfig) -> int:
+    """Returns the number of ranks that a run has on each machine."""
+    ranks = config.devices_per_machine()
+    if ranks is None:  # as many as there are
+        ranks = 1 if config.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
+    return ranks
 
 
 def _dtype(config: ModelConfig, adapter: AdapterConfig | None) -> str:

@@ -14,6 +14,8 @@ TYPED = {
     "betas": "optim.beta1 and optim.beta2",
 }
 """Arguments of optimizers that have a key of their own -> that key."""
+HOST_ADAMW = "lctrain.host_optimizer.HostAdamW"
+"""Dotted name of the AdamW of optim=adamw_host, whose states are in host memory."""
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 

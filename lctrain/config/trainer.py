@@ -119,7 +119,7 @@ class TrainerConfig:
             "for no clipping.",
         )
         check_trainer(self)
-        devices = self._devices()
+        devices = self.devices_per_machine()
         if devices is None:
             return
         ranks = devices * self.num_nodes
@@ -136,7 +136,7 @@ class TrainerConfig:
             "trainer.context_parallel, trainer.devices or trainer.num_nodes.",
         )
 
-    def _devices(self) -> int | None:
+    def devices_per_machine(self) -> int | None:
         """Returns the number of ranks of a machine; None if it depends on the machine."""
         if self.devices in ("auto", "-1"):
             return None

@@ -61,7 +61,8 @@ def candidates(
                     keep_attention=kept,
                     host_attention=away,
                 )
-        add("offload", segment, keep_inputs=max(0, count - segment * on_host))
+        if config.keep_inputs is None:
+            add("offload", segment, keep_inputs=max(0, count - segment * on_host))
     found.sort(key=lambda one: one[0])
     policies = [made for _, made in found]
     if config.mlp_tokens is None:

@@ -167,7 +167,9 @@ class LayerCheckpoints:
             before = None if self._before is None else self._before()
             if before is not None and before.made(x):
                 return before
-            if not self._warned:
+            # No graph holds the call of a layer whose output needs no gradient.
+            is_frozen = before is None and not x.requires_grad
+            if not self._warned and not is_frozen:
                 self._warned = True
                 warn_caller(
                     "the input of a layer stays on the GPU, since it is not the output of the "

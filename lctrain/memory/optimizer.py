@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lctrain.config.optim import HOST_ADAMW
 from lctrain.memory.quantized import stored_bytes
 
 ADAMW = "torch.optim.AdamW"
-_HOST = "lctrain.host_optimizer.HostAdamW"
 _EIGHT_BITS = ("torchao.optim.Adam8bit", "torchao.optim.AdamW8bit")
 _HOST_BYTES = 12  # for each weight: two moments and the copy, in float32
 _BLOCK = 256  # elements of torchao's 8-bit moments that share a float32 scale
@@ -25,7 +25,7 @@ def optimizer_bytes(parameters: Sequence[Tensor], target: str = ADAMW) -> tuple[
         parameters: The trained weights.
         target: Dotted name of the optimizer's class.
     """
-    if target == _HOST:
+    if target == HOST_ADAMW:
         counts = [parameter.numel() for parameter in parameters]
         return 0, _HOST_BYTES * sum(counts) + 4 * max(counts, default=0)  # and one gradient
     of_one = _eight_bits if target in _EIGHT_BITS else stored_bytes

@@ -13,6 +13,7 @@ from lctrain.config.memory import WITH_HOST
 from lctrain.memory.arena import aligned
 from lctrain.memory.candidates import candidates, policies_of
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
+from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.memory.store import MOST_WAITING
 
@@ -80,11 +81,14 @@ class Plan:
             shorter = f"lower data.max_tokens to {self.longest}"
         else:
             shorter = "train adapters (adapter=lora), or choose a smaller model"
+        has_room = self.host_limit is None or self.host_bytes <= self.host_limit
+        if not has_room and self.policy != "offload":  # then host_bytes are those of the states
+            more = "take an optimizer with its states on the GPU (optim=adamw, optim=adamw_8bit)"
+            return f"It does not fit into host memory: {more}, or {shorter}."
         more = {
             "none": "set memory=checkpoint",
             "checkpoint": "set memory=offload",
         }.get(self.policy, "raise memory.host_gib")
-        has_room = self.host_limit is None or self.host_bytes <= self.host_limit
         if has_room and self.policy == "offload":
             return f"It does not fit: {shorter}."
         return f"It does not fit: {more}, or {shorter}."
@@ -132,6 +136,8 @@ def plan(
     device_gib: float | None = None,
     host_gib: float | None = None,
     precision: str = "true",
+    quantize: str | None = None,
+    optimizer: str = ADAMW,
     **options: Any,
 ) -> Plan:
     """Predicts the memory of a training step, without a GPU and without running the step.
@@ -149,6 +155,8 @@ def plan(
         host_gib: Host memory in GiB that the step may use; None for no limit.
         precision: "true" if activations have the dtype of the weights, or "bf16-mixed" as in
             Lightning.
+        quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
+        optimizer: Dotted name of the optimizer's class.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Raises:
@@ -158,7 +166,7 @@ def plan(
         options = {**options, "host_gib": host_gib}
     config = MemoryConfig(name=policy, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
-    measured = profile(model, tokens, precision, config.mlp_tokens)
+    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
     return plan_of(measured, config, *limits)
 
 

@@ -19,7 +19,7 @@ from lctrain.memory.layers import (
     checkpointed_layers,
     remove_policy,
 )
-from lctrain.memory.optimizer import ADAMW
+from lctrain.memory.optimizer import ADAMW, optimizer_bytes
 from lctrain.memory.plan import GIB, Plan, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.quantized import stored_bytes
@@ -73,7 +73,7 @@ def apply_config(
         device: Device on which the model is trained; None for the model's current device.
         ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
             LOCAL_WORLD_SIZE, else 1.
-        optimizer: Dotted name of the optimizer's class, for the plan of "auto".
+        optimizer: Dotted name of the optimizer's class. Its states take GPU and host memory.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -104,7 +104,9 @@ def apply_config(
             f"{ATTENTION} 2": attention,  # lse
             f"{ATTENTION} 3": attention,  # outputs
         }
-        store = HostStore(counts, host_bytes(config, ranks), tokens=tokens)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        room = host_bytes(config, ranks) - optimizer_bytes(trained, optimizer)[1]
+        store = HostStore(counts, max(room, 0), tokens=tokens)
     return LayerCheckpoints(inner, policies, store, config.mlp_tokens)
 
 

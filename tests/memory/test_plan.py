@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lctrain
 from lctrain.build import plan_memory
 from lctrain.config import AdapterConfig, MemoryConfig
+from lctrain.config.optim import HOST_ADAMW
 from lctrain.loss import causal_lm_loss
 from lctrain.memory import plan, use_policy
 from lctrain.memory.plan import GIB, RESERVE, plan_of
@@ -222,6 +223,44 @@ def test_a_run_is_planned_from_its_configuration():
     assert found.device_limit == found.host_limit == GIB
     longer = plan_memory(load("model=llama_5m", *options, "memory.tokens=8192"))
     assert longer.device_bytes > found.device_bytes or longer.policy != found.policy
+
+
+@pytest.mark.parametrize(
+    ("devices", "ranks"), [("4", 4), ("'0,2,5'", 3), ("auto", 1)], ids=["number", "list", "auto"]
+)
+def test_the_ranks_of_a_planned_run_share_the_host(devices, ranks, monkeypatch):
+    from lctrain.memory import policy
+
+    monkeypatch.setattr(policy, "free_host_bytes", lambda: 10 * GIB)
+    options = ("memory=checkpoint", "data.max_tokens=512", "trainer.accelerator=cpu")
+    found = plan_memory(load("model=llama_5m", *options, f"trainer.devices={devices}"))
+    assert found.host_limit == 8 * GIB // ranks  # HOST_SHARE of it
+
+
+def test_auto_keeps_the_inputs_that_the_user_asked_for(model):
+    """Even if nothing fits, and fewer kept inputs would take less of the GPU."""
+    bytes_of = profile(model, TOKENS)
+    asked = MemoryConfig(name="auto", keep_inputs=LAYERS)
+    for device in (1, plan_of(bytes_of, asked, 1, None).device_bytes - 1):
+        found = plan_of(bytes_of, asked, device, None)
+        assert found.fits is False
+        assert not any(layer.inputs == "host" for layer in found.policies)
+    free = plan_of(bytes_of, MemoryConfig(name="auto"), 1, None)
+    assert any(layer.inputs == "host" for layer in free.policies)
+
+
+@pytest.mark.parametrize("policy", ["none", "checkpoint"])
+@pytest.mark.parametrize("device", [None, 100 * GIB, 1], ids=["unknown", "large", "small"])
+def test_the_advice_names_the_optimizer_whose_states_do_not_fit_into_host_memory(
+    policy, device, model
+):
+    bytes_of = profile(model, TOKENS, optimizer=HOST_ADAMW)
+    found = plan_of(bytes_of, MemoryConfig(name=policy), device, bytes_of.host - 1)
+    assert found.fits is False
+    advice = found.advice()
+    assert "host memory: take an optimizer with its states on the GPU (optim=adamw," in advice
+    assert "memory=" not in advice
+    assert "adapter=lora" in advice
 
 
 def test_advice_without_a_limit_of_the_host_or_of_the_device():

@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lctrain
 from lctrain.config import MemoryConfig
+from lctrain.config.optim import HOST_ADAMW
 from lctrain.memory import LayerPolicy, use_policy
-from lctrain.memory.policy import policies_of
+from lctrain.memory.optimizer import optimizer_bytes
+from lctrain.memory.policy import apply_config, policies_of
 from lctrain.models.low_rank import add_adapter
 from tests.configs.composed import load
 from tests.models.families import make_documents, make_model
@@ -219,6 +221,20 @@ def test_ranks_of_a_node_share_the_host(monkeypatch):
     assert policy.host_bytes(offload, 8) == 100
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # by torchrun
     assert policy.host_bytes(offload) == 200
+
+
+@pytest.mark.parametrize("gib", [1.0, 1e-6], ids=["room", "full"])
+def test_states_of_the_optimizer_leave_the_rest_of_the_host_to_activations(gib):
+    model = make_model("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    config = MemoryConfig(name="offload", keep_inputs=0, host_gib=gib)
+    whole = apply_config(model, config).store.host_bytes
+    assert whole == int(gib * 2**30)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = optimizer_bytes(trained, HOST_ADAMW)[1]
+    assert states > 0
+    found = apply_config(model, config, optimizer=HOST_ADAMW).store.host_bytes
+    assert found == max(whole - states, 0)
 
 
 def test_a_graph_that_is_kept_can_be_read_twice(packs):

@@ -1,6 +1,7 @@
 """Tests segments of layers: gradients are those of plain checkpointing, bit by bit."""
 
 import gc
+import warnings
 from functools import partial
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_graph_of_segments_can_be_read_twice(packs):  # noqa: F811
         model.zero_grad()
         loss.backward()
     assert same([p.grad for p in model.parameters()], expected)
+
+
+def test_frozen_layers_in_a_segment_need_no_warning(packs):  # noqa: F811
+    """No graph holds the call of a frozen layer, so the layer after it keeps its input."""
+    model = make_model("llama", num_hidden_layers=4).train()
+    model.requires_grad_(False)
+    model.model.layers[2:].requires_grad_(True)
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0])
+        use_policy(model, "checkpoint")
+        expected = step(model, packs)
+        use_policy(model, "checkpoint", segment_layers=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert same(step(model, packs), expected)
 
 
 def test_an_input_that_changed_after_the_layer_before_is_kept():
