@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+
 
 class HostAdamW(Optimizer):
     """torch's AdamW on float32 copies of the weights in host memory.
@@ -19,6 +21,12 @@ class HostAdamW(Optimizer):
     are bfloat16, they are the rounded copies. The copies keep the small updates that bfloat16 would
     lose.
 
+    The first step makes the copies. Every step compares the weights with them, and takes over
+    weights that something else has changed, such as `model.load_state_dict`.
+
+    Its state dict can be loaded into a HostAdamW only. torch.optim.AdamW reads it without an error,
+    but rounds the float32 copies to the dtype of the weights and does not use them.
+
     Args:
         params: Parameters, or parameter groups.
         lr: Learning rate.
@@ -27,7 +35,7 @@ class HostAdamW(Optimizer):
         weight_decay: Decoupled weight decay.
 
     Raises:
-        ValueError: if the parameters are sharded.
+        ValueError: if the parameters are sharded, or an option is out of range.
     """
 
     def __init__(
@@ -38,27 +46,47 @@ class HostAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options)
-        self._known = tuple(options)
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            raise ValueError("HostAdamW updates whole parameters, use trainer.strategy=ddp")
-        copies = [
-            {**self._options(group), "params": [_on_host(p) for p in group["params"]]}
-            for group in self.param_groups
-        ]
-        self._host = AdamW(copies, fused=True)
+        # Not in `self.state`, which Lightning moves to the GPU when it restores a checkpoint.
+        self._inner: dict[Tensor, AdamW] = {}
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
-    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: group[name] for name in self._known}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inner": self._inner}
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the pairs of parameter and float32 copy, in the order of the groups."""
-        return [
-            pair
-            for group, host in zip(self.param_groups, self._host.param_groups, strict=True)
-            for pair in zip(group["params"], host["params"], strict=True)
-        ]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, with options of its own.
+
+        Raises:
+            ValueError: if the parameters are sharded, or an option is out of range.
+        """
+        AdamW([torch.zeros(1)], **_options({**self.defaults, **param_group}))  # checks the options
+        super().add_param_group(param_group)
+        if any(isinstance(parameter, DTensor) for parameter in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                "params must be whole for HostAdamW, got DTensors. Use trainer.strategy=ddp."
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        """Returns the parameters in the order of the groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _updater(self, parameter: Tensor) -> AdamW:
+        """Returns the AdamW of a parameter's copy, which holds the parameter's present weights."""
+        held = parameter.detach().to("cpu")
+        inner = self._inner.get(parameter)
+        if inner is None:
+            # One AdamW for each parameter: a step of one for all would look at all of them.
+            copy = nn.Parameter(held.to(torch.float32, copy=True))
+            inner = self._inner[parameter] = AdamW([copy], fused=True)
+        copy = _copy_of(inner)
+        rounded = copy.detach().to(parameter.dtype)
+        if not torch.equal(held, rounded):
+            changed = held != rounded
+            copy.detach()[changed] = held[changed].to(torch.float32)
+        return inner
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -67,26 +95,28 @@ class HostAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, host in zip(self.param_groups, self._host.param_groups, strict=True):
-            host.update(self._options(group))
-        for parameter, copy in self._pairs():
-            if parameter.grad is None:
-                continue
-            # One gradient at a time: those of all parameters would take 4 bytes for each weight.
-            copy.grad = parameter.grad.to("cpu", torch.float32)
-            self._host.step()  # updates the parameters that have a gradient
-            copy.grad = None
-            parameter.copy_(copy)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                inner = self._updater(parameter)
+                inner.param_groups[0].update(_options(group))
+                copy = _copy_of(inner)
+                # One gradient at a time: those of all parameters would take 4 bytes a weight.
+                copy.grad = parameter.grad.to("cpu", torch.float32)
+                inner.step()
+                copy.grad = None
+                parameter.copy_(copy.to(parameter.dtype))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's state dict of AdamW, with each parameter's float32 copy as "weight"."""
         found = super().state_dict()
-        states = self._host.state_dict()["state"]
-        found["state"] = {
-            index: {**states.get(index, {}), "weight": copy.detach()}
-            for index, (_, copy) in enumerate(self._pairs())
-        }
+        found["state"] = {}
+        for index, parameter in enumerate(self._parameters()):
+            inner = self._updater(parameter)
+            copy = _copy_of(inner)
+            found["state"][index] = {**inner.state.get(copy, {}), "weight": copy.detach()}
         return found
 
     @torch.no_grad()
@@ -94,26 +124,41 @@ class HostAdamW(Optimizer):
         """Restores groups, moments and float32 copies, and sets the parameters to the copies.
 
         Raises:
-            ValueError: if the state is not that of a HostAdamW over as many parameters.
+            ValueError: if the state is not that of a HostAdamW over parameters of the same shapes.
+                Nothing is changed then.
         """
-        states, pairs = state_dict["state"], self._pairs()
-        if any("weight" not in states.get(index, {}) for index in range(len(pairs))):
+        parameters = self._parameters()
+        states = [state_dict["state"].get(index, {}) for index in range(len(parameters))]
+        if any("weight" not in state for state in states):
             raise ValueError(
                 "checkpoint must hold the state of optim=adamw_host, got that of another "
                 "optimizer. Use the optimizer of the checkpoint's run."
             )
+        for index, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+            for name, value in state.items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"checkpoint must hold {name} of shape {tuple(parameter.shape)} for the "
+                        f"optimizer's parameter {index}, got {tuple(value.shape)}. Use the model "
+                        "of the checkpoint's run."
+                    )
         super().load_state_dict({**state_dict, "state": {}})
-        moments = {
-            index: {name: value for name, value in state.items() if name != "weight"}
-            for index, state in states.items()
-        }
-        moments = {index: state for index, state in moments.items() if state}
-        self._host.load_state_dict({**self._host.state_dict(), "state": moments})
-        for index, (parameter, copy) in enumerate(pairs):
-            copy.copy_(states[index]["weight"])
-            parameter.copy_(copy)
+        self._inner.clear()
+        for parameter, state in zip(parameters, states, strict=True):
+            parameter.copy_(state["weight"].to(parameter.dtype))
+            inner = self._updater(parameter)
+            _copy_of(inner).copy_(state["weight"])
+            moments = {name: value for name, value in state.items() if name != "weight"}
+            if moments:
+                inner.load_state_dict({**inner.state_dict(), "state": {0: moments}})
 
 
-def _on_host(parameter: Tensor) -> nn.Parameter:
-    """Returns a float32 copy of a parameter in host memory."""
-    return nn.Parameter(parameter.detach().to("cpu", torch.float32, copy=True))
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns AdamW's options of a parameter group."""
+    return {name: group[name] for name in _OPTIONS}
+
+
+def _copy_of(inner: AdamW) -> Tensor:
+    """Returns the float32 copy that an AdamW updates."""
+    copy: Tensor = inner.param_groups[0]["params"][0]
+    return copy

@@ -133,6 +133,13 @@ def check_optimizer(config: OptimConfig) -> None:
                     f"optim.{field.name} must be left out for {config._target_}, which has no "
                     f"betas and eps like AdamW's, got {value}. Use optim.arguments."
                 )
+    own = [name for name in ("state_dict", "load_state_dict") if _has_own(kind, name)]
+    if config.matrices_only and own:
+        raise ValueError(
+            f"optim.matrices_only must be false for {config._target_}, which saves its state in a "
+            "way of its own and cannot be joined with AdamW, got true. Set "
+            "optim.matrices_only=false."
+        )
     if has_moments(kind) and "eps" in config.arguments:
         raise ValueError(
             f"optim.arguments must not hold eps for {config._target_}, got "
@@ -145,11 +152,16 @@ def check_optimizer(config: OptimConfig) -> None:
         )
 
 
+def _has_own(kind: type[Optimizer], method: str) -> bool:
+    """Returns whether an optimizer's class replaces a method of torch's Optimizer."""
+    return getattr(kind, method) is not getattr(Optimizer, method)
+
+
 class OptimizerPair(Optimizer):
     """Joins optimizers of disjoint parameters into one, whose state is saved and loaded as a whole.
 
     Args:
-        optimizers: Optimizers that have not stepped yet.
+        optimizers: Optimizers that have not stepped yet, and whose state is in `state`.
 
     Attributes:
         optimizers: The joined optimizers. They share this optimizer's state and parameter groups.

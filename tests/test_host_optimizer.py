@@ -1,6 +1,7 @@
 """Tests AdamW on the host and in 8 bits: updates, states, resuming, and bytes in the plan."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from lctrain.memory import plan
 from lctrain.memory.optimizer import optimizer_bytes
 from lctrain.memory.profile import profile
 from lctrain.models import patch_model
-from lctrain.optim import build_scheduler, follow_schedule
+from lctrain.module import LongContextModule
+from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import optimizer_class
 from tests.models.families import make_model
 
@@ -89,6 +91,116 @@ def test_the_state_of_another_optimizer_is_refused():
         HostAdamW(weights).load_state_dict(other.state_dict())
 
 
+def test_weights_that_changed_after_construction_or_a_step_are_kept():
+    ours, theirs = parameters(), parameters()
+    optimizer, other = HostAdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS, fused=True)
+    for seed in (1, 2):
+        for weight in (*ours, *theirs):
+            weight.data = torch.arange(weight.numel()) / seed
+        train(optimizer, ours, 2, seed)
+        train(other, theirs, 2, seed)
+        assert all(map(torch.equal, ours, theirs))
+    ours[0].data.fill_(3.0)
+    assert torch.equal(optimizer.state_dict()["state"][0]["weight"], torch.full((37,), 3.0))
+
+
+def test_a_changed_weight_in_bfloat16_leaves_the_other_copies_unrounded():
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = HostAdamW([weight], lr=1e-4, weight_decay=0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = optimizer.state_dict()["state"][0]["weight"].clone()
+    assert not torch.equal(before, before.to(torch.bfloat16).float())
+    weight.data[2] = 5.0
+    before[2] = 5.0
+    assert torch.equal(optimizer.state_dict()["state"][0]["weight"], before)
+
+
+def test_a_group_that_is_added_later_is_updated():
+    ours, theirs = parameters(), parameters()
+    optimizer, other = HostAdamW(ours[:1], **OPTIONS), torch.optim.AdamW(theirs[:1], **OPTIONS)
+    other.param_groups[0]["fused"] = True
+    for steps, (one, weights) in ((2, (optimizer, ours)), (2, (other, theirs))):
+        train(one, weights[:1], steps)
+        one.add_param_group({"params": weights[1:], "lr": 3e-3})
+        train(one, weights, steps)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def by_pickle(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_optimizer_goes_on_bit_by_bit(copied):
+    weights = parameters(torch.bfloat16)
+    optimizer = HostAdamW(weights, **OPTIONS)
+    train(optimizer, weights, 2)
+    again, others = copied((optimizer, weights))
+    train(optimizer, weights, 2)
+    train(again, others, 2)
+    assert all(map(torch.equal, weights, others))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": -1.0}, {"betas": (1.5, 0.9)}, {"eps": -1.0}, {"weight_decay": -1.0}], ids=str
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match="Invalid"):
+        HostAdamW(parameters(), **{**OPTIONS, **wrong})
+    weights = parameters()
+    optimizer = HostAdamW(weights[:1], **OPTIONS)
+    with pytest.raises(ValueError, match="Invalid"):
+        optimizer.add_param_group({"params": weights[1:], **wrong})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_other_shapes_changes_nothing():
+    weights = parameters()
+    optimizer = HostAdamW(weights, **OPTIONS)
+    train(optimizer, weights, 1)
+    other = [nn.Parameter(torch.ones(37)), nn.Parameter(torch.ones(6))]
+    elsewhere = HostAdamW(other, lr=5.0)
+    train(elsewhere, other, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    message = r"must hold exp_avg of shape \(5,\) for .*parameter 1, got \(6,\)\. Use the model"
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(elsewhere.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        assert all(torch.equal(after["state"][index][name], x) for name, x in state.items())
+
+
+def test_a_step_looks_at_each_parameter_once(monkeypatch):
+    """With one inner optimizer for all, the work would grow with the square of their number."""
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(5)]
+    optimizer = HostAdamW(weights)
+    seen = []
+    inner = torch.optim.AdamW._init_group
+
+    def counted(self, group, *given):
+        seen.extend(group["params"])
+        return inner(self, group, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", counted)
+    train(optimizer, weights, 1)
+    assert len(seen) == len(weights)
+
+
+def test_a_class_with_a_state_of_its_own_is_not_joined_with_another():
+    """The pair would save neither the float32 weights nor the moments."""
+    config = OptimConfig(_target_="lctrain.host_optimizer.HostAdamW", matrices_only=True)
+    with pytest.raises(ValueError, match=r"matrices_only must be false for lctrain\.host_optim"):
+        build_optimizer(nn.Sequential(nn.Linear(2, 2)), config)
+    LongContextModule(nn.Linear(2, 2), OptimConfig(_target_="torch.optim.Muon", matrices_only=True))
+    with pytest.raises(ValueError, match=r"got true\. Set optim\.matrices_only=false\."):
+        LongContextModule(nn.Linear(2, 2), config)
+
+
 def test_the_optimizer_of_torchao_that_reads_gradients_too_early_is_refused():
     message = r"read gradients in its step, got 'torchao.*before they are divided.*optim=adamw_host"
     with pytest.raises(ValueError, match=message):
@@ -128,6 +240,9 @@ def test_the_plan_counts_the_states_of_each_optimizer():
         assert found.optimizer == 0
         assert 3 * found.gradients < found.host < 4 * found.gradients
         assert plan(model, 64, "checkpoint").host_bytes == 0
+        public = plan(model, 64, "checkpoint", optimizer="lctrain.host_optimizer.HostAdamW")
+        assert public.host_bytes == found.host
+        assert public.parts["optimizer"] == 0
 
 
 def test_moments_in_eight_bits_resume_bit_by_bit_and_take_what_is_planned(tmp_path):

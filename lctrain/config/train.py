@@ -12,7 +12,7 @@ from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
 from lctrain.config.memory import MemoryConfig, check_tiles, described, suits_shards
 from lctrain.config.model import ModelConfig, PretrainedModelConfig
-from lctrain.config.optim import OptimConfig
+from lctrain.config.optim import HOST_ADAMW, OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
 from lctrain.config.schema import MISSING
 from lctrain.config.trainer import TrainerConfig
@@ -116,6 +116,12 @@ class TrainConfig:
                 not self.optim.matrices_only,
                 "optim.matrices_only must be false with trainer.strategy=fsdp2, which divides the "
                 "matrices, got true. Use optim=adamw, or trainer.strategy=ddp.",
+            )
+            require(
+                self.optim._target_ != HOST_ADAMW,
+                "optim must not be adamw_host with trainer.strategy=fsdp2, which divides the "
+                "weights that it updates as a whole, got adamw_host. Use optim=adamw, or "
+                "trainer.strategy=ddp.",
             )
         check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         expand_paths(self, "", "ckpt_path")

@@ -170,6 +170,7 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
         (["trainer.replicas=2"], "trainer.replicas must be 1 with trainer.strategy=auto, got 2"),
         (["trainer.strategy=fsdp2", "trainer.replicas=0"], "trainer.replicas must be at least 1"),
         (["trainer.strategy=fsdp2", "optim=muon"], "optim.matrices_only must be false with"),
+        (["trainer.strategy=fsdp2", "optim=adamw_host"], "optim must not be adamw_host with tr"),
         (["trainer.strategy=fsdp2", "memory=offload"], "memory must be none or checkpoint with"),
         (["trainer.strategy=fsdp2", "memory=auto"], "fsdp2, got auto. Choose memory=checkpoint"),
         (
