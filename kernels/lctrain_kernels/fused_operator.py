@@ -100,12 +100,17 @@ def define_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
+    def forward_and_save(ctx: Any, *arguments: Any) -> Any:
+        output = forward(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    # A Function with a setup_context of its own would inspect the signature of forward per call.
     function: Any = type(
         operator.name().partition("::")[2],
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
+            "forward": staticmethod(forward_and_save),
             "backward": staticmethod(first_derivative_only(backward)),
         },
     )
