@@ -27,21 +27,29 @@ def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescript
     does not write them. The first two coordinates undo the shift of the row coordinate in the
     address, which is computed modulo 2^64, as in triton.tools.ragged_tma.
 
+    The function checks nothing, because TensorDescriptor's checks take longer than all else in a
+    launch: `lctrain_kernels.gluon.support` states which tensors TMA can read.
+
     Args:
         tensor: Tensor [T, H, D], strides multiples of 16 bytes, last stride 1.
         rows: Rows of a tile.
         columns: Columns of a tile.
     """
     stride_t, stride_h, _ = tensor.stride()
-    block = [1, 1, rows, 1, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[tensor.dtype])
-    return TensorDescriptor(
-        tensor,
-        [_OUTER, _OUTER, RAGGED.value, tensor.shape[1], tensor.shape[2]],
-        [_STRIDE - stride_t, stride_t, stride_t, stride_h, 1],
-        block,
-        layout,
-    )
+    _, heads, head_dim = tensor.shape
+    descriptor = object.__new__(TensorDescriptor)  # without __post_init__, which checks
+    descriptor.base = tensor
+    descriptor.shape = [_OUTER, _OUTER, RAGGED.value, heads, head_dim]
+    descriptor.strides = [_STRIDE - stride_t, stride_t, stride_t, stride_h, 1]
+    descriptor.block_shape = [1, 1, rows, 1, columns]
+    descriptor.layout = _layout(rows, columns, tensor.dtype)
+    return descriptor
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Returns the layout of a tile in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, 1, columns], _DTYPES[dtype])
 
 
 def padded_columns(head_dim: int) -> int:
