@@ -79,8 +79,8 @@ class HostAdamW(Optimizer):
         inner = self._inner.get(parameter)
         if inner is None:
             # One AdamW for each parameter: a step of one for all would look at all of them.
-            copy = nn.Parameter(held.to(torch.float32, copy=True))
-            inner = self._inner[parameter] = AdamW([copy], fused=True)
+            weights = nn.Parameter(held.to(torch.float32, copy=True))
+            inner = self._inner[parameter] = AdamW([weights], fused=True)
         copy = _copy_of(inner)
         rounded = copy.detach().to(parameter.dtype)
         if not torch.equal(held, rounded):
