@@ -31,10 +31,10 @@ PACK_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_
 
 
 class Padding(NamedTuple):
-    """The padded rows that the tokens of a pack come from; see `lctrain.models.unpadding`.
+    """The rows that moved tokens come from; see `lctrain.models.unpadding` and `.heads`.
 
     Attributes:
-        rows: Shape (B, S) of the rows with padding.
+        rows: Shape (B, S) of the rows.
         places: [T] int64, index of each token among the B * S flattened tokens of the rows.
         owner: Class name of the model whose outputs go back into rows.
     """
@@ -58,7 +58,7 @@ class Boundaries(NamedTuple):
             keys; None if there is no padding.
         shared_rows: Whether a row holds several documents; None if finding out would take a
             synchronisation.
-        padding: The rows that the tokens come from, if an encoder's input hook has packed them.
+        padding: The rows that the tokens come from, if an input hook has moved them to other rows.
         prefixes: Prefixes that documents of the pack share; None without any.
         share: The part of the pack that the rows hold, a `lctrain.distributed.share.PackShare`;
             None if they hold all of it.

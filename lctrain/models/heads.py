@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import PACK_ARGUMENTS, Boundaries, find_places
+from lctrain.attention.boundaries import PACK_ARGUMENTS, Boundaries, Padding, find_places
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.models.code import says
 
 _PER_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|NextSentencePrediction)")
 _NO_TOKENS = frozenset({"labels", "attention_mask"})
@@ -60,12 +61,11 @@ def to_rows(
         The inputs with rows [N, M] and an attention mask, and the boundaries of these rows.
 
     Raises:
-        ValueError: if the model has no padding token, which its head needs to find a row's last
-            token.
+        ValueError: if the model has no padding token, and its head finds a row's last token by it.
     """
     config = model.config.get_text_config()
     padding = getattr(config, "pad_token_id", None)
-    if padding is None:
+    if padding is None and says(type(model).forward, "pad_token_id"):
         raise ValueError(
             f"pad_token_id must be set for packed inputs of {type(model).__name__}, got None: its "
             "head finds a document's last token by it. Set model.config.pad_token_id."
@@ -81,12 +81,20 @@ def to_rows(
         if not isinstance(value, Tensor) or value.dim() < 2 or name in _NO_TOKENS:
             continue
         if value.shape[1] == boundaries.queries[1] and value.shape[0] in (1, boundaries.queries[0]):
-            filler = padding if name == "input_ids" else 0
+            filler = (padding or 0) if name == "input_ids" else 0
             kept[name] = spread(value, boundaries, places, rows, filler)
     real = torch.zeros(rows[0] * rows[1], dtype=torch.int64, device=places.device)
     kept["attention_mask"] = real.index_fill(0, places, 1).view(rows)
+    former = boundaries.indices_q
+    if former is None:
+        former = torch.arange(places.shape[0], device=places.device)
     return kept, boundaries._replace(
-        queries=rows, keys=rows, indices_q=places, indices_k=places, shared_rows=False
+        queries=rows,
+        keys=rows,
+        indices_q=places,
+        indices_k=places,
+        shared_rows=False,
+        padding=Padding(boundaries.queries, former, type(model).__name__),
     )
 
 
@@ -122,7 +130,8 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     """A forward hook (with_kwargs=True) that checks a model's outputs for packed documents.
 
     If the model is an encoder with a pooler, the hook replaces `pooler_output` by one entry per
-    document, [N, E].
+    document, [N, E]. If `to_rows` has changed the rows of the model's inputs, the hook moves
+    `hidden_states` back to the places of the inputs, with zeros at padding.
 
     Args:
         model: The model.
@@ -137,7 +146,12 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         ValueError: if an output has one entry per row although rows hold several documents.
     """
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
-    if boundaries is None or not holds_several(boundaries) or inputs.get("logits_to_keep"):
+    if boundaries is None:
+        return None
+    padding = boundaries.padding
+    if padding is not None and padding.owner == type(model).__name__ and pools_rows(model):
+        return _states_in_places(output, boundaries, padding)
+    if not holds_several(boundaries) or inputs.get("logits_to_keep"):
         return None
     pooler = _pooler_of(model)
     if pooler is not None and getattr(output, "pooler_output", None) is not None:
@@ -163,6 +177,40 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
                 f"{boundaries.pack.documents} documents. Pass one document per row, "
                 "with padding and an attention_mask."
             )
+    return output
+
+
+def _states_in_places(output: Any, boundaries: Boundaries, padding: Padding) -> Any:
+    """Moves the hidden states of a head that ran on the rows of `to_rows` to the inputs' places.
+
+    Args:
+        output: The head's output, by name or as a tuple. Each hidden state is [N, M, E].
+        boundaries: Boundaries of the rows [N, M].
+        padding: The rows [B, S] of the inputs, and the places of their tokens.
+
+    Returns:
+        The output, with hidden states [B, S, E].
+    """
+
+    places = boundaries.indices_q
+    assert places is not None
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return value
+        return tuple(moved_state(state) if isinstance(state, Tensor) else state for state in value)
+
+    def moved_state(state: Tensor) -> Tensor:
+        if tuple(state.shape[:2]) != boundaries.queries:
+            return state
+        empty = state.new_zeros((padding.rows[0] * padding.rows[1], *state.shape[2:]))
+        tokens = state.flatten(0, 1).index_select(0, places.to(state.device))
+        return empty.index_copy(0, padding.places, tokens).unflatten(0, padding.rows)
+
+    if not hasattr(output, "items"):
+        return tuple(moved(value) for value in output)
+    for name, value in list(output.items()):
+        output[name] = moved(value)
     return output
 
 

@@ -29,7 +29,6 @@ from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import (
     counts_positions_itself,
     embeddings_read_mask,
-    has_windows,
 )
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
@@ -40,6 +39,7 @@ from lctrain.models.frequencies import (
     length_dependent,
 )
 from lctrain.models.heads import holds_several, pools_rows, refuse_choices, to_rows
+from lctrain.models.holes import refuse_holes, row_length_within_windows
 from lctrain.models.positions import (
     first_position,
     position_limit,
@@ -76,7 +76,7 @@ class InputHook:
         pools_rows: Whether the model's head gives one output per row.
         rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
         names: Names of the forward's positional parameters.
-        windows: Whether layers of the model attend within windows.
+        within_windows: Length up to which rows lie within a window; None without windows.
         unpads: Whether rows with padding become one pack; UnpadSwap sets it.
     """
 
@@ -87,7 +87,7 @@ class InputHook:
         self.reads_mask = embeddings_read_mask(model)
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
-        self.windows = getattr(spec, "sliding_window", None) is not None or has_windows(model)
+        self.within_windows = row_length_within_windows(model, spec)
         self.unpads = False
         self.rotaries = tuple(length_dependent(model))
         for name in self.rotaries:
@@ -168,15 +168,19 @@ class InputHook:
         mask, rows = inputs.get("attention_mask"), (tokens.shape[0], tokens.shape[1])
         if (shared := read_share(inputs, tokens, read_boundaries)) is not None:
             return shared
+        beyond = self.within_windows is not None and rows[1] > self.within_windows
+        windows = type(model).__name__ if beyond else None
         if self.unpads and isinstance(mask, Tensor) and tuple(mask.shape) == rows:
             others = [inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q")]
-            windows = type(model).__name__ if self.windows else None
             found = find_unpadded(mask, tokens.device, windows)
             if found is not None and all(other is None for other in others):
                 if self.position_limit is not None and self.first_counted is None:
                     require_positions(model, rows[1], "rows", _LONGER, self.position_limit)
                 return found
-        return read_boundaries(inputs, *rows, tokens.device)
+        found = read_boundaries(inputs, *rows, tokens.device)
+        if windows is not None and found.indices_q is not None:
+            refuse_holes(found, windows)
+        return found
 
     def _unpad(
         self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries

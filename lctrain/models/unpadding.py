@@ -13,7 +13,6 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, Padding
@@ -26,6 +25,7 @@ from lctrain.models.architectures import (
 )
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
+from lctrain.models.holes import refuse_holes
 
 _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
 
@@ -134,23 +134,23 @@ def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Bo
     Args:
         mask: [B, S], 0 at padding and 1 elsewhere, on any device.
         device: Device of the boundaries.
-        windows: Class name of the model if layers attend within windows, for the message; None if
-            none does.
+        windows: Class name of the model if rows reach beyond its windows, for the message; None if
+            they do not.
 
     Returns:
         The boundaries; None if the mask numbers documents.
 
     Raises:
-        ValueError: if the mask has other values, or if layers attend within windows and a row has
+        ValueError: if the mask has other values, or if rows reach beyond the windows and one has
             padding between its tokens.
     """
     real, numbers = read_mask(mask.to("cpu"), torch.device("cpu"))
-    if windows is not None:
-        _refuse_holes(real if numbers is None else numbers, windows)
     if numbers is not None:
         return None
     rows = (real.shape[0], real.shape[1])
     found = find_documents(rows, rows, real.device, real=real)
+    if windows is not None:
+        refuse_holes(found, windows)
     if device.type == "cpu":
         return found
     ends, tokens = (_moved(x, device) for x in (found.pack.cu_seqlens_q, found.indices_q))
@@ -162,17 +162,6 @@ def _moved(values: Tensor | None, device: torch.device) -> Any:
     if values is None:
         return None
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def _refuse_holes(real: Tensor, name: str) -> None:
-    """Raises a ValueError if a row of [B, S] has zeros between other values."""
-    begins = F.pad(real != 0, (1, 0))[:, :-1] < (real != 0)
-    if bool((begins.sum(1) > 1).any()):
-        raise ValueError(
-            f"attention_mask must have padding only at the ends of a row for {name}, whose windows "
-            "count the tokens between query and key, got padding between tokens. Remove the "
-            "padding from within the rows."
-        )
 
 
 def is_padded(boundaries: Boundaries) -> bool:
@@ -220,7 +209,8 @@ def unpad(
 
     Args:
         model: The encoder; `restore_rows` must be its forward hook.
-        inputs: Keyword arguments of its forward. Tensors [B, S, ...] among them are packed.
+        inputs: Keyword arguments of its forward. Tensors [B, S, ...] and [1, S, ...] among them
+            are packed, and so are position and token type ids [S].
         tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, E] among the inputs.
         boundaries: Boundaries of N documents with T tokens in rows [B, S]; `indices_q` is given.
         first_counted: See `row_positions`.
@@ -234,11 +224,14 @@ def unpad(
     packed = dict(inputs)
     if packed.get("position_ids") is None:
         packed["position_ids"] = row_positions(first_counted, inputs, tokens)
-    if packed["position_ids"].shape[0] == 1:
-        packed["position_ids"] = packed["position_ids"].expand(rows)
     for name, value in packed.items():
-        if isinstance(value, Tensor) and value.dim() >= 2 and tuple(value.shape[:2]) == rows:
-            packed[name] = value.flatten(0, 1).index_select(0, places.to(value.device))[None]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if value.dim() == 1 and name in ("position_ids", "token_type_ids"):
+            value = value[None]
+        if value.dim() >= 2 and value.shape[1] == rows[1] and value.shape[0] in (1, rows[0]):
+            value = value.expand(rows[0], *value.shape[1:]).flatten(0, 1)
+            packed[name] = value.index_select(0, places.to(value.device))[None]
     count = (1, places.shape[0])
     packed["attention_mask"] = torch.ones(count, dtype=torch.int64, device=tokens.device)
     packing = Padding(rows, places, _class_name(model))

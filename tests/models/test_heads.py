@@ -129,6 +129,31 @@ def test_gradients_of_packed_classification():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("told", ["left", "right", "pack"])
+@pytest.mark.usefixtures("in_float64")
+def test_hidden_states_of_a_head_stay_in_their_places(family, told):
+    model = make_head(family, "AutoModelForSequenceClassification")
+    documents = make_documents(LENGTHS)
+    rows, mask = padded(documents, "right" if told == "pack" else told)
+    inputs = {"input_ids": rows, "attention_mask": mask}
+    if family == "llama":
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(**inputs, output_hidden_states=True).hidden_states
+    real = mask.bool()
+    give_attention(model, by_name=told == "right")
+    if told == "pack":
+        inputs, expected = pack(documents), [state[real][None] for state in expected]
+        real = torch.ones(1, sum(LENGTHS), dtype=torch.bool)
+    found = model(**inputs, output_hidden_states=True).hidden_states
+    plain = model(**inputs, output_hidden_states=True, return_dict=False)[-1]
+    for one, other, state in zip(found, plain, expected, strict=True):
+        assert one.shape == state.shape
+        assert_equal_in_float64(one[real], state[real])
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "electra", "modernbert"])
 @pytest.mark.usefixtures("in_float64")
@@ -241,7 +266,14 @@ def test_a_head_of_one_s_own_that_loses_documents_is_an_error(by_name):
     assert model(rows, attention_mask=mask)[0].shape == (4, 1)
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("in_float64")
 def test_without_a_padding_token():
+    encoder = make_head("bert", "AutoModelForSequenceClassification", pad_token_id=None)
+    rows, mask = padded(make_documents(LENGTHS), "right")
+    expected = encoder(rows, attention_mask=mask).logits
+    patch_model(encoder)  # its head pools the first token
+    assert_equal_in_float64(encoder(rows, attention_mask=mask).logits, expected)
     model = make_head("llama", "AutoModelForSequenceClassification", pad_token_id=None)
     patch_model(model)
     with pytest.raises(ValueError, match=r"pad_token_id must be set .* Set model.config"):

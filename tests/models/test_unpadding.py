@@ -143,6 +143,44 @@ def test_poolers_token_types_hidden_states_and_embeddings():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 8), (8,)])
+@pytest.mark.parametrize("tokens_left", [8, 11], ids=["as-many-as-columns", "more"])
+@pytest.mark.usefixtures("in_float64")
+def test_inputs_that_all_rows_share(shape, tokens_left):
+    """The pack of 8 tokens is as long as a row, so that such an input would fit unexpanded."""
+    model, tokens = make_model("bert"), torch.stack(make_documents([8, 8]))
+    mask = (torch.arange(8) < torch.tensor([[tokens_left - 3], [3]])).long()
+    types = (torch.arange(8) > 2).long().view(shape)
+    positions = torch.arange(8).view(1, 8) + 3
+    for extra in ({"token_type_ids": types}, {"position_ids": positions, "token_type_ids": types}):
+        inputs = {"input_ids": tokens, "attention_mask": mask} | extra
+        expected = hidden(model(**inputs))
+        with patch_model(model):
+            found = hidden(model(**inputs))
+        assert_equal_in_float64(found[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["modernbert", "mistral"])
+def test_padding_within_windows_is_refused_without_unpadding_too(family):
+    """Windows count tokens in the kernels, and columns in transformers."""
+    model = make_model(family)
+    tokens = torch.stack(make_documents([24, 24]))
+    mask = torch.ones_like(tokens)
+    mask[0, 9:12] = 0
+    numbers = mask.clone()
+    numbers[0, 12:] = 2
+    with patch_model(model, unpad=False):
+        with pytest.raises(
+            ValueError, match=f"padding only at the ends of a row for (?i:{family})"
+        ):
+            model(tokens, attention_mask=mask)
+        model(tokens, attention_mask=numbers)  # the padding lies between two documents
+        mask[0, 12:] = 0
+        model(tokens, attention_mask=mask)
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("in_float64")
 def test_the_loss_of_token_labels():
     model = make_head("bert", "AutoModelForTokenClassification")
