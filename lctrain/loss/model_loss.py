@@ -18,6 +18,7 @@ from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.masked_lm import has_known_head, head_losses
 from lctrain.loss.output_head import find_output_head
+from lctrain.models.code import says
 
 
 class LossSwap:
@@ -85,6 +86,7 @@ def masked_loss_class(own: Any) -> Any:
     Args:
         own: The model's own class.
     """
+    replaceable = calls_loss_function(own)
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -92,9 +94,11 @@ def masked_loss_class(own: Any) -> Any:
         if labels is None:
             return plain()
         fits = self.training and not args and kwargs.get("return_dict", True) is not False
-        if not fits or not has_known_head(self, self, labels.device):
+        if not fits or (replaceable and _has_other_loss(self)):
             return plain(labels=labels)
-        return _masked_loss(self, labels, kwargs)
+        if not has_known_head(self, self, labels.device):
+            return plain(labels=labels)
+        return _masked_loss(self, labels, kwargs, replaceable)
 
     changes = {
         "forward": forward,
@@ -104,20 +108,54 @@ def masked_loss_class(own: Any) -> Any:
     return type(own.__name__, (own,), changes)
 
 
-def _masked_loss(model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
+def calls_loss_function(model_class: Any) -> bool:
+    """Returns whether a class's forward computes its loss by `self.loss_function`.
+
+    Such a loss reads `num_items_in_batch` and `ignore_index`, and a user can replace it. A forward
+    that computes the cross-entropy itself, such as BERT's, ignores both arguments.
+
+    Args:
+        model_class: A transformers model class.
+    """
+    for base in model_class.__mro__:
+        forward = vars(base).get("forward")
+        if forward is None:
+            continue
+        if says(forward, "loss_function"):
+            return True
+        if not says(forward, "super"):
+            return False
+    return False
+
+
+def _has_other_loss(model: Any) -> bool:
+    from transformers.loss.loss_utils import ForMaskedLMLoss
+
+    return getattr(model, "loss_function", ForMaskedLMLoss) is not ForMaskedLMLoss
+
+
+def _take_loss_options(kwargs: dict[str, Any], used: bool) -> tuple[Any, int]:
+    """Removes and returns `num_items_in_batch` and `ignore_index`; their defaults if not `used`."""
+    divisor = kwargs.pop("num_items_in_batch", None)
+    ignore_index = kwargs.pop("ignore_index", IGNORE_INDEX)
+    return (divisor, ignore_index) if used else (None, IGNORE_INDEX)
+
+
+def _masked_loss(model: Any, labels: Tensor, kwargs: dict[str, Any], replaceable: bool) -> Any:
     from transformers.modeling_outputs import MaskedLMOutput
 
     kwargs = dict(kwargs)
-    divisor = kwargs.pop("num_items_in_batch", None)
+    divisor, ignore_index = _take_loss_options(kwargs, replaceable)
     outputs = model.base_model(**kwargs)
     hidden = outputs[0].flatten(0, 1)
     labels = labels.flatten()
-    masked = (labels != IGNORE_INDEX).nonzero().flatten()
+    masked = (labels != ignore_index).nonzero().flatten()
     loss = head_losses(
         model,
         hidden.index_select(0, masked.to(hidden.device)),
         labels[masked].to(hidden.device),
         "mean" if divisor is None else "sum",
+        ignore_index,
     )
     if divisor is not None:
         loss = loss / (divisor.to(loss.device) if torch.is_tensor(divisor) else divisor)
@@ -136,6 +174,7 @@ def loss_class(own: Any) -> Any:
     Args:
         own: The model's own class.
     """
+    replaceable = calls_loss_function(own)
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -149,7 +188,7 @@ def loss_class(own: Any) -> Any:
             head = find_output_head(self, partial(probe, device, packed))
         if head is None:
             return plain(labels=labels)
-        return _fused_loss(head, labels, args, kwargs)
+        return _fused_loss(head, labels, args, kwargs, replaceable)
 
     return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
 
@@ -165,13 +204,14 @@ def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
     return not router and kwargs.get("return_dict", True) is not False
 
 
-def _fused_loss(head: Any, labels: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Any:
+def _fused_loss(
+    head: Any, labels: Tensor | None, args: Any, kwargs: dict[str, Any], replaceable: bool
+) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     kwargs = dict(kwargs)
     shifted = kwargs.pop("shift_labels", None)
-    divisor = kwargs.pop("num_items_in_batch", None)
-    ignore_index = kwargs.pop("ignore_index", IGNORE_INDEX)
+    divisor, ignore_index = _take_loss_options(kwargs, replaceable)
     kwargs.pop("logits_to_keep", None)
     if shifted is None:
         assert labels is not None

@@ -75,14 +75,43 @@ def test_labels_of_padded_rows(family, items):
     labels = tokens.masked_fill(~chosen, IGNORE_INDEX)
     logits = model(tokens, attention_mask=mask).logits[chosen]
     expected = functional.cross_entropy(logits, tokens[chosen], reduction="sum")
-    expected = expected / (items or int(chosen.sum()))
     extra = {} if items is None else {"num_items_in_batch": items}
+    call = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    model.eval()
+    divides = model(**call).loss.item() != model(**call, **extra).loss.item()
+    model.train()
+    expected = expected / (items if divides else int(chosen.sum()))
     with patch_model(model, loss=True, dropout=0.0) as handle:
         out = model(input_ids=tokens, attention_mask=mask, labels=labels, **extra)
         assert "masked positions" in repr(handle)
         assert model.eval()(input_ids=tokens, labels=labels).logits.shape[:2] == tokens.shape
     assert out.logits is None
     assert_equal_in_float64(out.loss, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("own_loss", [False, True], ids=["ignore-index", "loss-function"])
+@pytest.mark.usefixtures("in_float64")
+def test_loss_options_mean_what_they_mean_to_the_model(family, own_loss):
+    """BERT computes the cross-entropy itself; ModernBERT calls model.loss_function."""
+    model, reads = masked_lm(family), family == "modernbert"
+    tokens, mask = padded(make_documents(LENGTHS), "right")
+    ignored = int(tokens[0, 0])
+    labels = tokens.masked_fill(mask == 0, ignored if reads else IGNORE_INDEX)
+    extra = {} if own_loss else {"ignore_index": ignored}
+    kept = labels != (ignored if reads and not own_loss else IGNORE_INDEX)
+    logits = model(tokens, attention_mask=mask).logits[kept]
+    expected = functional.cross_entropy(logits, labels[kept])
+    if own_loss:
+        model.loss_function = lambda *_, **__: torch.tensor(42.0)
+        expected = torch.tensor(42.0) if reads else expected
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with patch_model(model, loss=True, dropout=0.0):
+        found = model(input_ids=tokens, attention_mask=mask, labels=labels, **extra).loss
+    assert_equal_in_float64(found, expected)
 
 
 @pytest.mark.filterwarnings("error")
