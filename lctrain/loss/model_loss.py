@@ -7,6 +7,7 @@ model with this swap uses `linear_cross_entropy` for such calls.
 from __future__ import annotations
 
 import functools
+import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.masked_lm import has_known_head, head_losses
 from lctrain.loss.output_head import find_output_head
-from lctrain.models.code import says
 
 
 class LossSwap:
@@ -121,9 +121,11 @@ def calls_loss_function(model_class: Any) -> bool:
         forward = vars(base).get("forward")
         if forward is None:
             continue
-        if says(forward, "loss_function"):
+        code = getattr(inspect.unwrap(forward), "__code__", None)
+        names = () if code is None else code.co_names
+        if "loss_function" in names:
             return True
-        if not says(forward, "super"):
+        if "super" not in names:
             return False
     return False
 
