@@ -240,6 +240,20 @@ def check_exchange(exchange: str, ranks: int) -> None:
     )
 
 
+def check_shared_task(ranks: int, given: str) -> None:
+    """Raises ValueError if ranks would share packs with masked tokens, or of another task.
+
+    Args:
+        ranks: Number of ranks that share a pack.
+        given: Option and value that need whole packs, such as task=mlm.
+    """
+    require(
+        ranks == 1,
+        f"trainer.context_parallel must be 1 with {given}, got {ranks}: shared packs of encoders "
+        "are not supported. Leave it out.",
+    )
+
+
 def check_machines(ranks: int, devices: int, machines: int) -> None:
     """Raises ValueError if ranks that share a pack would be on different machines.
 

@@ -156,7 +156,7 @@ class LongContextModule(pl.LightningModule):
                 "use bf16-mixed."
             )
         check_tiles(self.memory, str(self.trainer.precision))
-        check_strategy(self.trainer.strategy, self.memory)
+        check_strategy(self.trainer.strategy, self.memory, self.task)
 
     def configure_model(self) -> None:
         """Builds the model if needed, patches it, applies its memory policy, and shards it.
@@ -181,7 +181,7 @@ class LongContextModule(pl.LightningModule):
             self.memory_handle = apply_config(self.model, self.memory, **self._memory_facts())
         self.model.train()
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, ShardedStrategy) and strategy.root is None:
+        if isinstance(strategy, ShardedStrategy):
             strategy.shard(self.model)
 
     def _memory_facts(self) -> dict[str, Any]:

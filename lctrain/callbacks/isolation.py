@@ -83,8 +83,9 @@ class IsolationCheck(pl.Callback):
             return
         self._checked = True
         model = find_target(pl_module, self.model, self)
-        pack = as_pack(view_batch(batch, self.read_batch))
-        share = None if pack is None else pack.share
+        view = view_batch(batch, self.read_batch)
+        share = view.content.share if isinstance(view.content, PackedBatch) else None
+        pack = as_pack(view)
         ranks = Topology.of(trainer)
         if ranks.is_sharded:  # all ranks call the same layers: they check the pack of rank 0
             pack = ranks.of_first(None if pack is None else pack.to("cpu"))
@@ -101,7 +102,8 @@ def as_pack(view: BatchView) -> PackedBatch | None:
     """Returns the documents of a batch as a pack on the batch's device.
 
     Documents that share a prefix all depend on it, so they are returned without their groups, as
-    independent documents.
+    independent documents. A share of a pack is returned as the whole pack; all ranks that share it
+    must call this function.
 
     Args:
         view: The batch.

@@ -16,7 +16,7 @@ from lctrain.config.optim import HOST_ADAMW, OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
 from lctrain.config.schema import MISSING
 from lctrain.config.trainer import TrainerConfig
-from lctrain.limits import TASKS, check_seed, check_warmup, require
+from lctrain.limits import TASKS, check_seed, check_shared_task, check_warmup, require
 from lctrain.local_paths import check_run_name
 
 
@@ -87,12 +87,8 @@ class TrainConfig:
             self.task in TASKS,
             f"task must be one of {', '.join(TASKS)}, got {self.task!r}. mlm trains an encoder.",
         )
-        require(
-            self.trainer.context_parallel == 1 or self.task == "causal",
-            f"trainer.context_parallel must be 1 with task={self.task}, got "
-            f"{self.trainer.context_parallel}: shared packs of encoders are not supported. Leave "
-            "it out.",
-        )
+        if self.task != "causal":
+            check_shared_task(self.trainer.context_parallel, f"task={self.task}")
         self._check_masked() if self.task == "mlm" else self._check_causal()
         check_tiles(self.memory, self.trainer.precision)
         require(

@@ -33,7 +33,7 @@ from lctrain.data.share import collate_share
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
 from lctrain.data.vocabulary import check_vocabulary
 from lctrain.distributed import Topology
-from lctrain.limits import check_seed
+from lctrain.limits import check_seed, check_shared_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,18 +190,18 @@ class PackedDataModule(LightningDataModule):
         Raises:
             ValueError: as in `setup`.
         """
-        self._require_own_tokenizer()
+        self._check_trainer()
         self.preparation.run()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the cache and plans the rows. Lightning calls it in every process.
 
         Raises:
-            ValueError: if the data cannot be read, holds no text, or fills no row; or if a new
-                tokenizer would be trained for a pretrained model.
+            ValueError: if the data cannot be read, holds no text, or fills no row; if a new
+                tokenizer would be trained for a pretrained model; or ranks share masked packs.
         """
         if self._prepared is None:
-            self._require_own_tokenizer()
+            self._check_trainer()
             self._prepared = self.preparation.run()
             module = getattr(self.trainer, "lightning_module", None)
             warn_of_other_ids(module, self._prepared.tokenizer)
@@ -374,8 +374,11 @@ class PackedDataModule(LightningDataModule):
             then = restored_settings(*self._restored, self._accumulated, is_stream)
             check_same_settings(self.settings, then)
 
-    def _require_own_tokenizer(self) -> None:
-        """Raises a ValueError if a new tokenizer would be trained for a pretrained model."""
+    def _check_trainer(self) -> None:
+        """Raises ValueError for masked shared packs, or a new tokenizer for a pretrained model."""
+        if self.options.mask_fraction is not None:
+            ranks = Topology.of(self.trainer).context
+            check_shared_task(ranks, f"mask_fraction={self.options.mask_fraction}")
         if self.trains_tokenizer:
             require_own_tokenizer(getattr(self.trainer, "lightning_module", None))
 

@@ -13,14 +13,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from lctrain.batch import PackedBatch
 from lctrain.config.memory import MemoryConfig, described, suits_shards
+from lctrain.data.same_pack import SamePacks
 from lctrain.data.share import share_pack
 from lctrain.distributed.sharding import ShardRoot, shard_model
 from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.distributed.topology import Topology
-from lctrain.limits import check_exchange, check_machines, why_refused
+from lctrain.limits import check_exchange, check_machines, check_shared_task, why_refused
 from lctrain.models.low_rank import has_reloaded_base
 from lctrain.models.shared_attention import heads_group
 from lctrain.run.sharded_checkpoint import (
@@ -28,8 +30,6 @@ from lctrain.run.sharded_checkpoint import (
     load_folder_into_shards,
     save_sharded,
 )
-
-SHOWN_TOKENS = 64  # of a pack that are compared between ranks
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -70,7 +70,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.replicas = replicas
         self.context_parallel = context_parallel
         self.context_exchange = context_exchange
-        self._has_compared = False
+        self._same_packs = SamePacks()
         self.root: ShardRoot | None = None
         self._topology: Topology | None = None
 
@@ -125,7 +125,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
         Raises:
             ValueError: if ranks share a pack, and the batch is not a PackedBatch, or the ranks of a
-                context group got different packs.
+                context group got different packs. On a GPU, a difference after the first batch is
+                found when the next batch is moved.
         """
         batch = super().batch_to_device(batch, device, dataloader_idx)
         ranks = self.topology
@@ -136,42 +137,33 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"batches must be PackedBatches with context_parallel={ranks.context}, got "
                 f"{type(batch).__name__}. Use lctrain.data.PackCollator, or context_parallel=1."
             )
+        self._same_packs.compare(batch, ranks)
         if batch.share is None:
-            self._require_same_pack(batch)
             batch = share_pack(batch, ranks.context, ranks.context_rank, ranks.heads)
         assert batch.share is not None
         share = batch.share.shared_by(ranks.context_groups, batch.document_ids)
         return replace(batch, share=share)
 
-    def _require_same_pack(self, batch: PackedBatch) -> None:
-        """Raises ValueError if ranks of a context group got different packs as their first batch.
-
-        Later batches are not compared.
-        """
-        if self._has_compared:
-            return
-        self._has_compared = True
-        own = (batch.lengths, batch.input_ids[0, :SHOWN_TOKENS].tolist())
-        ranks = self.topology
-        packs = ranks.gather(own)
-        firsts = [packs[rank - rank % ranks.context] for rank in range(ranks.size)]
-        if packs != firsts:
-            raise ValueError(
-                f"the {ranks.context} ranks of a context group must get the same pack, got "
-                "different ones. Give the sampler Topology.of(trainer).data_size and data_rank, or "
-                "use PackedDataModule."
-            )
-
     def shard(self, model: nn.Module) -> ShardRoot:
         """Divides a model's parameters over the ranks, and returns the root that calls the model.
+
+        If the strategy's root already has this model, nothing changes. Another model replaces it.
 
         Args:
             model: The model, with its weights on rank 0; see `shard_model`.
 
         Raises:
-            ValueError: if the model has adapters of lctrain, or ranks share a pack, and the model's
-                attention cannot be exchanged.
+            ValueError: if the model has adapters of lctrain or is already sharded by another call,
+                or ranks share a pack, and the model's attention cannot be exchanged.
         """
+        if self.root is not None and self.root.model is model:
+            return self.root
+        if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
+            raise ValueError(
+                "model must not be sharded yet with this ShardedStrategy, got DTensors: another "
+                "fit has sharded it. Fit one module per strategy, or load its checkpoint into a "
+                "new model."
+            )
         if has_reloaded_base(model):
             raise ValueError(
                 "model must have no adapters of lctrain.models.low_rank.add_adapter with "
@@ -250,12 +242,13 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
 
-def check_strategy(strategy: Any, memory: MemoryConfig | None = None) -> None:
+def check_strategy(strategy: Any, memory: MemoryConfig | None = None, task: str = "causal") -> None:
     """Raises ValueError for a strategy that would give a LongContextModule wrong gradients.
 
     Args:
         strategy: Strategy of Lightning's Trainer.
         memory: What the layers keep for the backward; None for everything.
+        task: What the model is trained for; see `lctrain.loss.task`.
     """
     name = type(strategy).__name__
     is_sharded = isinstance(strategy, ShardedStrategy)
@@ -265,6 +258,8 @@ def check_strategy(strategy: Any, memory: MemoryConfig | None = None) -> None:
             f"strategy must be ShardedStrategy (trainer.strategy=fsdp2), ddp or a single device, "
             f"got {name}: {reason}. Use lctrain.distributed.strategy.ShardedStrategy()."
         )
+    if is_sharded and task != "causal":
+        check_shared_task(strategy.context_parallel, f"task={task}")
     if is_sharded and memory is not None and not suits_shards(memory):
         raise ValueError(
             f"memory must be none or checkpoint with ShardedStrategy, got {described(memory)}. "

@@ -1,5 +1,7 @@
 """Tests the masking of packs: shares, seeds, special tokens, loaders and bad values."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.config import DataSettings
 from lctrain.data import MaskedPackCollator, MaskTokens
+from lctrain.distributed import Topology
 
 MASK, SPECIAL, VOCABULARY = 3, frozenset({0, 1, 2, 3}), 200
 MASKING = MaskTokens(MASK, VOCABULARY, SPECIAL, fraction=0.3, seed=5)
@@ -108,6 +111,16 @@ def test_a_data_module_masks_all_its_batches_and_resumes(make_data):
     repeated = [batch.input_ids for batch in again.val_dataloader()]
     assert all(torch.equal(a, b) for a, b in zip(held_out, repeated, strict=True))
     assert data.settings["mask_fraction"] == 0.3
+
+
+def test_masked_packs_that_ranks_share_are_refused(make_data):
+    """Every rank would choose other tokens of the pack."""
+    data = make_data(max_tokens=64, mask_fraction=0.3, vocab_size=300)
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(topology=Topology(0, 2, context=2)))
+    message = r"context_parallel must be 1 with mask_fraction=0.3, got 2: .*Leave it out"
+    for call in (data.prepare_data, data.setup):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_tokenizers_need_a_mask_token(make_data):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lctrain.callbacks import IsolationCheck
+from lctrain.callbacks import IsolationCheck, IsolationError
 from lctrain.config import OptimConfig
-from lctrain.distributed import Topology, context
+from lctrain.distributed import Topology, context, shared_pack
 from lctrain.distributed.sharding import whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.models.differential import to_differential
@@ -31,6 +31,7 @@ LENGTHS = (
 ACCUMULATED = 2  # micro-batches: the last window of the epoch is incomplete
 CLIP = 0.5
 RANKS = 4
+PACK = shared_pack._pack
 
 
 class Case(NamedTuple):
@@ -108,8 +109,54 @@ def fit(folder, module, callbacks=(), **settings):
     """Trains one epoch, and returns the records and the weights."""
     trainer = make_trainer(folder, callbacks, gradient_clip_val=CLIP, **settings)
     trainer.fit(module)
+    return module.records, whole_weights(module)
+
+
+def whole_weights(module):
+    """Returns copies of the whole weights of a module's model, by name."""
     weights = {name: whole_value(p.data) for name, p in module.model.named_parameters()}
-    return module.records, copy.deepcopy(weights)
+    return copy.deepcopy(weights)
+
+
+def fit_second(folder, size):
+    """Returns the records and weights of the second module that one trainer trains."""
+    case = CASES["heads"]
+    strategy = ShardedStrategy(context_parallel=case.context, context_exchange=case.exchange)
+    settings = {"devices": size, "accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": CLIP}
+    trainer = make_trainer(folder, strategy=strategy, **settings)
+    for module in [Recorder(make_model(), case, packs) for _ in range(2)]:
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module)
+    return module.records, whole_weights(module)
+
+
+def leaky_pack(lengths_q, lengths_k, device, *_):
+    """Returns a shared pack without the boundaries between its documents."""
+    return PACK([sum(lengths_q)], [sum(lengths_k)], device, None)
+
+
+def diverging(data_rank):
+    """Returns packs of which the second one is another one on every rank."""
+    first, second, *_ = packs(data_rank)
+    lengths = second.lengths
+    return [first, make_batch(lengths, 100 + torch.distributed.get_rank())]
+
+
+def errors(folder, size):
+    """Returns the messages of runs that must fail, by name."""
+    found = {}
+    for name, batches, callbacks in (
+        ("leak", packs, [IsolationCheck()]),
+        ("diverging", diverging, []),
+    ):
+        shared_pack._pack = leaky_pack if name == "leak" else PACK
+        strategy = ShardedStrategy(context_parallel=2, context_exchange="heads")
+        module = Recorder(make_model(), CASES["heads"], batches)
+        try:
+            fit(folder, module, callbacks, strategy=strategy, devices=size)
+        except (IsolationError, ValueError) as error:
+            found[name] = str(error)
+    return found
 
 
 def main(rank, size, folder) -> None:
@@ -125,6 +172,9 @@ def main(rank, size, folder) -> None:
             settings = {"devices": size, "accumulate_grad_batches": ACCUMULATED}
             callbacks = [IsolationCheck()] if name in ("heads", "keys") else []
             found[name] = fit(folder, module, callbacks, strategy=strategy, **settings)
+    with built_in_float64():
+        found["second"] = fit_second(folder, size)
+        found["errors"] = errors(folder, size)
     if rank == 0:
         torch.save(found, folder / "found.pt")
 

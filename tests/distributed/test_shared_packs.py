@@ -43,6 +43,23 @@ def in_turn(data_ranks, _):
     return [pack for window in windows for pack in window]
 
 
+def test_the_second_module_of_a_strategy_is_sharded_too(found):
+    records, weights = found["second"]
+    for mine, theirs in zip(records, found["heads"][0], strict=True):
+        assert mine == near(theirs)
+    assert_equal_in_float64(weights, found["heads"][1])
+
+
+def test_a_leak_between_ranks_is_found(found):
+    """One rank alone would compute the pack without the shared boundaries, and find nothing."""
+    assert "documents of a pack mix" in found["errors"]["leak"]
+
+
+def test_packs_that_differ_after_the_first_are_found(found):
+    message = "the 2 ranks of a context group must get the same pack, got different ones"
+    assert message in found["errors"]["diverging"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_shared_packs_train_like_whole_ones(found, tmp_path, name):
     """Unequal packs, ranks without tokens, accumulation with an incomplete window, clipping."""

@@ -1,16 +1,22 @@
 """Tests Topology, and that it is the only source of rank and size."""
 
 import ast
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lctrain.data.same_pack import pack_checksum
+from lctrain.data.share import share_pack
 from lctrain.distributed import Topology
+from lctrain.distributed.sharding import ShardRoot
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.module import LongContextModule
 from tests.house.typecheck import ROOT
+from tests.training import make_batch
 
 OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
 EXCEPT = (
@@ -111,6 +117,43 @@ def test_memory_that_shards_do_not_support_is_refused(make_llama, monkeypatch, m
     monkeypatch.setattr(LongContextModule, "trainer", trainer)
     with pytest.raises(ValueError, match=f"none or checkpoint with ShardedStrategy, got {memory}"):
         module.setup("fit")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shared_packs_of_encoders_are_refused(make_llama, monkeypatch, ranks):
+    module = LongContextModule(make_llama(), task="mlm")
+    strategy = ShardedStrategy(context_parallel=ranks)
+    trainer = SimpleNamespace(precision="32-true", strategy=strategy)
+    monkeypatch.setattr(LongContextModule, "trainer", trainer)
+    message = r"context_parallel must be 1 with task=mlm, got 2: .*Leave it out"
+    with pytest.raises(ValueError, match=message) if ranks > 1 else nullcontext():
+        module.setup("fit")
+
+
+def test_a_model_is_sharded_once_per_strategy(make_llama):
+    strategy = ShardedStrategy()
+    strategy.root = ShardRoot(make_llama())
+    assert strategy.shard(strategy.root.model) is strategy.root
+
+
+def test_checksums_see_lengths_tokens_and_labels():
+    """Shares of one pack have the checksum of their lengths and ids."""
+    pack = make_batch((20, 30))
+    tokens, labels = pack.input_ids.clone(), pack.labels.clone()
+    tokens[0, -1] += 1
+    labels[0, 3] = -100
+    others = [
+        make_batch((30, 20)),
+        replace(pack, input_ids=tokens),
+        replace(pack, input_ids=pack.input_ids.flip(1)),
+        replace(pack, labels=labels),
+        share_pack(pack, 2, 0),
+        share_pack(make_batch((30, 20)), 2, 0),
+    ]
+    found = [int(pack_checksum(each)) for each in (pack, *others)]
+    assert len(set(found)) == len(found)
+    assert pack_checksum(pack) == pack_checksum(make_batch((20, 30)))
+    assert pack_checksum(share_pack(pack, 2, 1)) == pack_checksum(others[-2])
 
 
 def test_adapters_whose_base_is_not_in_checkpoints_are_refused(make_llama):
