@@ -21,6 +21,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from lctrain_kernels.bench.__main__ import positive
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MODELS = {**SHAPES, llama_8b.name: llama_8b}
+NOT_TRAINED = (
+    "From {:,} GPUs, the ranks that share a pack are on several machines. The model computes this, "
+    "but the trainer refuses it: trainer.context_parallel must divide the ranks of a machine."
+)
 PARAMETER_BYTES, GRADIENT_BYTES, STATE_BYTES = 2, 4, 2  # gathered, summed, exchanged
 
 
@@ -206,8 +211,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--gpu must be a GPU with a known peak, got {options.gpu}. See lctrain.flops."
         )
-    if options.context != "all" and not (options.context.isdigit() and int(options.context) > 0):
-        parser.error(f"--context must be a number of ranks or all, got {options.context}.")
+    for name, largest in (("peak_share", 1.0), ("link", inf), ("network", inf)):
+        value = getattr(options, name)
+        if not 0 < value <= largest or isinf(value):
+            limit = f"in (0, {largest:g}]" if largest < inf else "above 0, and finite"
+            parser.error(
+                f"--{name.replace('_', '-')} must be {limit}, got {value}. Leave it out for the "
+                f"default, {parser.get_default(name):g}."
+            )
+    if not 0 <= options.latency < inf:
+        parser.error(f"--latency must be at least 0, and finite, got {options.latency}.")
+    contexts = [str(count) for count in range(1, GPUS[-1] + 1) if GPUS[-1] % count == 0]
+    if options.context not in ("all", *contexts):
+        parser.error(
+            f"--context must be all or a number of ranks that divides {GPUS[-1]:,} GPUs, got "
+            f"{options.context}. Use a power of two."
+        )
     assumed = Assumptions(
         MODELS[options.shape].title,
         options.gpu,
@@ -224,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = [gpus for gpus in GPUS if assumed.context is None or gpus % assumed.context == 0]
     rows = [step_cost(cost, assumed, gpus) for gpus in counts]
     print(f"{assumed}\n\n{table(rows)}")
+    if beyond := [row["gpus"] for row in rows if row["context"] > assumed.on_machine]:
+        print(f"\n{NOT_TRAINED.format(beyond[0])}")
     if options.output:
         record = {"assumptions": asdict(assumed), "rows": rows}
         options.output.write_text(json.dumps(record, indent=1) + "\n")

@@ -27,6 +27,9 @@ def test_the_command_prints_assumptions_and_rows(tmp_path, capsys, monkeypatch, 
     printed = capsys.readouterr().out
     assert printed.startswith("Computed, not measured. Assumed: Llama-3.1-8B in bf16 on H200, 50%")
     assert "all ranks share a pack" in printed
+    assert "From 16 GPUs, the ranks that share a pack are on several machines." in printed
+    assert main(["cost", "--context", "8"]) == 0
+    assert "on several machines" not in capsys.readouterr().out
     record = json.loads(output.read_text())
     assert record["assumptions"]["tokens"] == 512
     assert [row["gpus"] for row in record["rows"]] == list(cost.GPUS)
@@ -71,7 +74,16 @@ def test_fsdp_costs_what_compute_does_not_hide(model):
     ("options", "message"),
     [
         (["--gpu", "X1"], "--gpu must be a GPU with a known peak, got X1"),
-        (["--context", "0"], "--context must be a number of ranks or all, got 0"),
+        (["--context", "0"], "--context must be all or a number of ranks that divides 1,024"),
+        (["--context", "7"], "that divides 1,024 GPUs, got 7"),
+        (["--context", "2048"], "that divides 1,024 GPUs, got 2048"),
+        (["--context", "x"], "that divides 1,024 GPUs, got x"),
+        (["--peak-share", "0"], "--peak-share must be in (0, 1], got 0.0"),
+        (["--peak-share", "1.5"], "--peak-share must be in (0, 1], got 1.5"),
+        (["--link", "0"], "--link must be above 0, and finite, got 0.0"),
+        (["--link", "inf"], "--link must be above 0, and finite, got inf"),
+        (["--network", "nan"], "--network must be above 0, and finite, got nan"),
+        (["--latency", "-1"], "--latency must be at least 0, and finite, got -1.0"),
     ],
 )
 def test_bad_options(options, message, capsys):
