@@ -38,7 +38,7 @@ from lctrain.config import OptimConfig
 from lctrain.distributed import Topology
 from lctrain.distributed.attention import flash_attn_shared_func
 from lctrain.distributed.context import ContextShard, choose_heads
-from lctrain.distributed.shared_pack import SharedPack
+from lctrain.distributed.shared_pack import ContextGroups, SharedPack
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.module import LongContextModule
 from lctrain_kernels.bench.__main__ import positive, results_folder
@@ -134,7 +134,8 @@ def time_exchange(exchange: str, tokens: int, calls: int, device: torch.device) 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def attention(size: int, heads: int, rank: int) -> Callable[..., Tensor]:
-        shared = SharedPack.of(ContextShard.of([tokens], size, heads), rank, device)
+        groups = ContextGroups.of(size, heads)
+        shared = SharedPack.of(ContextShard.of([tokens], size, heads), rank, device, groups)
         return partial(flash_attn_shared_func, shared=shared, causal=True)
 
     def drawn(rows: int) -> list[Tensor]:

@@ -31,13 +31,14 @@ from torch import Tensor
 from lctrain.bench.scale import EXCHANGES, HEAD_DIM, HEADS, KEY_HEADS, WARM_UP, now, time_steps
 from lctrain.bench.shapes import SHAPES, tiny
 from lctrain.distributed.context import ContextShard, choose_heads
-from lctrain.distributed.shared_pack import SharedPack
+from lctrain.distributed.shared_pack import ContextGroups, SharedPack
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.bench.__main__ import positive, results_folder
 from lctrain_kernels.bench.workloads import WORKLOADS
 from lctrain_kernels.varlen.api import flash_attn_pack_func
 
 STRATEGIES = ("auto", "fsdp2")
+NO_GROUPS = ContextGroups(*("no communication",) * 3)
 
 
 def share_call(
@@ -53,7 +54,7 @@ def share_call(
         dropout_p: Probability of dropping an attention weight.
         device: Device of the tensors, which are bfloat16 on a GPU and float32 on a CPU.
     """
-    shared = SharedPack.of(ContextShard.of([tokens], size, heads), rank, device)
+    shared = SharedPack.of(ContextShard.of([tokens], size, heads), rank, device, NO_GROUPS)
     pack = shared.pack
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     seed = torch.tensor([1], device=device) if dropout_p else None

@@ -46,23 +46,29 @@ class PackShare:
         """The pack as the attention of this rank needs it.
 
         Raises:
-            ValueError: before `shared_by`.
+            ValueError: before `shared_by`, or after a move to another device.
         """
         if self._shared is None:
             raise ValueError(
                 f"a shared pack must be computed by {self.size} ranks of a process group, got a "
                 "share without one. Train with trainer.strategy=fsdp2 and "
-                "trainer.context_parallel, or call PackShare.shared_by."
+                "trainer.context_parallel, or call PackShare.shared_by after the move to the "
+                "device."
             )
         return self._shared
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackShare:
-        """Returns the share with its tensors on `device`. Call it before `shared_by`."""
-        return PackShare(self.plan, self.rank, self.places.to(device, non_blocking=non_blocking))
+        """Returns the share with its tensors on `device`.
+
+        On another device the result needs `shared_by` again.
+        """
+        places = self.places.to(device, non_blocking=non_blocking)
+        shared = self._shared if places.device == self.places.device else None
+        return PackShare(self.plan, self.rank, places, shared)
 
     def pin_memory(self) -> PackShare:
-        """Returns the share with its tensors in pinned host memory. Call it before `shared_by`."""
-        return PackShare(self.plan, self.rank, self.places.pin_memory())
+        """Returns the share with `places` in pinned host memory."""
+        return PackShare(self.plan, self.rank, self.places.pin_memory(), self._shared)
 
     def shared_by(self, groups: ContextGroups, document_ids: Tensor) -> PackShare:
         """Returns this share, with the SharedPack that lets ranks compute the pack together.
@@ -95,7 +101,8 @@ class PackShare:
     def gather(self, rows: Tensor) -> Tensor:
         """Gathers the rows of all shares into those of the whole pack, without gradients.
 
-        All ranks of the context group must call it; each gets the result.
+        All ranks of the context group must call it; each gets the result. Besides the result, it
+        needs memory for the rows of two shares at most.
 
         Args:
             rows: [max(tokens, 1), ...], one row per token of this share.
@@ -103,11 +110,14 @@ class PackShare:
         Returns:
             [T, ...], one row per token of the pack.
         """
-        counts = self.plan.tokens
-        filled = rows.new_zeros((max(counts), *rows.shape[1:]))
-        filled[: self.tokens] = rows[: self.tokens]
-        parts = [torch.empty_like(filled) for _ in counts]
-        dist.all_gather(parts, filled, group=self.shared.groups.whole)
-        found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-        order = torch.from_numpy(self.plan.order).to(rows.device)
-        return torch.empty_like(found).index_copy_(0, order, found)
+        group = self.shared.groups.whole
+        found = rows.new_empty((len(self.plan.order), *rows.shape[1:]))
+        for rank, count in enumerate(self.plan.tokens):
+            if count == 0:
+                continue
+            is_own = rank == self.rank
+            part = rows[:count].contiguous() if is_own else rows.new_empty((count, *rows.shape[1:]))
+            dist.broadcast(part, group=group, group_src=rank)
+            places = torch.from_numpy(self.plan.indices(rank)).to(rows.device)
+            found.index_copy_(0, places, part)
+        return found

@@ -83,6 +83,7 @@ class SharedPack:
     selection: Selection | None = None
 
     @classmethod
+    @torch.inference_mode(False)  # the tile schedule of inference tensors is built for every layer
     def of(
         cls,
         shard: ContextShard,
@@ -98,11 +99,26 @@ class SharedPack:
             rank: Index of this rank in the context group.
             device: Device of the queries.
             groups: Process groups; None uses torch's default group as the context group, which
-                requires that shard.heads is 1 or shard.size.
+                requires that shard.heads is 1 or shard.size. `ContextGroups.of` makes them.
             document_ids: Ids of the pack's documents, which key the dropout masks, [N] int32 on any
                 device. None uses each document's index in the pack.
+
+        Raises:
+            ValueError: if `rank` is not a rank of the group, or heads groups are smaller than the
+                context group and `groups` has none.
         """
+        if not 0 <= rank < shard.size:
+            raise ValueError(
+                f"rank must be in [0, {shard.size}), got {rank}. Pass the index in the context "
+                "group, Topology.context_rank, and not that among all ranks."
+            )
         groups = ContextGroups() if groups is None else groups
+        if 1 < shard.heads < shard.size and (groups.heads is None or groups.keys is None):
+            raise ValueError(
+                f"groups must have process groups for heads groups of {shard.heads} of "
+                f"{shard.size} ranks, got none. Pass ContextGroups.of({shard.size}, "
+                f"{shard.heads}), which all ranks call."
+            )
         device = torch.empty(0, device=device).device  # "cuda" gets the index of the GPU
         if shard.groups == 1:
             lengths = list(shard.lengths)

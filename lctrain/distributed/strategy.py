@@ -182,7 +182,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def _share_attention(self, model: nn.Module) -> None:
         """Decides which ranks exchange heads, and makes the process groups. All ranks call it."""
         ranks = self.topology
-        heads = heads_group(model, ranks.context, self.context_exchange, self.num_processes)
+        heads = heads_group(model, ranks.context, self.context_exchange)
         whole = None
         for first in range(0, ranks.size, ranks.context):
             group = torch.distributed.new_group(range(first, first + ranks.context))

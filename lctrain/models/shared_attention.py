@@ -15,15 +15,13 @@ from lctrain.models.adapters import inside_adapters
 from lctrain.models.architectures import attention_layers
 
 
-def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | None = None) -> int:
+def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
     """Returns how many ranks exchange heads, the size of a heads group, for a model's attention.
 
     Args:
         model: A transformers model, which may have PEFT adapters.
-        ranks: Number of ranks that share a pack.
+        ranks: Number of ranks that share a pack, all on one machine.
         exchange: What the ranks exchange: auto, heads or keys; see `choose_heads`.
-        on_machine: Number of ranks on a machine; None if one machine has all
-            ranks that share a pack.
 
     Raises:
         ValueError: if the attention of the model is not lctrain's, a layer attends to the future
@@ -43,7 +41,7 @@ def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | N
             f"trainer.context_exchange=heads, got {ranks} ranks and {count} heads. Set "
             "trainer.context_exchange=auto."
         )
-    heads = choose_heads(exchange, ranks, count, on_machine or ranks)
+    heads = choose_heads(exchange, ranks, count, ranks)
     layers = attention_layers(inner).values()
     if heads != ranks and not all(getattr(layer, "is_causal", True) for layer in layers):
         raise ValueError(

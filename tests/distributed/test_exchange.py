@@ -10,6 +10,7 @@ from lctrain.distributed.attention import diff_attn_shared_func, flash_attn_shar
 from lctrain.distributed.context import ContextShard
 from lctrain.distributed.exchange import exchange
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
+from lctrain_kernels.schedule import device_schedule
 from lctrain_kernels.tile.config import TileConfig, override_configs
 from tests.distributed.context_cases import (
     CASES,
@@ -193,7 +194,8 @@ def test_the_pack_of_a_rank_is_not_that_of_all():
     shard = fine_shard(LONG, 4, 2)
     ids = torch.arange(10, 15, dtype=torch.int32)
     for rank in range(4):
-        pack = SharedPack.of(shard, rank, "cpu", document_ids=ids).pack
+        groups = ContextGroups(*groups_of(rank, 4, 2))
+        pack = SharedPack.of(shard, rank, "cpu", groups, ids).pack
         chunks = shard.chunks[rank // 2]
         assert pack.cu_seqlens_q.diff().tolist() == [c.stop - c.start for c in chunks]
         assert pack.cu_seqlens_k.diff().tolist() == [c.stop for c in chunks]
@@ -202,6 +204,32 @@ def test_the_pack_of_a_rank_is_not_that_of_all():
         assert pack.query_offsets.tolist() == [c.start for c in chunks]
         assert pack.document_ids.tolist() == [10 + c.document for c in chunks]
         assert pack.schedule is None
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_inference_keeps_one_tile_schedule_for_all_layers(heads):
+    """The schedule of inference tensors, which no version guards, is built for every call."""
+    shard = fine_shard(LONG, 2, heads)
+    with torch.inference_mode():
+        ids = torch.arange(len(LONG), dtype=torch.int32)
+        pack = SharedPack.of(shard, 1, "cpu", ContextGroups(), ids).pack
+        schedules = [
+            device_schedule(pack.cu_seqlens_q, pack.cu_seqlens_k, pack.total_q, pack.total_k)
+            for _ in range(2)
+        ]
+    assert schedules[0] is schedules[1]
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 5])
+def test_ranks_outside_of_the_group_are_refused(rank):
+    with pytest.raises(ValueError, match=rf"rank must be in \[0, 2\), got {rank}\. Pass the index"):
+        SharedPack.of(ContextShard.of([700], 2), rank, "cpu")
+
+
+@pytest.mark.parametrize("groups", [None, ContextGroups()])
+def test_heads_groups_need_process_groups(groups):
+    with pytest.raises(ValueError, match=r"heads groups of 2 of 4 ranks, got none\. Pass ContextG"):
+        SharedPack.of(ContextShard.of([700], 4, 2), 0, "cpu", groups)
 
 
 def shared_by(heads):

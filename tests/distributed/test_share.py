@@ -47,6 +47,38 @@ def test_a_share_goes_where_its_batch_goes():
     assert share.to("meta").places.device.type == "meta"
 
 
+def test_a_share_stays_shared_on_its_device():
+    batch = share_pack(make_batch((700,)), 2, 1)
+    share = batch.share.shared_by(ContextGroups(), batch.document_ids)
+    assert share.to("cpu").shared is share.shared
+    with pytest.raises(ValueError, match=r"call PackShare.shared_by after the move to the device"):
+        _ = share.to("meta").shared
+
+
+@pytest.mark.parametrize("lengths", [(700, 5, 300), (40,)])
+def test_gathering_holds_the_result_and_no_second_copy(lengths, monkeypatch):
+    """Every rank sends its rows in turn, without padding, to where they belong."""
+    whole = torch.randn(sum(lengths), 8)
+    shares = [share_pack(make_batch(lengths), 4, rank).share for rank in range(4)]
+    rows = [whole[each.places] for each in shares]
+    ids = torch.zeros(len(lengths), dtype=torch.int32)
+    shares = [each.shared_by(ContextGroups(), ids) for each in shares]
+    sent = []
+
+    def broadcast(tensor, group, group_src):
+        sent.append((group_src, tensor.data_ptr()))
+        tensor.copy_(rows[group_src][: shares[group_src].tokens])
+
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
+    for rank, share in enumerate(shares):
+        sent.clear()
+        assert torch.equal(share.gather(rows[rank]), whole)
+        assert [source for source, _ in sent] == [r for r in range(4) if shares[r].tokens]
+        assert dict(sent).get(rank, rows[rank].data_ptr()) == rows[rank].data_ptr(), (
+            "own rows copied"
+        )
+
+
 def test_the_collator_shares_items_of_streams_too():
     assert collate_share(1, 0, 1) is None
     share = collate_share(2, 1, 1)
