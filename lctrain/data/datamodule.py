@@ -376,9 +376,8 @@ class PackedDataModule(LightningDataModule):
 
     def _check_trainer(self) -> None:
         """Raises ValueError for masked shared packs, or a new tokenizer for a pretrained model."""
-        if self.options.mask_fraction is not None:
-            ranks = Topology.of(self.trainer).context
-            check_shared_task(ranks, f"mask_fraction={self.options.mask_fraction}")
+        if (fraction := self.options.mask_fraction) is not None:
+            check_shared_task(Topology.of(self.trainer).context, f"mask_fraction={fraction}")
         if self.trains_tokenizer:
             require_own_tokenizer(getattr(self.trainer, "lightning_module", None))
 
