@@ -7,6 +7,7 @@ Buffers are copied from rank 0 and are not sharded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,11 +88,14 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the modules that FSDP2 shards as one group each: the decoder layers.
 
     They are the modules whose class names are in the model's `_no_split_modules`. Without such a
-    list, they are the entries of the model's longest ModuleList.
+    list, they are the entries of the model's longest ModuleList. A module with a parameter that a
+    module outside of it has too, such as embeddings tied to the output layer, is left to the root:
+    FSDP2 requires that one group has all modules with that parameter.
 
     Args:
         model: A transformers model, which may have PEFT adapters.
     """
+    uses = Counter(_parameter_ids(model))
     names: set[str] = set()
     for module in model.modules():
         names |= set(getattr(module, "_no_split_modules", None) or ())
@@ -100,12 +104,32 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     for module in model.modules():
         if module in inside or not names & {kind.__name__ for kind in type(module).__mro__}:
             continue
+        if _shares_parameters(module, uses):
+            continue
         found.append(module)
         inside |= set(module.modules())
     if found:
         return found
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(map(list, lists), key=len, default=[])
+    longest: list[nn.Module] = max(map(list, lists), key=len, default=[])
+    return [module for module in longest if not _shares_parameters(module, uses)]
+
+
+def _parameter_ids(model: nn.Module) -> Iterator[int]:
+    """Returns the id of every parameter of a model, once for each module that has it."""
+    for module in model.modules():
+        yield from (id(value) for value in module._parameters.values() if value is not None)
+
+
+def _shares_parameters(module: nn.Module, uses: Counter[int]) -> bool:
+    """Returns whether modules outside of `module` have a parameter of it.
+
+    Args:
+        module: A module of a model.
+        uses: How many modules of the model have each parameter, by the parameter's id.
+    """
+    inside = Counter(_parameter_ids(module))
+    return any(uses[parameter] > count for parameter, count in inside.items())
 
 
 def shard_model(
