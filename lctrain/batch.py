@@ -263,8 +263,15 @@ class PackedBatch:
         build it.
 
         Raises:
-            ValueError: if documents share a prefix, which the Trainer cannot move either.
+            ValueError: if documents share a prefix, which the Trainer cannot move either, or the
+                batch is one rank's share of a pack, whose last label is another rank's token.
         """
+        if self.share is not None:
+            raise ValueError(
+                "a batch must be a whole pack for a model that computes its own loss, got one of "
+                f"{self.share.size} shares. Call model(**batch.model_kwargs()), and compute the "
+                "loss from labels."
+            )
         if self.groups is not None:
             raise ValueError(
                 "a batch must be without shared prefixes for a model that computes its own loss, "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +43,21 @@ class PackShare:
     def tokens(self) -> int:
         """Number of tokens of this share, without the filler."""
         return self.plan.tokens[self.rank]
+
+    @property
+    def pack_tokens(self) -> int:
+        """Number of tokens of the whole pack."""
+        return len(self.plan.order)
+
+    @property
+    def first_position(self) -> int:
+        """Position in its document, counted from 0, of the share's first token."""
+        if self.tokens == 0:
+            return 0  # the filler is the first token of the pack
+        place = int(self.plan.order[sum(self.plan.tokens[: self.rank])])
+        ends = list(accumulate(self.plan.lengths))
+        document = bisect_right(ends, place)
+        return place - ends[document] + self.plan.lengths[document]
 
     @property
     def shared(self) -> SharedPack:

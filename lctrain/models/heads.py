@@ -39,6 +39,21 @@ def refuse_choices(model: nn.Module) -> None:
         )
 
 
+def refuse_share(model: nn.Module, ranks: int) -> None:
+    """Raises a ValueError if a model pools documents, whose tokens are divided over ranks.
+
+    Args:
+        model: A transformers model that is called with one rank's share of a pack.
+        ranks: Number of ranks that share the pack.
+    """
+    if pools_rows(model) or _pooler_of(model) is not None:
+        raise ValueError(
+            "a model must give one output per token where ranks share a pack, got "
+            f"{type(model).__name__}, which pools documents that are divided over {ranks} ranks. "
+            "Use trainer.context_parallel=1, or a model without the pooling head."
+        )
+
+
 def holds_several(boundaries: Boundaries) -> bool:
     """Returns whether a row holds several documents, as far as known without synchronising."""
     if boundaries.shared_rows is not None:
@@ -143,7 +158,8 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         The output; None if there is nothing to check.
 
     Raises:
-        ValueError: if an output has one entry per row although rows hold several documents.
+        ValueError: if an output has one entry per row although rows hold several documents, or
+            one rank's share of a pack.
     """
     boundaries = inputs.get(BOUNDARIES_ARGUMENT)
     if boundaries is None:
@@ -151,10 +167,13 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     padding = boundaries.padding
     if padding is not None and padding.owner == type(model).__name__ and pools_rows(model):
         return _states_in_places(output, boundaries, padding)
-    if not holds_several(boundaries) or inputs.get("logits_to_keep"):
+    several = boundaries.share is not None or holds_several(boundaries)
+    if not several or inputs.get("logits_to_keep"):
         return None
     pooler = _pooler_of(model)
     if pooler is not None and getattr(output, "pooler_output", None) is not None:
+        if boundaries.share is not None:
+            refuse_share(model, boundaries.share.size)
         places = row_places(boundaries)
         rows = (boundaries.pack.documents, boundaries.pack.max_seqlen_q)
         output["pooler_output"] = pooler(spread(output[0], boundaries, places, rows))

@@ -45,9 +45,8 @@ from lctrain.models.positions import (
     position_limit,
     require_first_position,
     require_positions,
-    restarting_positions,
 )
-from lctrain.models.shared_attention import covered_tokens, read_share
+from lctrain.models.shared_attention import covered_tokens, give_positions, read_share
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
 from lctrain.pluralize import pluralize
 
@@ -166,7 +165,7 @@ class InputHook:
     def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
         """Returns the boundaries of the inputs' documents; see `read_boundaries`."""
         mask, rows = inputs.get("attention_mask"), (tokens.shape[0], tokens.shape[1])
-        if (shared := read_share(inputs, tokens, read_boundaries)) is not None:
+        if (shared := read_share(model, inputs, tokens, read_boundaries)) is not None:
             return shared
         beyond = self.within_windows is not None and rows[1] > self.within_windows
         windows = type(model).__name__ if beyond else None
@@ -257,7 +256,6 @@ class InputHook:
 
     def _give_positions(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> None:
         self._require_positions(model)
-        boundaries = inputs.get("cu_seq_lens_q")
         covered = covered_tokens(inputs)
         if covered is not None and covered != tokens.shape[1]:
             raise ValueError(
@@ -266,12 +264,11 @@ class InputHook:
                 f"for {covered}. Prompt tuning and p-tuning put virtual tokens in front of a row, "
                 "where a pack has no document: train LoRA on packs, or one document per row."
             )
-        if inputs.get("position_ids") is None and boundaries is not None:
-            inputs["position_ids"] = restarting_positions(boundaries, tokens.shape[1])
+        counted = give_positions(inputs, tokens.shape[1])
         positions = inputs.get("position_ids")
         if self.first_position and isinstance(positions, Tensor):
             # A pack counts from 0, which such a model never uses.
-            from_zero = positions.flatten()[:1] == 0
+            from_zero = positions.flatten()[:1] == counted
             inputs["position_ids"] = positions + from_zero * self.first_position
 
     def _turn_cache_off(self, model: nn.Module, inputs: dict[str, Any]) -> None:

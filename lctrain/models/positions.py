@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.boundaries import Boundaries, find_positions
 from lctrain.models.architectures import counts_positions_itself
 
 _TABLE = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
@@ -52,18 +52,22 @@ def require_first_position(
 ) -> None:
     """Raises a ValueError unless the position ids of every document begin at `first`.
 
-    Synchronises with the device.
+    For one rank's share of a pack, all position ids are checked, since documents begin on other
+    ranks too: so all ranks raise the error. Synchronises with the device.
 
     Args:
         model: A transformers model, named in the message.
         position_ids: [B, S] or [1, S] integers.
-        boundaries: Boundaries of the documents in rows [B, S].
+        boundaries: Boundaries of the documents in rows [B, S], or of the pack of a share [1, S].
         first: `first_position(model)`.
     """
     positions = position_ids.expand(boundaries.queries).flatten()
-    if boundaries.indices_q is not None:
-        positions = positions[boundaries.indices_q.to(positions.device)]
-    begins = positions[boundaries.pack.cu_seqlens_q[:-1].to(positions.device)]
+    if boundaries.share is not None:
+        begins = positions - find_positions(boundaries).flatten().to(positions.device)
+    else:
+        if boundaries.indices_q is not None:
+            positions = positions[boundaries.indices_q.to(positions.device)]
+        begins = positions[boundaries.pack.cu_seqlens_q[:-1].to(positions.device)]
     wrong = begins[begins != first]
     if wrong.numel():
         raise ValueError(

@@ -13,6 +13,10 @@ from lctrain.batch import SHARE_ARGUMENT
 from lctrain.distributed.context import choose_heads
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.architectures import attention_layers
+from lctrain.models.heads import refuse_share
+from lctrain.models.positions import restarting_positions
+
+_KEY_HEADS = ("num_key_value_heads", "num_global_key_value_heads")
 
 
 def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
@@ -24,10 +28,12 @@ def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
         exchange: What the ranks exchange: auto, heads or keys; see `choose_heads`.
 
     Raises:
-        ValueError: if the attention of the model is not lctrain's, a layer attends to the future
-            and keys would be gathered, or the heads are not divisible with exchange=heads.
+        ValueError: if the model pools documents, its attention is not lctrain's, a layer attends
+            to the future and keys would be gathered, or the heads are not divisible with
+            exchange=heads.
     """
     inner = inside_adapters(model)
+    refuse_share(inner, ranks)
     if not is_patched(inner):
         raise ValueError(
             f"the model must have lctrain's attention with trainer.context_parallel={ranks}, got "
@@ -54,27 +60,47 @@ def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
 
 
 def read_share(
-    inputs: dict[str, Any], tokens: Tensor, read: Callable[..., Boundaries]
+    model: nn.Module, inputs: dict[str, Any], tokens: Tensor, read: Callable[..., Boundaries]
 ) -> Boundaries | None:
     """Returns the boundaries of the whole pack if a model's inputs are one rank's share of it.
 
     Without a share in the inputs, it returns None.
 
     Args:
+        model: The model.
         inputs: Keyword arguments of the model. The share is removed from them.
         tokens: [B, S, ...], tokens or embeddings of the call.
         read: `lctrain.models.inputs.read_boundaries`.
 
     Raises:
-        ValueError: if the inputs are not those of the share, or there are no ranks to share with.
+        ValueError: if the inputs are not those of the share, there are no ranks to share with, or
+            the model pools documents.
     """
     share = inputs.pop(SHARE_ARGUMENT, None)
     if share is None:
         return None
     rows = (tokens.shape[0], tokens.shape[1])
     share.check(rows, is_packed(inputs))
+    refuse_share(model, share.size)
     whole = read(inputs, 1, len(share.plan.order), tokens.device)
     return whole._replace(queries=rows, keys=rows, share=share)
+
+
+def give_positions(inputs: dict[str, Any], tokens: int) -> int:
+    """Sets the position ids of packed inputs, counted from 0, if they are missing.
+
+    Args:
+        inputs: Keyword arguments of the model, a pack or one rank's share of it.
+        tokens: Number of tokens in the row.
+
+    Returns:
+        The position in its document, counted from 0, of the row's first token.
+    """
+    share, boundaries = inputs.get(SHARE_ARGUMENT), inputs.get("cu_seq_lens_q")
+    if inputs.get("position_ids") is None and boundaries is not None:
+        whole = restarting_positions(boundaries, tokens if share is None else share.pack_tokens)
+        inputs["position_ids"] = whole if share is None else whole[:, share.places]
+    return 0 if share is None else int(share.first_position)
 
 
 def covered_tokens(inputs: dict[str, Any]) -> int | None:
@@ -99,16 +125,22 @@ def covered_tokens(inputs: dict[str, Any]) -> int | None:
 def key_heads(config: Any) -> int:
     """Returns a number that divides the key/value heads of every layer; 1 if they are unknown.
 
-    A head of differential attention of version 1 has the keys and values of two heads.
+    A configuration may give one number per layer. With multi-query attention, all query heads of a
+    layer share one key/value head. A head of differential attention of version 1 has the
+    keys and values of two heads.
 
     Args:
         config: A transformers configuration.
     """
-    names = ("num_key_value_heads", "num_global_key_value_heads")
-    counts = [getattr(config, name, None) for name in names]
-    found = [count for count in counts if isinstance(count, int)]
-    heads = getattr(config, "num_attention_heads", None)
-    if not found and isinstance(heads, int):
-        found = [heads]
+    if getattr(config, "multi_query", False):
+        return 1
+    counts = [getattr(config, name, None) for name in _KEY_HEADS]
+    if all(count is None for count in counts):
+        counts = [getattr(config, "num_attention_heads", None)]
+    found: list[Any] = []
+    for count in counts:
+        found += count if isinstance(count, list | tuple) else [] if count is None else [count]
+    if not all(isinstance(count, int) for count in found):
+        return 1  # a layer without attention, or numbers that are unknown
     divisor = gcd(*found) or 1
     return divisor // 2 if getattr(config, "model_type", None) == "diffllama" else divisor

@@ -1,16 +1,25 @@
 """Tests the share of a pack that a batch carries, on one process."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import DiffLlamaConfig, GPT2Config, LlamaConfig
+import transformers
+from transformers import DiffLlamaConfig, GPT2Config, GPTBigCodeConfig, LlamaConfig
 
 import lctrain
 from lctrain.attention.boundaries import find_lengths, find_positions
 from lctrain.batch import IGNORE_INDEX, SHARE_ARGUMENT
 from lctrain.data.loader import PlacedBatch
 from lctrain.data.share import collate_share, share_pack
+from lctrain.distributed import context
+from lctrain.distributed.share import PackShare
 from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.models.shared_attention import heads_group, key_heads
+from tests.distributed.simulated import Ranks, groups_of
+from tests.models.tiny import VOCABULARY, tiny_model
+from tests.numerics import assert_equal_in_float64
 from tests.training import make_batch
 
 LENGTHS = ((700, 5, 300), (40,), (1, 1, 1), (2049,))
@@ -108,6 +117,109 @@ def test_positions_and_lengths_are_those_of_the_whole_documents(make_llama, monk
     assert torch.equal(find_lengths(boundaries, share.position_ids)[0], whole[share.share.places])
 
 
+def tokens_of(lengths):
+    """Returns a pack of tokens that tiny models have, none of which is padding."""
+    batch = make_batch(lengths)
+    return dataclasses.replace(batch, input_ids=batch.input_ids % (VOCABULARY - 2) + 2)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["position_ids", "none"])
+@pytest.mark.parametrize("lengths", [(50, 12), (12, 50), (100, 5, 64), (90,)])
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
+@pytest.mark.usefixtures("in_float64")
+def test_positions_that_begin_after_the_padding(family, lengths, given, monkeypatch):
+    """Every rank's share has the position ids, and so the logits, of the whole pack."""
+    monkeypatch.setattr(context, "BORDER", 16)
+    classes = {"roberta": "RobertaForCausalLM", "xlm-roberta": "XLMRobertaForMaskedLM"}
+    model_class = getattr(transformers, classes[family])
+    model = tiny_model(family, model_class, pad_token_id=1, max_position_embeddings=128)
+    batch = tokens_of(lengths)
+    ranks = Ranks(2)
+    shares = [share_pack(batch, 2, rank, 2) for rank in range(2)]
+
+    def run(rank):
+        groups = ContextGroups(*groups_of(rank, 2, 2))
+        share = shares[rank].share.shared_by(groups, batch.document_ids)
+        arguments = dataclasses.replace(shares[rank], share=share).model_kwargs()
+        if not given:
+            del arguments["position_ids"]
+        with torch.no_grad():
+            return model(**arguments).logits[0]
+
+    with lctrain.patch_model(model):
+        expected = model(**batch.model_kwargs()).logits[0]
+        for share, found in zip(shares, ranks.run(run, monkeypatch), strict=True):
+            assert_equal_in_float64(found, expected[share.share.places])
+
+
+@pytest.mark.parametrize("lengths", [(700, 5, 300), (1, 40, 2049), (40,)])
+@pytest.mark.parametrize(("size", "heads"), [(2, 1), (3, 3), (8, 2)])
+def test_first_position_of_a_share(lengths, size, heads):
+    batch = make_batch(lengths)
+    for rank in range(size):
+        share = share_pack(batch, size, rank, heads)
+        assert share.share.first_position == int(share.position_ids[0, 0])
+
+
+def test_wrong_positions_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.setattr(context, "BORDER", 16)
+    monkeypatch.setattr(PackShare, "check", lambda *_: None)
+    model = tiny_model("roberta", transformers.RobertaForCausalLM, pad_token_id=1)
+    batch = make_batch((20, 12))
+    with lctrain.patch_model(model):
+        for rank in range(2):
+            arguments = share_pack(batch, 2, rank, 2).model_kwargs()
+            arguments["position_ids"] = arguments["position_ids"] + 1
+            with pytest.raises(ValueError, match=r"must begin at 2 in every document .*, got 1"):
+                model(**arguments)
+
+
+@pytest.mark.parametrize("lengths", [(40,), (20, 5, 33)])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "LlamaForSequenceClassification"),
+        ("bert", "BertForQuestionAnswering"),
+        ("bert", "BertForNextSentencePrediction"),
+        ("bert", "BertModel"),
+        ("albert", "AlbertModel"),
+        ("bert", "BertForPreTraining"),
+    ],
+)
+def test_pooled_documents_are_refused(family, name, lengths, monkeypatch):
+    """Some refuse before the first layer, models with a pooler inside after their encoder."""
+    monkeypatch.setattr(context, "BORDER", 16)
+    monkeypatch.setattr(PackShare, "check", lambda *_: None)
+    model = tiny_model(family, getattr(transformers, name), pad_token_id=0)
+    batch = tokens_of(lengths)
+    ranks = Ranks(2)
+
+    def run(rank):
+        part = share_pack(batch, 2, rank, 2)
+        share = part.share.shared_by(ContextGroups(*groups_of(rank, 2, 2)), batch.document_ids)
+        model(**dataclasses.replace(part, share=share).model_kwargs())
+
+    message = "must give one output per token where ranks share a pack, got .* divided over 2 ranks"
+    with lctrain.patch_model(model), pytest.raises(ValueError, match=message):
+        ranks.run(run, monkeypatch)
+
+
+def test_pooled_documents_are_refused_before_training():
+    model = tiny_model("llama", transformers.LlamaForSequenceClassification, pad_token_id=0)
+    with (
+        lctrain.patch_model(model),
+        pytest.raises(ValueError, match="must give one output per token where ranks share"),
+    ):
+        heads_group(model, 2, "auto")
+
+
+def test_a_share_has_no_arguments_for_a_loss_of_the_model():
+    """The model would shift labels, and drop the last one, which another rank's token follows."""
+    share = share_pack(make_batch((700,)), 2, 0)
+    with pytest.raises(ValueError, match=r"must be a whole pack for a model .*, got one of 2 shar"):
+        share.arguments()
+
+
 def test_a_share_without_a_process_group_is_refused(make_llama):
     model = make_llama()
     share = share_pack(make_batch((700,)), 2, 0)
@@ -152,6 +264,22 @@ def test_differential_heads_are_pairs():
     assert key_heads(LlamaConfig(num_attention_heads=8, num_key_value_heads=4)) == 4
     assert key_heads(GPT2Config(n_head=6)) == 6
     assert key_heads(object()) == 1
+
+
+def test_key_heads_of_every_layer():
+    assert key_heads(GPTBigCodeConfig(n_head=4, multi_query=True)) == 1
+    assert key_heads(GPTBigCodeConfig(n_head=4, multi_query=False)) == 4
+    for counts, expected in (([4, 8], 4), ([8, 6], 2), ((8, 8), 8), ([4, None], 1)):
+        config = SimpleNamespace(num_key_value_heads=counts, num_attention_heads=8)
+        assert key_heads(config) == expected
+
+
+def test_heads_of_a_multi_query_model_are_not_exchanged():
+    model = tiny_model("gpt_bigcode", transformers.GPTBigCodeForCausalLM)
+    with lctrain.patch_model(model):
+        assert heads_group(model, 2, "auto") == 1
+        with pytest.raises(ValueError, match="2 ranks and 1 heads"):
+            heads_group(model, 2, "heads")
 
 
 def test_attention_of_the_model_itself_is_refused(make_llama):
