@@ -39,18 +39,21 @@ def flash_attn_shared_func(
     Raises:
         ValueError: if attention is not causal and keys are gathered, or an argument does not fit.
     """
+    from lctrain_kernels.options import check_head_tensors
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
     if shared.selection is not None and not options.get("causal", False):
         raise ValueError(
             "causal must be True to gather keys, got False. Exchange heads among all ranks."
         )
-    slopes = options.get("alibi_slopes")
+    slopes, sink = options.get("alibi_slopes"), options.get("learnable_sink")
+    _refuse_first_head(options)
+    check_head_tensors(len(shared.shard.lengths), q.shape[1], q.device, slopes, sink)
     if slopes is not None and slopes.dim() == 2:
         slopes = shared.of_documents(slopes)
     options |= {
         "alibi_slopes": shared.of_heads(slopes),
-        "learnable_sink": shared.of_heads(options.get("learnable_sink")),
+        "learnable_sink": shared.of_heads(sink),
         "dropout_seed": shared_seed(options, shared, q.device),
         "first_head": shared.first_head(q.shape[1]),
     }
@@ -84,8 +87,15 @@ def dual_chunk_attn_shared_func(
     """
     from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
 
+    _refuse_first_head(options)
+    scale, documents = options.get("logit_scale"), len(shared.shard.lengths)
+    if scale is not None and tuple(scale.shape) != (documents,):
+        raise ValueError(
+            f"logit_scale must have shape [{documents}], one per document of the whole pack, got "
+            f"{tuple(scale.shape)}. Compute it from the lengths of all documents."
+        )
     options |= {
-        "logit_scale": shared.of_documents(options.get("logit_scale")),
+        "logit_scale": shared.of_documents(scale),
         "dropout_seed": shared_seed(options, shared, q.device),
         "first_head": shared.first_head(q.shape[1]),
     }
@@ -128,7 +138,10 @@ def diff_attn_shared_func(
         ValueError: if attention is not causal and keys are gathered, or an argument does not fit.
     """
     from lctrain_kernels.differential.api import diff_attn_pack_func
+    from lctrain_kernels.differential.checks import check_lam
 
+    _refuse_first_head(options)
+    check_lam(lam, q1.shape[0], q1.shape[1], q1.device)
     if shared.selection is not None and not options.get("causal", True):
         raise ValueError(
             "causal must be True to gather keys, got False. Exchange heads among all ranks."
@@ -150,6 +163,14 @@ def diff_attn_shared_func(
         return diff_attn_pack_func(q1, q2, k1, k2, v, factor, shared.pack, **options)[0]
 
     return exchange(attention, queries, [k1, k2, v], shared)
+
+
+def _refuse_first_head(options: dict[str, Any]) -> None:
+    if "first_head" in options:
+        raise ValueError(
+            "first_head must be left out where ranks share a pack, got "
+            f"{options['first_head']}. The rank's place in its heads group determines it."
+        )
 
 
 def shared_seed(options: dict[str, Any], shared: SharedPack, device: torch.device) -> Any:

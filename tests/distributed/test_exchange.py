@@ -1,12 +1,17 @@
 """Tests attention on shared packs: every layout of ranks computes what one rank does."""
 
 import functools
+import re
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lctrain.distributed.attention import diff_attn_shared_func, flash_attn_shared_func
+from lctrain.distributed.attention import (
+    diff_attn_shared_func,
+    dual_chunk_attn_shared_func,
+    flash_attn_shared_func,
+)
 from lctrain.distributed.context import ContextShard
 from lctrain.distributed.exchange import exchange
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
@@ -234,6 +239,34 @@ def test_heads_groups_need_process_groups(groups):
 
 def shared_by(heads):
     return SharedPack.of(ContextShard.of([10], 4, heads), 0, "cpu")
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_options_are_those_of_all_heads_and_documents(heads):
+    """Their shapes are checked before a rank takes its part of them."""
+    shard = ContextShard.of((700, 9), 2, heads)
+    shared = SharedPack.of(shard, 0, "cpu")
+    q, k = torch.zeros(shard.tokens[0], 4, 8), torch.zeros(shard.tokens[0], 2, 8)
+    ones = torch.ones
+    dual = {"inv_freq": ones(4), "chunk_size": 64, "local_size": 8}
+    both = (q, q, k, k, k)
+    shapes = r"must have shape \[4\] or \[2, 4\], got "
+    for slopes in (ones(6), ones(2, 5), ones(3, 4)):
+        with pytest.raises(ValueError, match=shapes + re.escape(str(tuple(slopes.shape)))):
+            flash_attn_shared_func(q, k, k, shared, causal=True, alibi_slopes=slopes)
+    with pytest.raises(ValueError, match=r"learnable_sink must have shape \[4\], got \(6,\)"):
+        flash_attn_shared_func(q, k, k, shared, causal=True, learnable_sink=ones(6))
+    with pytest.raises(ValueError, match=r"logit_scale must have shape \[2\], .* got \(3,\)"):
+        dual_chunk_attn_shared_func(q, k, k, shared, **dual, logit_scale=ones(3))
+    with pytest.raises(ValueError, match=r"lam must be a scalar .* \[4\] or .* got \(6,\)"):
+        diff_attn_shared_func(*both, ones(6), shared)
+    message = "first_head must be left out where ranks share a pack, got 0"
+    with pytest.raises(ValueError, match=message):
+        flash_attn_shared_func(q, k, k, shared, causal=True, first_head=0)
+    with pytest.raises(ValueError, match=message):
+        dual_chunk_attn_shared_func(q, k, k, shared, **dual, first_head=0)
+    with pytest.raises(ValueError, match=message):
+        diff_attn_shared_func(*both, ones(4), shared, first_head=0)
 
 
 def test_what_cannot_be_exchanged():
