@@ -50,9 +50,23 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError(
-            "lctrain's fused operations have no second derivative. Patch the model with "
-            "fused=False and loss=False."
+            "lctrain's operations have no second derivative. Patch the model with fused=False and "
+            "loss=False, and use PyTorch's attention."
         )
+
+
+class _Context:
+    """Context of an autograd function whose saved tensors are unpacked once.
+
+    Checkpointing refuses to unpack them twice.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +84,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     def first(ctx: Any, *gradients: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
+        ctx = _Context(ctx)
         with torch.no_grad():
             found = backward(ctx, *gradients)
         found = found if isinstance(found, tuple) else (found,)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lctrain_kernels.fused_operator import define_autograd, define_operator
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose
@@ -111,29 +112,23 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
         douts, results = values[: len(gradients)], values[split:]
         return implementation.run(douts, operands, results, tiled, options)
 
-    results = ", ".join(["Tensor"] * len(attention.results))
-    forward_op = torch.library.custom_op(
-        f"lctrain::{attention.name}_forward",
-        forward,
-        mutates_args=(),
-        schema=f"({flat}) -> ({results})",
-    )
-    results = ", ".join(["Tensor"] * len(attention.gradients))
-    backward_schema = ", ".join([*gradients, flat, *saved])
-    backward_op = torch.library.custom_op(
-        f"lctrain::{attention.name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"({backward_schema}) -> ({results})",
-    )
-    forward_op.register_fake(lambda *values: attention.fake_forward(arguments(values).operands))
+    def fake_forward(*values: Any) -> tuple[Tensor, ...]:
+        return attention.fake_forward(arguments(values).operands)
 
     def fake_backward(*values: Any) -> tuple[Tensor, ...]:
         split = len(gradients) + len(fields)
         operands = arguments(values[len(gradients) : split]).operands
         return attention.fake_backward(operands, values[split:])
 
-    backward_op.register_fake(fake_backward)
+    results = ", ".join(["Tensor"] * len(attention.results))
+    forward_op = define_operator(
+        f"{attention.name}_forward({flat}) -> ({results})", forward, fake_forward
+    )
+    results = ", ".join(["Tensor"] * len(attention.gradients))
+    backward_schema = ", ".join([*gradients, flat, *saved])
+    backward_op = define_operator(
+        f"{attention.name}_backward({backward_schema}) -> ({results})", backward, fake_backward
+    )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         named = dict(zip(attention.results, output, strict=True))
@@ -156,8 +151,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
         dout = named["out"]
         if dout is None:
             dout = torch.zeros_like(kept[0])
-        call = getattr(torch.ops.lctrain, f"{attention.name}_backward")
-        results = call(dout, *(named[name] for name in lse), *values, *kept)
+        results = backward_op(dout, *(named[name] for name in lse), *values, *kept)
         found = dict(zip(attention.gradients, results, strict=True))
         if attention.finish is not None:
             saved_results = dict(zip(attention.saved, kept, strict=True))
@@ -167,7 +161,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
             for name, needed in zip(fields, ctx.needs_input_grad, strict=True)
         )
 
-    forward_op.register_autograd(autograd, setup_context=setup_context)
+    define_autograd(forward_op, setup_context, autograd)
     offset = len(gradients)
     for op, skipped, count in (
         (f"{attention.name}_forward", 0, attention.products[0]),
@@ -178,8 +172,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
         )
 
     def call(operands: Any, pack: Pack, options: AttentionOptions) -> tuple[Tensor, ...]:
-        run = getattr(torch.ops.lctrain, f"{attention.name}_forward")
-        return run(*operands, *pack.tensors(), *options)
+        return forward_op(*operands, *pack.tensors(), *options)
 
     return call
 
