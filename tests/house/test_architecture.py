@@ -29,7 +29,7 @@ LEVELS = {
     "lctrain_kernels.registry": -4,
     "lctrain_kernels.operators": -2,
     "lctrain_kernels.fused_backend": -2,
-    "lctrain_kernels.fused_operator": -2,
+    "lctrain_kernels.fused_operator": -3,
     "lctrain_kernels.multiprocessors": -2,
     "lctrain_kernels.norm": -1,
     "lctrain_kernels.varlen": -1,
