@@ -75,6 +75,7 @@ def require_supported(model: Any) -> None:
     _require_interface(model, layers)
     _require_windows(model, layers)
     _require_keyword_arguments(model, layers)
+    _require_no_pattern(model)
     if getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions must be False, got True in the model's config: the kernels never "
@@ -192,6 +193,20 @@ def _require_attention_only(model: nn.Module, layers: dict[str, nn.Module]) -> N
             f"model must mix tokens by full or sliding-window attention only, got "
             f"{type(model).__name__} with {', '.join(sorted(found))}, through which packed "
             "documents would leak into one another. Train it unpatched, with one document per row."
+        )
+
+
+def _require_no_pattern(model: nn.Module) -> None:
+    """Raises a ValueError if `use_bidirectional_attention` gives a model masks of its own."""
+    if getattr(model.config, "use_bidirectional_attention", None) in (True, "all") and any(
+        "or_mask_function" in strings(code)
+        for module in model.modules()
+        for code in methods(type(module))
+    ):
+        raise ValueError(
+            f"use_bidirectional_attention must be False for {type(model).__name__}, got True in "
+            "the model's config, which extends the masks by a pattern of its own. Train it "
+            "unpatched, with attn_implementation='sdpa' and one document per row."
         )
 
 

@@ -73,7 +73,9 @@ class AttentionSwap:
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             self._undo.callback(handle.remove)
         for module, _ in hooks:
-            handle = module.register_forward_hook(check_outputs, with_kwargs=True)
+            if check_outputs in module._forward_hooks.values():
+                continue  # the model was loaded by an lctrain name
+            handle = module.register_forward_hook(check_outputs, prepend=True, with_kwargs=True)
             self._undo.callback(handle.remove)
 
     def undo(self) -> None:

@@ -60,10 +60,14 @@ def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def hands_keywords_on(module: nn.Module) -> bool:
-    """Returns whether a module's forward accepts **kwargs, and some method passes **kwargs on."""
+    """Returns whether a module's forward accepts **kwargs, and some method passes **kwargs on.
+
+    A call with *args alone does not count: the instruction's argument is odd if it has **kwargs.
+    """
     kinds = [parameter.kind for parameter in parameters(module).values()]
     return inspect.Parameter.VAR_KEYWORD in kinds and any(
         instruction.opname == "CALL_FUNCTION_EX"
+        and (instruction.arg is None or instruction.arg & 1)
         for code in methods(type(module))
         for instruction in dis.get_instructions(code)
     )

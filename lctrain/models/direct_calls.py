@@ -6,11 +6,12 @@ sentence-transformers 6 does so. A patched model finds documents and padding in 
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 from torch import nn
 
-_INSIDE = "_lctrain_inside_call"
+_threads = threading.local()
 _LIBRARIES = ("sentence_transformers",)
 
 
@@ -53,17 +54,19 @@ def hooked_class(own: Any) -> Any:
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, _INSIDE, False):
+        if id(self) in _inside():
             return own.forward(self, *args, **kwargs)
         return self(*args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer = getattr(self, _INSIDE, False)
-        object.__setattr__(self, _INSIDE, True)
+        inside = _inside()
+        outer = id(self) in inside
+        inside.add(id(self))
         try:
             return own.__call__(self, *args, **kwargs)
         finally:
-            object.__setattr__(self, _INSIDE, outer)
+            if not outer:
+                inside.discard(id(self))
 
     changes = {
         "forward": forward,
@@ -72,6 +75,14 @@ def hooked_class(own: Any) -> Any:
         "lctrain_own_forward": getattr(own, "lctrain_own_forward", own.forward),
     }
     return type(own.__name__, (own,), changes)
+
+
+def _inside() -> set[int]:
+    """Returns the ids of the models that this thread is calling; another thread's do not count."""
+    if not hasattr(_threads, "inside"):
+        _threads.inside = set()
+    inside: set[int] = _threads.inside
+    return inside
 
 
 def skips_hooks(module: nn.Module) -> bool:

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import PACK_ARGUMENTS, Boundaries, Padding, find_places
-from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.attention.boundaries import (
+    PACK_ARGUMENTS,
+    Boundaries,
+    Padding,
+    find_places,
+)
+from lctrain.attention.documents import find_documents
+from lctrain.attention.forward import BOUNDARIES_ARGUMENT, SPEC_ATTRIBUTE, is_causal_layer
 from lctrain.models.code import says
+from lctrain.models.unpadding import restore_rows
 
 _PER_ROW = re.compile(r"For(SequenceClassification|QuestionAnswering|NextSentencePrediction)")
 _NO_TOKENS = frozenset({"labels", "attention_mask"})
@@ -141,8 +148,44 @@ def spread(
     return empty.index_copy(0, places, values).unflatten(0, rows)
 
 
+def keep_queries(model: nn.Module, boundaries: Boundaries, windows: bool) -> Boundaries:
+    """Returns boundaries with which padding gets outputs too, if the model's head reads them.
+
+    A head for question answering compares all positions of a row. Without a causal mask and
+    windows, padding attends to all tokens of its row, as in transformers' own attention.
+
+    Args:
+        model: A patched model whose head gives one output per row.
+        boundaries: Boundaries of documents in rows [B, S].
+        windows: Whether rows reach beyond the windows of the model.
+
+    Raises:
+        ValueError: if the head compares positions, rows have padding, and the attention is causal
+            or has windows.
+    """
+    places, rows = boundaries.indices_q, boundaries.queries
+    compares = any("ForQuestionAnswering" in base.__name__ for base in type(model).__mro__)
+    if not compares or places is None or holds_several(boundaries):
+        return boundaries
+    if places.shape[0] == rows[0] * rows[1]:
+        return boundaries
+    layers = (module for module in model.modules() if hasattr(module, SPEC_ATTRIBUTE))
+    if windows or any(is_causal_layer(layer, None) for layer in layers):
+        raise ValueError(
+            f"rows must have no padding for {type(model).__name__}, got padding: its head compares "
+            "all positions of a row, and its causal or windowed attention computes none at padding."
+            " Pass one row at a time or a pack without padding, or call unpatch() first."
+        )
+    real = torch.zeros(rows[0] * rows[1], dtype=torch.bool, device=places.device)
+    real = real.index_fill(0, places, True).view(rows)
+    return find_documents(rows, rows, places.device, real=real, drop_queries=False)
+
+
 def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
     """A forward hook (with_kwargs=True) that checks a model's outputs for packed documents.
+
+    If the input hook packed padded rows, the outputs go back into rows (`restore_rows`). Each model
+    has this hook once, before the user's own forward hooks.
 
     If the model is an encoder with a pooler, the hook replaces `pooler_output` by one entry per
     document, [N, E]. If `to_rows` has changed the rows of the model's inputs, the hook moves
@@ -155,7 +198,7 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
         output: Output of its forward.
 
     Returns:
-        The output; None if there is nothing to check.
+        The output; None if the call was not prepared by an input hook.
 
     Raises:
         ValueError: if an output has one entry per row although rows hold several documents, or
@@ -168,8 +211,13 @@ def check_outputs(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], out
     if padding is not None and padding.owner == type(model).__name__ and pools_rows(model):
         return _states_in_places(output, boundaries, padding)
     several = boundaries.share is not None or holds_several(boundaries)
-    if not several or inputs.get("logits_to_keep"):
-        return None
+    if several and not inputs.get("logits_to_keep"):
+        output = _per_document(model, boundaries, output)
+    return restore_rows(model, output, boundaries)
+
+
+def _per_document(model: Any, boundaries: Boundaries, output: Any) -> Any:
+    """Returns outputs for several documents per row, pooled by document, or raises; see above."""
     pooler = _pooler_of(model)
     if pooler is not None and getattr(output, "pooler_output", None) is not None:
         if boundaries.share is not None:

@@ -38,7 +38,7 @@ from lctrain.models.frequencies import (
     detach_frequencies,
     length_dependent,
 )
-from lctrain.models.heads import holds_several, pools_rows, refuse_choices, to_rows
+from lctrain.models.heads import holds_several, keep_queries, pools_rows, refuse_choices, to_rows
 from lctrain.models.holes import refuse_holes, row_length_within_windows
 from lctrain.models.positions import (
     first_position,
@@ -179,7 +179,7 @@ class InputHook:
         found = read_boundaries(inputs, *rows, tokens.device)
         if windows is not None and found.indices_q is not None:
             refuse_holes(found, windows)
-        return found
+        return keep_queries(model, found, beyond) if self.pools_rows else found
 
     def _unpad(
         self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor, boundaries: Boundaries

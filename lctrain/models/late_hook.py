@@ -135,7 +135,7 @@ def attach_late_hook(model: nn.Module, implementation: str) -> LateHook:
     late = LateHook(implementation)
     model.register_forward_pre_hook(late, with_kwargs=True)
     if check_outputs not in model._forward_hooks.values():
-        model.register_forward_hook(check_outputs, with_kwargs=True)
+        model.register_forward_hook(check_outputs, prepend=True, with_kwargs=True)
     return late
 
 

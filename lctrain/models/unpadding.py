@@ -24,7 +24,7 @@ from lctrain.models.architectures import (
     embeddings_read_mask,
 )
 from lctrain.models.cache import given_cache
-from lctrain.models.code import parameters
+from lctrain.models.code import parameters, strings, unwrapped
 from lctrain.models.holes import refuse_holes
 
 _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
@@ -53,27 +53,22 @@ class UnpadSwap:
                 "skips padding."
             )
         self._model = model
-        self._handles: list[Any] = []
         self._hooks: list[Any] = []
 
     def apply(self) -> None:
-        """Makes the input hooks remove padding, and registers forward hooks on outputs."""
+        """Makes the input hooks remove padding."""
         for module in self._model.modules():
             hooks: list[Any] = list(module._forward_pre_hooks.values())
             for hook in hooks:
                 if hasattr(hook, "unpads") and (is_per_token(module) or hook.pools_rows):
                     hook.unpads = True
                     self._hooks.append(hook)
-            if is_per_token(module):
-                self._handles.append(module.register_forward_hook(restore_rows, with_kwargs=True))
 
     def undo(self) -> None:
-        """Makes the input hooks keep padding again, and removes the forward hooks."""
+        """Makes the input hooks keep padding again."""
         for hook in self._hooks:
             hook.unpads = False
-        for handle in self._handles:
-            handle.remove()
-        self._hooks, self._handles = [], []
+        self._hooks = []
 
     def describe(self) -> str:
         """Returns what is done with padding, as text for the report of PatchHandle."""
@@ -88,8 +83,6 @@ def unpad_late(module: nn.Module, hook: Any) -> None:
         hook: Its InputHook, which a LateHook runs.
     """
     hook.unpads = is_per_token(module) or hook.pools_rows
-    if is_per_token(module) and restore_rows not in module._forward_hooks.values():
-        module.register_forward_hook(restore_rows, with_kwargs=True)
 
 
 def is_per_token(module: nn.Module) -> bool:
@@ -114,6 +107,14 @@ def why_padded(model: Any) -> str | None:
         return "its attention is causal"
     if any("ForQuestionAnswering" in name for name in _class_names(model)):
         return "its head compares all positions of a row, padding included"
+    code = getattr(unwrapped(type(base).forward), "__code__", None)
+    words = set() if code is None else {*strings(code), *code.co_names}
+    if "is_causal" in words or {"create_causal_mask", "create_bidirectional_mask"} & words == {
+        "create_causal_mask"
+    }:
+        return "its forward asks for causal attention"
+    if "pooler_output" in words and not hasattr(base, "pooler"):
+        return f"{type(base).__name__} pools its rows itself"
     if "position_ids" not in parameters(base):
         return f"{type(base).__name__} takes no position_ids"
     if "lang_ids" in parameters(base):
@@ -208,7 +209,7 @@ def unpad(
     """Packs the tokens of an encoder's padded rows into one row.
 
     Args:
-        model: The encoder; `restore_rows` must be its forward hook.
+        model: The encoder; `check_outputs` must be its forward hook.
         inputs: Keyword arguments of its forward. Tensors [B, S, ...] and [1, S, ...] among them
             are packed, and so are position and token type ids [S].
         tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, E] among the inputs.
@@ -240,22 +241,20 @@ def unpad(
     return packed, found
 
 
-def restore_rows(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
-    """A forward hook (with_kwargs=True) that moves an encoder's outputs from a pack back into rows.
+def restore_rows(model: Any, output: Any, boundaries: Boundaries) -> Any:
+    """Moves an encoder's outputs from a pack back into rows; `check_outputs` calls it.
 
     Args:
         model: The encoder.
-        args: Positional arguments of its forward.
-        inputs: Keyword arguments of its forward.
         output: Output of its forward; values [1, T, ...] become [B, S, ...], zero at padding.
+        boundaries: Boundaries of its forward.
 
     Returns:
-        The output in rows; None if padding was not removed for this model.
+        The output in rows; unchanged if padding was not removed for this model.
     """
-    boundaries = inputs.get(BOUNDARIES_ARGUMENT)
-    padding = None if boundaries is None else boundaries.padding
-    if boundaries is None or padding is None or padding.owner != _class_name(model):
-        return None
+    padding = boundaries.padding
+    if padding is None or padding.owner != _class_name(model):
+        return output
     for name, value in list(output.items()):
         if isinstance(value, tuple):
             output[name] = tuple(_in_rows(one, boundaries, padding) for one in value)

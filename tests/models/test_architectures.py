@@ -51,6 +51,12 @@ SMALL = {
             "hand their sliding window to the attention function, got Qwen2MoeAttention",
         ),
         ("StableLmForCausalLM", {}, "StableLmDecoderLayer drops them"),
+        ("SiglipTextModel", {}, "SiglipAttention drops them"),
+        (
+            "Gemma3TextModel",
+            {"use_bidirectional_attention": True, "num_key_value_heads": 2},
+            "use_bidirectional_attention must be False for Gemma3TextModel, got True",
+        ),
         ("T5ForConditionalGeneration", {}, "got the encoder-decoder T5.*get_encoder"),
         ("ViTModel", {"image_size": 8, "patch_size": 4}, "must read input_ids, got ViTModel"),
     ],

@@ -1,5 +1,7 @@
 """Tests sentence-transformers models: their encoder is patched inside, and computes no padding."""
 
+import threading
+
 import pytest
 import torch
 
@@ -71,3 +73,28 @@ def test_forward_runs_the_hooks_of_a_model_in_such_a_library(monkeypatch):
         assert "model.forward runs the hooks" in repr(patches)
         assert model.state_dict().keys() == expected
     assert type(model) is own
+
+
+def test_a_forward_beside_another_thread_s_call_runs_the_hooks(monkeypatch):
+    holder = torch.nn.Module()
+    holder.model = model = make_model("bert")
+    monkeypatch.setattr(direct_calls, "_LIBRARIES", ("torch.nn",))
+    tokens, seen = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), []
+    mask = (tokens > 0).long()
+
+    def call_forward():
+        with torch.no_grad():
+            seen.append(model.forward(tokens, attention_mask=mask).last_hidden_state)
+
+    def within(*_):
+        if not seen:
+            seen.append(None)  # the thread's own call passes here, too
+            thread = threading.Thread(target=call_forward)
+            thread.start()
+            thread.join()
+
+    with torch.no_grad(), patch_models(holder):
+        model.encoder.register_forward_pre_hook(within)
+        expected = model(tokens, attention_mask=mask).last_hidden_state
+    assert torch.equal(seen[1], expected)
+    assert not seen[1][mask == 0].any()

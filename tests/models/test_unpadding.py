@@ -315,6 +315,56 @@ def test_restored_rows_belong_to_the_model_that_packed_them():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True], ids=["patched", "by-name"])
+def test_hooks_of_the_user_see_rows_and_no_output_is_checked_twice(by_name):
+    """A model that was selected by name has the checks already when it is patched."""
+    model, (tokens, mask) = make_model("bert"), rows_of("right")
+    shapes = []
+    model.register_forward_hook(lambda _, args, out: shapes.append(tuple(out[0].shape[:2])))
+    if by_name:
+        model.set_attn_implementation("lctrain_flash")
+        model(tokens, attention_mask=mask)
+    with patch_model(model):
+        found = model(tokens, attention_mask=mask)
+    assert set(shapes) == {tuple(tokens.shape)}
+    assert found.pooler_output.shape[0] == len(LENGTHS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPSegTextModel", "MetaClip2TextModel"])
+def test_models_that_ask_for_causal_attention_per_call_keep_padding(name):
+    model_class = getattr(transformers, name)
+    model = tiny_model(model_class.config_class.model_type, model_class)
+    tokens, mask = rows_of("right")
+    expected = hidden(model(tokens, attention_mask=mask))
+    with pytest.raises(ValueError, match=r"unpad=True needs .*: its forward asks for causal"):
+        patch_model(model, unpad=True)
+    patch_model(model)
+    found = hidden(model(tokens, attention_mask=mask))
+    assert found.shape == expected.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+@pytest.mark.usefixtures("in_float64")
+def test_heads_for_questions_read_padding(family, side):
+    model = make_head(family, "AutoModelForQuestionAnswering", num_labels=2)
+    tokens, mask = rows_of(side)
+    labels = torch.full((len(tokens),), 1)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "start_positions": labels}
+    expected = model(**inputs, end_positions=labels)
+    with patch_model(model):
+        if family != "bert":
+            with pytest.raises(ValueError, match="padding"):
+                model(**inputs, end_positions=labels)
+            return
+        found = model(**inputs, end_positions=labels)
+    assert_equal_in_float64(found.start_logits, expected.start_logits)
+    assert_equal_in_float64(found.loss, expected.loss)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 def test_a_forward_inspects_no_code(family, monkeypatch):
     model = encoder(family)
