@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,12 @@ def time_strategies(shape: str, is_tiny: bool, steps: int, turns: int) -> list[d
     ]
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures shares and steps, and returns the record."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures shares, then steps, and yields the record after each, so that a limit loses less."""
     device = torch.device("cpu" if options.tiny else "cuda")
     tokens = 512 if options.tiny else options.tokens
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    return {
+    record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu" if options.tiny else torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -168,10 +168,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "shape": SHAPES[options.shape].title,
         },
         "shares": time_shares(tokens, options.ranks, options.rounds, options.dropout, device),
-        "steps": []
-        if options.no_steps
-        else time_strategies(options.shape, options.tiny, options.steps, options.turns),
+        "steps": [],
     }
+    yield record
+    if not options.no_steps:
+        steps = time_strategies(options.shape, options.tiny, options.steps, options.turns)
+        yield record | {"steps": steps}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -217,16 +219,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first:
             backend, store = "gloo" if options.tiny else "nccl", f"file://{folder}/store"
             dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
-        record = measure(options)
+        for record in measure(options):
+            output = save(record, options.output)
+            print(table(record), flush=True)
         if is_first:
             dist.destroy_process_group()
-    name = f"{record['date'][:10].replace('-', '')}-{record['device'].lower().replace(' ', '-')}"
-    output = options.output or results_folder() / "shares" / f"{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record))
     print(f"Wrote {output}")
     return 0
+
+
+def save(record: dict[str, Any], output: Path | None) -> Path:
+    """Writes the record as JSON and returns the file; None names it by date and device."""
+    name = f"{record['date'][:10].replace('-', '')}-{record['device'].lower().replace(' ', '-')}"
+    output = output or results_folder() / "shares" / f"{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    return output
 
 
 if __name__ == "__main__":

@@ -45,11 +45,12 @@ def test_gate_and_up_side_by_side(device, dtype, backend, name) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @all_backends
 def test_gated_linear_computes_the_product_again(device, dtype, backend, name) -> None:
-    gate, up = torch.randn(2, 3, 7, 33, device=device).unbind()
+    # In a few hundred entries, plain PyTorch's largest error is partly luck.
+    gate, up = torch.randn(2, 3, 70, 133, device=device).unbind()
     assert_error_at_most_twice_plain(
         lambda g, u, w: gated_linear(g, u, w, activation=name, backend=backend),
         lambda g, u, w: functional.linear(ACTIVATIONS[name](g) * u, w),
-        (gate, up, torch.randn(12, 33, device=device)),
+        (gate, up, torch.randn(12, 133, device=device)),
         dtype,
     )
 
