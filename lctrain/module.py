@@ -241,7 +241,11 @@ class LongContextModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """After a resume, sets this run's learning rates and the next row of the data."""
+        """Prepares the model for bf16 autocast, and a resumed run for its schedule and its data.
+
+        After a resume, the learning rates become those of this run's schedule at the restored step,
+        and the data continue at the first row that the saved run did not train on.
+        """
         if self._precision() == "bf16-mixed":
             self._uncast = leave_casts_to_autocast(self.model)
         resume_order(self.trainer)

@@ -95,7 +95,19 @@ class RandomPacks(torch.utils.data.IterableDataset[PackedBatch]):
 def time_steps(
     strategy: str, shape: ModelShape, lengths: Sequence[int], steps: int, accelerator: str
 ) -> dict[str, Any]:
-    """Trains with a strategy, and returns seconds per step, tokens per second and peak memory."""
+    """Trains a model on random packs, and returns its speed and peak memory.
+
+    Args:
+        strategy: "ddp" or "fsdp2".
+        shape: Model to train, with random weights.
+        lengths: Number of tokens of every document of a pack. Each rank trains on one pack a step.
+        steps: Number of timed steps, after WARM_UP others.
+        accelerator: Lightning's name of the accelerator, such as "gpu".
+
+    Returns:
+        The strategy; "seconds", the median step of the slowest rank; "tokens_per_second" of all
+        ranks; and "peak_memory_gib", the largest of any rank.
+    """
     ranks, on_node = _ranks(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     times = Times()
     trainer = pl.Trainer(

@@ -101,11 +101,17 @@ def _windows(
 def _agreement(
     left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
 ) -> tuple[int, int] | None:
-    """Finds a join of two windows: the index of the same token in each, or None.
+    """Finds a token at which to go over from one window of a text to the next, which overlaps it.
+
+    The _AGREE tokens before it, and as many from it on, are the same in both windows.
 
     Args:
-        left: Token ids [n], and first and last character [n, 2] of each token, of a window.
-        right: Token ids and characters of the next window.
+        left: Token ids [n] of a window, and the characters [start, stop) of each token, [n, 2],
+            counted from the start of the text.
+        right: The same of the next window.
+
+    Returns:
+        The index of the token in the left and in the right window; None if there is no join.
     """
     (ids_l, places_l), (ids_r, places_r) = left, right
     if len(ids_r) == 0 or len(ids_l) == 0:

@@ -84,8 +84,15 @@ def _similar(
 def _balance(steps: np.ndarray, costs: np.ndarray) -> np.ndarray:
     """Assigns the rows of each step to ranks: the heaviest to the rank with the least work so far.
 
-    The total work of two ranks therefore never differs by more than the work of two rows of one
-    step differs.
+    So the total work of two ranks never differs by more than the largest difference in work between
+    two rows of the same step.
+
+    Args:
+        steps: [steps, ranks] rows of every step, in rising order of work within the step.
+        costs: [R] attention work of every row.
+
+    Returns:
+        [steps, ranks], the same rows; column r has those of rank r.
     """
     done = np.zeros(steps.shape[1])
     balanced = np.empty_like(steps)

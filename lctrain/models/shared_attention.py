@@ -20,17 +20,20 @@ _KEY_HEADS = ("num_key_value_heads", "num_global_key_value_heads")
 
 
 def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
-    """Returns how many ranks exchange heads, the size of a heads group, for a model's attention.
+    """Returns the size of a heads group, for a model whose packs are shared by several ranks.
+
+    The ranks of a heads group exchange heads with each other, and gather keys from other groups.
+    Size `ranks` means that only heads are exchanged, and size 1 that only keys are gathered.
 
     Args:
         model: A transformers model, which may have PEFT adapters.
         ranks: Number of ranks that share a pack, all on one machine.
-        exchange: What the ranks exchange: auto, heads or keys; see `choose_heads`.
+        exchange: "heads", "keys" or "auto"; see `choose_heads`.
 
     Raises:
-        ValueError: if the model pools documents, its attention is not lctrain's, a layer attends
-            to the future and keys would be gathered, or the heads are not divisible with
-            exchange=heads.
+        ValueError: if the model pools documents; if its attention is not lctrain's; if keys would
+            be gathered, but a layer attends to the future; or if exchange is "heads", and `ranks`
+            does not divide the number of key/value heads.
     """
     inner = inside_adapters(model)
     refuse_share(inner, ranks)

@@ -67,14 +67,17 @@ class _Gradients:
         parts: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None],
         ignored: Tensor,
     ) -> None:
-        """Adds the gradients of one chunk of C tokens.
+        """Adds the contribution of one chunk of C tokens to `self.tensors`, in place.
+
+        Call it chunk by chunk from the first token on: the first chunk overwrites the gradients.
 
         Args:
             chunk: Slice of the tokens.
             logits_grad: Gradient of the chunk's logits, [C, V].
-            parts: Inputs of the chunk's products, from `_chunks`: hidden states [C, E], weight [V,
-                E], and the adapter or None.
-            ignored: Which of the chunk's tokens are ignored, [C] bool.
+            parts: What the chunk's logits were computed from, as `_chunks` yields it: hidden states
+                [C, E], weight [V, E], and the adapter (low [C, R], up [V, R]) or None.
+            ignored: Which of the chunk's tokens are ignored, [C] bool. Their hidden states may be
+                NaN, so they are replaced by 0 before the products.
         """
         hidden, weight, adapter = parts
         first = chunk.start == 0

@@ -80,14 +80,18 @@ def dual_chunk_rotate_kernel(
     TILE: tl.constexpr,
     IS_QUERY: tl.constexpr,
 ):
-    """Rotates queries to the inter position, or keys by -c, for one tile of one head.
+    """Writes rotated copies of one tile of one head: of queries for INTER keys, or of SUCC keys.
 
-    With IS_QUERY the rows of x are queries. c = chunk_length is the number of tokens of a chunk,
-    succ_length the number of SUCC queries at its start, inter_position the inter position.
+    With IS_QUERY, x holds queries, which RoPE has already rotated to their position in the chunk;
+    they are rotated further, to inter_position. Otherwise x holds keys, and each is rotated by
+    -chunk_length. This gives the logits of SUCC queries that are rotated by chunk_length. Tiles of
+    queries without INTER keys, and documents of one chunk, get no rotated copy.
 
-    Rotating the keys by -c gives the same logits as rotating the SUCC queries by c. If
-    pointers.stats is given, as for queries in the backward, the kernel also writes the statistics
-    per query that the backward kernels read.
+    chunk_length is the number of tokens of a chunk, whose first succ_length queries see SUCC keys.
+    dual_chunk/ranges.py defines SUCC and INTER.
+
+    If pointers.stats is given, as for queries in the backward, the kernel also writes the
+    statistics per query that the backward kernels read.
 
     - x, rotated, out, dout [T, H, D]; lse, dlse [H, T] float32. out and dout are the output of
       the forward and its gradient; dlse is the gradient of lse.

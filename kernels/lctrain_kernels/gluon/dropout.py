@@ -56,10 +56,11 @@ def branch_key(random, BRANCH: gl.constexpr):
 def block_bits(
     random, block, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
 ):
-    """Draws one random 32-bit word per weight of a block of keys, [rows, BLOCK_N] uint32.
+    """Draws the random words of a block of attention weights, [rows, BLOCK_N] uint32.
 
-    The caller has started the block's product q k^T, with which the drawing overlaps. Without
-    dropout the result is 0. `drop_weights` selects the 16 bits of each word that its weight uses.
+    A weight uses only 16 bits of its 32-bit word, which `drop_weights` selects: keys that differ in
+    bit 3 of their position share a word, and use different halves of it. Without dropout the result
+    is 0. The drawing overlaps with the block's product q k^T, if the caller has started it.
 
     Args:
         random: DropoutKey of the rows.

@@ -267,9 +267,10 @@ def reduce_rows(m, l, row_layout: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, alpha, o_layout: gl.constexpr):
-    """Returns the accumulator acc [64, D] float32 times the factor alpha [64, 4] of its rows.
+    """Returns the accumulator acc [64, D] float32, each row times its factor alpha.
 
-    o_layout is the layout of acc and of the result.
+    alpha is [64, 4] (row, lane), as m and l are: the four lanes that hold a row have the same
+    factor. o_layout is the layout of acc and of the result.
     """
     COLUMNS: gl.constexpr = acc.shape[1]
     ELEMENTS: gl.constexpr = COLUMNS // 2
