@@ -57,7 +57,7 @@ class AttentionStage:
         options = dict(description)
         attention, rope = options.pop("attention", "flash"), options.pop("rope", None)
         try:
-            swaps = ("fused", "loss")
+            swaps = ("fused", "loss", "unpad")
             make_spec(attention, **{k: v for k, v in options.items() if k not in swaps})
             if rope is not None:
                 check_rope(rope)

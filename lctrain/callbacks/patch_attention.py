@@ -31,6 +31,8 @@ class PatchAttention(Patching):
             take less memory.
         loss: Whether `model(**batch, labels=...)` computes its loss without the logits in training
             mode.
+        unpad: Whether an encoder computes nothing for padding, as in `lctrain.patch_model`; None
+            does so wherever the model allows it.
         dropout: Probability of dropping an attention weight in training mode; None keeps the value
             of the model's config.
         deterministic: Whether the backward must give the same bits in every run.
@@ -61,6 +63,7 @@ class PatchAttention(Patching):
         models: Paths = None,
         fused: bool = True,
         loss: bool = False,
+        unpad: bool | None = None,
         dropout: float | None = None,
         deterministic: bool = False,
         backend: str = "auto",
@@ -88,7 +91,7 @@ class PatchAttention(Patching):
             **{name: value for name, value in named.items() if value is not None},
         }
         make_spec(attention, **self.options)
-        self.swaps = {"fused": fused, "loss": loss}
+        self.swaps: dict[str, Any] = {"fused": fused, "loss": loss, "unpad": unpad}
 
     def _patch_one(self, model: Any) -> PatchHandle:
         return patch_model(model, self.attention, **self.swaps, **self.options)

@@ -69,7 +69,7 @@ class DataSettings:
         special_tokens: "text" keeps the text of a special token inside a document as text; "token"
             makes it the token, for trusted documents.
         mask_fraction: Share of the tokens that a masked language model has to predict, in (0, 1).
-            None takes 0.15 with task=mlm, and masks nothing otherwise.
+            None takes 0.15 for masked language models, and masks nothing otherwise.
 
     Raises:
         ValueError: if a setting is out of range.

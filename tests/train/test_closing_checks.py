@@ -153,7 +153,7 @@ def test_only_the_first_rank_shows_progress_and_writes(monkeypatch, tmp_path, ra
         loggers=(),
     )
     found = closing.measure_as_trained(
-        EvaluationConfig(), [], trainer, SimpleNamespace(model=None), tmp_path
+        EvaluationConfig(), [], trainer, SimpleNamespace(model=None, task="causal"), tmp_path
     )
     assert shown == [rank == 0]
     assert (tmp_path / "perplexity").exists() == (rank == 0)

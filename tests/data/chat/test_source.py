@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from lctrain.data import ChatSource, PackedDataModule
+from lctrain.pluralize import pluralize
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -219,7 +220,7 @@ def test_no_piece_of_a_conversation_is_without_a_trained_token(data, write, over
     assert names == kept
     assert report.documents == len(kept)
     assert report.untrained == {"truncate": 1, "split": 3, "drop": 0}[overlong]
-    lost = f"{report.untrained} pieces without one left out"
+    lost = f"{pluralize(report.untrained, 'piece')} without one left out"
     assert (lost in str(report)) == (report.untrained > 0)
 
 
