@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lctrain.distributed import Topology
 from lctrain.run.checkpoint_file import AtomicCheckpointIO
-from lctrain.run.folder import ORPHANS
+from lctrain.run.folder import remove_unfinished
 from lctrain.run.resume import LAST, checkpoints_in
 from lctrain.run.seal import remove
 from lctrain.run.storage import storage_error
@@ -82,9 +82,7 @@ class StepCheckpoint(Checkpoint):
             )
         if Topology.of(trainer).is_first:
             check_writable(self.directory)
-            for pattern in ORPHANS:
-                for unfinished in self.directory.glob(pattern):
-                    remove(unfinished)
+            remove_unfinished(self.directory)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stores the step at which the run starts or resumes, so that it is not saved again."""

@@ -196,16 +196,27 @@ def remove_orphans(runs_dir: Path) -> None:
     if not is_rank_zero():
         return
     for checkpoints in [*runs_dir.glob("*/checkpoints"), *runs_dir.glob("*/*/checkpoints")]:
-        orphans = [file for pattern in ORPHANS for file in checkpoints.glob(pattern)]
-        if not orphans or is_locked(checkpoints.parent):
-            continue
-        for orphan in orphans:
-            try:
-                remove(orphan)
-            except OSError as error:
-                log.warning("Could not delete %s: %s", orphan, error.strerror)
-            else:
-                log.info("Deleted %s, which a killed run left.", orphan)
+        if _unfinished(checkpoints) and not is_locked(checkpoints.parent):
+            remove_unfinished(checkpoints)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Deletes half-written checkpoints in a directory, and logs a line for each.
+
+    Args:
+        checkpoints: Directory of checkpoints, to which no active run writes.
+    """
+    for orphan in _unfinished(checkpoints):
+        try:
+            remove(orphan)
+        except OSError as error:
+            log.warning("Could not delete %s: %s", orphan, error.strerror)
+        else:
+            log.info("Deleted %s, which a killed run left.", orphan)
+
+
+def _unfinished(checkpoints: Path) -> list[Path]:
+    return [path for pattern in ORPHANS for path in checkpoints.glob(pattern)]
 
 
 def _new_record(kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:

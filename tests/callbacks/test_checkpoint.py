@@ -1,6 +1,7 @@
 """Tests StepCheckpoint: when it saves, what it keeps, and that it writes files atomically."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,13 +134,16 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert plugin.load_checkpoint(path) == {"step": 1}
 
 
-def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama):
+def test_next_start_deletes_what_a_killed_write_left(tmp_path, make_llama, caplog):
     """SIGKILL lets no handler run, so the temporary file stays until the next start."""
     folder = tmp_path / "c"
     fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2), max_steps=2, max_epochs=-1)
     (folder / "step-00000004.ckpt.tmp").write_bytes(b"half a checkpoint")
     (folder / "mine.tmp").write_text("")
+    caplog.set_level(logging.INFO, "lctrain.run.folder")
     fit(tmp_path, make_llama, StepCheckpoint(folder, every_n_steps=2), max_steps=2, max_epochs=-1)
+    left = folder / "step-00000004.ckpt.tmp"
+    assert caplog.messages.count(f"Deleted {left}, which a killed run left.") == 1
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["last.ckpt", "mine.tmp", "step-00000002.ckpt"]
 

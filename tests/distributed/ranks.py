@@ -102,4 +102,6 @@ def fork_ranks(main: Callable[[int, int, Path], None], size: int, folder: Path) 
         if status:
             for other in children:
                 os.kill(other, signal.SIGKILL)
+            for other in children:
+                os.waitpid(other, 0)
             sys.exit(1)

@@ -1,0 +1,87 @@
+"""Tests that a run goes on with other ranks and strategies, and after a save that was killed.
+
+All checks read the results of one process and its forks, since each import of torch takes seconds.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lctrain.run.seal import damage_of
+from tests.distributed.ranks import ROOT
+from tests.distributed.resumed_ranks import KEPT, PACKS, RUNS, SAVED, STEPS
+from tests.numerics import near_roundings
+
+LOSS_ROUNDINGS = 16  # of float32: 1e-6 of a loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.resumed_ranks", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+def read(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.resumes])
+def test_a_run_goes_on_with_other_ranks(folder, name):
+    """Unequal packs, accumulation, an epoch that ends between two steps of the resumed part."""
+    whole = read(folder, RUNS[name].resumes)["steps"]
+    again = read(folder, name)["steps"]
+    assert len(whole) == STEPS
+    assert len(again) == STEPS - SAVED
+    for (packs, loss), (then_packs, then_loss) in zip(again, whole[SAVED:], strict=True):
+        assert len(packs) == PACKS
+        assert packs == then_packs
+        assert loss == near_roundings(then_loss, LOSS_ROUNDINGS)
+
+
+def test_the_same_ranks_have_the_same_bits(folder):
+    whole, again = (read(folder, name) for name in ("four", "four-again"))
+    assert again["steps"] == whole["steps"][SAVED:]
+    assert len({loss for _, loss in whole["steps"]}) == STEPS
+    for name, weight in whole["weights"].items():
+        assert torch.equal(again["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("name", ["four", "four-again", "ddp"])
+def test_the_newest_checkpoints_are_kept(folder, name):
+    kept = [f"step-{STEPS - i:08d}.ckpt" for i in reversed(range(KEPT))]
+    found = sorted(path for path in (folder / name).iterdir() if not path.is_symlink())
+    if RUNS[name].resumes is not None:
+        kept = kept[1:]  # the run has written its steps into a folder of its own
+    assert [path.name for path in found] == kept
+    assert (folder / name / "last.ckpt").resolve() == found[-1]
+    for path in found:
+        assert path.is_dir() == (RUNS[name].strategy == "fsdp2")
+        assert damage_of(path) is None
+
+
+def test_a_killed_save_leaves_the_last_checkpoint(folder):
+    """SIGKILL in shards, metadata, manifest, before renames, and while older ones are deleted."""
+    found = read(folder, "killed")
+    kills = found["kills"]
+    assert all(one["died"] for one in kills)
+    assert not any(one["died"] for one in (*found["before"], found["after"]))
+    for one in (*found["before"], *kills, found["after"]):
+        assert one["found"] in (one["step"] - one["died"], one["step"])
+        assert one["is_intact"]
+    assert sum(one["found"] < one["step"] for one in kills) >= 10
+    assert sum(one["found"] == one["step"] for one in kills) >= 2
+
+
+def test_leftovers_of_killed_saves_are_deleted(folder):
+    """The next run deletes them, so that one checkpoint and its link are left, with keep=1."""
+    found = read(folder, "killed")
+    assert any(name.endswith(".writing") for one in found["kills"] for name in one["names"])
+    last = f"step-{found['after']['step']:08d}.ckpt"
+    assert found["after"]["names"] == ["last.ckpt", last]
