@@ -1,154 +1,86 @@
 """`lctrain-bench memory`: measures peak memory and speed by context length, beside the plan.
 
     lctrain-bench memory --tokens 32768,131072 --policies offload,auto --output memory.json
-    lctrain-bench memory --tiny --tokens 64,128
+    lctrain-bench memory --tokens 524288 --policies auto --mlp-tokens 16384 --host-gib 100 \\
+        --warmup-tokens 32768 --steps 1 --progress
+    lctrain-bench memory --tiny --tokens 64,128 --contenders lctrain,sdpa
 
 The model has the shape of Llama-3.1-8B with random weights in bfloat16 and LoRA adapters. A step is
-forward, backward and AdamW on one document of random tokens. The record is written after every run,
-so a command that is stopped keeps what it has measured.
+forward, backward and AdamW on one pack of random tokens. Peers run with the activation
+checkpointing of transformers, each in a process of its own. The record is written before, during
+and after every run, so a command that is stopped keeps what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from lctrain.bench.shapes import ModelShape, build_shape, llama_8b, tiny
-from lctrain.bench.step_process import random_pack, time_step
-from lctrain.config import AdapterConfig, MemoryConfig
+from lctrain.bench.contenders import CONTENDERS, OURS
+from lctrain.bench.memory_peer import POLICIES as PEER_POLICIES
+from lctrain.bench.memory_run import MemoryBench, Steps
+from lctrain.bench.shapes import SHAPES, ModelShape, llama_8b, tiny
+from lctrain.config import MemoryConfig
 from lctrain.config.memory import POLICIES, WITH_HOST
-from lctrain.loss import causal_lm_loss
-from lctrain.memory.plan import GIB
-from lctrain.memory.policy import apply_config, plan_for
-from lctrain.models import patch_model
-from lctrain.models.low_rank import add_adapter, leave_casts_to_autocast
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 
+UNFINISHED = "unfinished"
+_SHAPES = {llama_8b.name: llama_8b, **SHAPES}
 
-@dataclass(frozen=True)
-class Bench:
-    """The model that is measured, and how.
 
-    Attributes:
-        model: A patched PeftModel, on the device on which it is measured.
-        shape: Shape of the model.
-        precision: "bf16-mixed" on a GPU, as in training, else "true".
-        warmup: Number of steps before the timed ones.
-        steps: Number of timed steps.
-        initial: Values of the trained weights at the beginning of every measurement.
+class Record:
+    """The record of all runs, and its file. Threads may add to it.
+
+    Args:
+        path: The JSON file.
+        content: The record.
     """
 
-    model: Any
-    shape: ModelShape
-    precision: str
-    warmup: int
-    steps: int
-    initial: tuple[torch.Tensor, ...]
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+        self._lock = threading.Lock()
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return next(self.model.parameters()).device
+    def add(self, run: dict[str, Any]) -> None:
+        """Adds a run, and writes the file."""
+        with self._lock:
+            self.content["runs"].append(run)
+            self._write()
 
-    def planned(self, config: MemoryConfig, tokens: int) -> dict[str, Any]:
-        """Returns the predicted bytes of a memory policy, without the reserve for CUDA."""
-        begin = time.perf_counter()
-        plan = plan_for(self.model, config, tokens, self.precision)
-        return {
-            "policy": config.name,
-            "tokens": tokens,
-            "planned_policy": plan.policy,
-            "planned_gib": round((plan.device_bytes - plan.parts["reserve"]) / GIB, 3),
-            "planned_host_gib": round(plan.host_bytes / GIB, 3),
-            "planned_fits": plan.fits,
-            "planned_longest": plan.longest,
-            "plan_s": round(time.perf_counter() - begin, 1),
-            "layers": [f"{layer.inputs}/{layer.attention}" for layer in plan.policies],
-        }
+    def update(self, run: dict[str, Any], **found: Any) -> None:
+        """Adds figures to a run of the record, and writes the file."""
+        with self._lock:
+            run.update(found)
+            self._write()
 
-    def measured(self, config: MemoryConfig, tokens: int) -> dict[str, Any]:
-        """Runs training steps under a memory policy, and returns the measured figures.
-
-        The result holds `status`. Unless memory runs out, it also holds step_ms of every step,
-        tokens_per_s, loss, host_gib and, on a GPU, peak_gib and reserved_gib.
-        """
-        handle = None
-        try:
-            handle = apply_config(self.model, config, tokens, self.precision)
-            found = self._steps(tokens)
-            store = None if handle is None else handle.store
-            found["host_gib"] = 0.0 if store is None else round(store.capacity / GIB, 3)
-            found["left_on_device"] = 0 if store is None else store.left_on_device
-            return {"status": "ok", **found}
-        except torch.OutOfMemoryError as error:
-            return {"status": "out_of_memory", "reason": str(error).splitlines()[0][:200]}
-        finally:
-            if handle is not None:
-                handle.remove()
-            self.model.zero_grad(set_to_none=True)
-            del handle
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _steps(self, tokens: int) -> dict[str, Any]:
-        device, model = self.device, self.model
-        trained = [p for p in model.parameters() if p.requires_grad]
-        with torch.no_grad():  # every run begins with the same weights
-            for parameter, value in zip(trained, self.initial, strict=True):
-                parameter.copy_(value)
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        batch = random_pack([tokens], self.shape).to(device)
-        mixed = self.precision == "bf16-mixed"
-        losses = []
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
-                loss, count = causal_lm_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach() / count)
-
-        for _ in range(self.warmup):
-            step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        timed = [time_step(step, device)[0] for _ in range(self.steps)]
-        found = {
-            "step_ms": [round(milliseconds, 1) for milliseconds in timed],
-            "tokens_per_s": round(1000 * tokens / median(timed), 1),
-            "loss": round(float(losses[0]), 4),
-        }
-        if device.type == "cuda":
-            found["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 3)
-            found["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 3)
-        return found
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        part.replace(self.path)  # so that a process that is killed leaves a whole file
 
 
 def describe(run: dict[str, Any]) -> str:
     """Returns one measurement as a line for the terminal."""
-    line = f"{run['tokens']:>9,} tokens  {run['policy']:<10}  planned {run['planned_gib']:8.2f} GiB"
-    line += f", host {run['planned_host_gib']:7.2f}"
+    line = f"{run['tokens']:>9,} tokens  {run['contender']} {run['policy']:<10}"
+    if "planned_gib" in run:
+        line += f"  planned {run['planned_gib']:8.2f} GiB, host {run['planned_host_gib']:7.2f}"
     if run["status"] != "ok":
-        return f"{line}  {run['status']}"
+        return f"{line}  {run['status']} {run.get('reason', '')}".rstrip()
     peak = f"{run['peak_gib']:8.2f} GiB" if "peak_gib" in run else "no GPU"
-    return (
-        f"{line}  measured {peak}, host {run['host_gib']:7.2f}, {run['tokens_per_s']:,.0f} tokens/s"
-    )
+    host = f", host {run['host_gib']:7.2f}" if "host_gib" in run else ""
+    return f"{line}  measured {peak}{host}, {run['tokens_per_s']:,.0f} tokens/s"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -170,10 +102,40 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=["checkpoint", "offload", "auto"],
         help="default checkpoint,offload,auto",
     )
-    parser.add_argument("--layers", type=positive, help="layers of the model, instead of 32")
+    parser.add_argument(
+        "--contenders",
+        type=names_of(dict.fromkeys(CONTENDERS), "contenders"),
+        default=[OURS],
+        help=f"among {', '.join(CONTENDERS)}; default {OURS}",
+    )
+    parser.add_argument(
+        "--peer-policies",
+        type=names_of(dict.fromkeys(PEER_POLICIES), "peer-policies"),
+        default=["checkpoint", "offload"],
+        help="policies of transformers, for peers; default checkpoint,offload",
+    )
+    parser.add_argument(
+        "--shape", choices=list(_SHAPES), default=llama_8b.name, help=f"default {llama_8b.name}"
+    )
+    parser.add_argument("--layers", type=positive, help="layers of the model, instead of its own")
     parser.add_argument("--rank", type=positive, default=16, help="rank of adapters; default 16")
+    parser.add_argument(
+        "--full", action="store_true", help="train all weights, in float32, without adapters"
+    )
+    parser.add_argument(
+        "--documents", type=positive, default=1, help="equal documents of the pack; default 1"
+    )
     parser.add_argument("--steps", type=positive, default=2, help="timed steps; default 2")
     parser.add_argument("--warmup", type=positive, default=1, help="steps before; default 1")
+    parser.add_argument(
+        "--warmup-tokens",
+        type=positive,
+        help="length of the steps before, which compile kernels and pin host memory; more than "
+        "--mlp-tokens, for the same kernels; default: the length of the timed steps",
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help="report when the GPU reaches each layer"
+    )
     parser.add_argument("--keep-attention", type=int, default=0, help="as memory.keep_attention")
     parser.add_argument(
         "--segment-layers", type=positive, default=1, help="as the option of memory"
@@ -184,12 +146,114 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan-only", action="store_true", help="print the plans, and run nothing")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains in seconds")
     parser.add_argument("--output", type=Path, default=Path("memory.json"), help="JSON file")
-    return parser.parse_args(arguments)
+    parser.add_argument("--append", action="store_true", help="add the runs to the JSON file")
+    options = parser.parse_args(arguments)
+    if options.warmup_tokens is not None and options.warmup_tokens <= (options.mlp_tokens or 0):
+        parser.error(
+            f"--warmup-tokens must be above --mlp-tokens ({options.mlp_tokens}), got "
+            f"{options.warmup_tokens}: shorter packs have no MLP tiles. Double it."
+        )
+    return options
+
+
+def shape_of(options: argparse.Namespace) -> ModelShape:
+    """Returns the shape of the model that the command line asks for."""
+    shape = _SHAPES[options.shape]
+    if options.tiny:
+        shape = tiny(shape)
+    if options.layers is not None:
+        settings = {**shape.settings, "num_hidden_layers": options.layers}
+        shape = replace(shape, settings=settings)
+    return shape
+
+
+def open_record(options: argparse.Namespace, shape: ModelShape, device: torch.device) -> Record:
+    """Returns a new record, or with `--append` the record of the JSON file."""
+    if options.append:
+        return Record(options.output, json.loads(options.output.read_text()))
+    header = new_record([], device, 1, 0)
+    weights = "float32" if options.full else "bfloat16"
+    content = {
+        "device": header.device,
+        "date": header.date,
+        "versions": {**header.versions, "transformers": installed_version("transformers")},
+        "shape": shape.title,
+        "layers": shape.settings["num_hidden_layers"],
+        "rank": None if options.full else options.rank,
+        "mlp_tokens": options.mlp_tokens,
+        "documents": options.documents,
+        "precision": "float32" if options.tiny else f"{weights} weights, bf16-mixed",
+        "planned": "without the reserve for CUDA's context and what the allocator cannot use",
+        "runs": [],
+    }
+    return Record(options.output, content)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> None:
+    """Measures one contender, and adds its runs to the record."""
+    (name,) = options.contenders
+    shape = shape_of(options)
+    record = open_record(options, shape, device)
+    contender = CONTENDERS[name]
+    reason = contender.missing(device)
+    if reason is not None:
+        run = {"contender": name, "policy": "-", "tokens": 0, "status": "missing", "reason": reason}
+        record.add(run)
+        print(describe(run), flush=True)
+        return
+    record.content["versions"] |= contender.versions()
+    bench = MemoryBench.build(
+        name,
+        shape,
+        device,
+        "true" if options.tiny else "bf16-mixed",
+        None if options.full else options.rank,
+        Steps(options.warmup, options.warmup_tokens, options.steps, options.documents),
+    )
+    for tokens in options.tokens:
+        for policy in options.policies if name == OURS else options.peer_policies:
+            run = _run(options, bench, record, policy, tokens)
+            print(describe(run), flush=True)
+
+
+def _run(
+    options: argparse.Namespace, bench: MemoryBench, record: Record, policy: str, tokens: int
+) -> dict[str, Any]:
+    """Plans and measures one policy at one length, and returns its run of the record."""
+    chosen = policy in ("checkpoint", "offload")
+    config = MemoryConfig(
+        name=policy,
+        keep_attention=options.keep_attention if chosen else 0,
+        segment_layers=options.segment_layers if chosen else 1,
+        mlp_tokens=None if policy == "none" else options.mlp_tokens,
+        host_gib=options.host_gib if policy in WITH_HOST else None,
+        device_gib=options.device_gib,
+    )
+    name = bench.contender.name
+    run: dict[str, Any] = {"contender": name, "policy": policy, "tokens": tokens}
+    plan = None
+    if name == OURS:
+        plan, found = bench.planned(config, tokens)
+        run |= found
+    run["status"] = "planned" if options.plan_only else UNFINISHED
+    record.add(run)
+    if options.plan_only:
+        return run
+
+    def report(phase: str, layer: int, seconds: float) -> None:
+        print(f"{seconds:7.1f} s  {phase} reached layer {layer}", flush=True)
+        reached = [*run.get("progress", ()), [phase, layer, round(seconds, 1)]]
+        record.update(run, progress=reached)
+
+    found = bench.measured(config, tokens, plan, report if options.progress else None)
+    record.update(run, **found)
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark. Returns 2 if the machine cannot run it."""
-    options = parse_arguments(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(given)
     on_gpu = torch.cuda.is_available()
     if not (options.tiny or options.plan_only or on_gpu):
         print(
@@ -198,49 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    shape = tiny(llama_8b) if options.tiny else llama_8b
-    if options.layers is not None:
-        settings = {**shape.settings, "num_hidden_layers": options.layers}
-        shape = replace(shape, settings=settings)
-    device = torch.device("cuda" if on_gpu else "meta" if options.plan_only else "cpu")
-    model = build_shape(shape, "sdpa", device, torch.float32 if options.tiny else torch.bfloat16)
-    patch_model(model, fused=True)
-    model = add_adapter(model, AdapterConfig(rank=options.rank)).train()
-    header = new_record([], device, 1, 0)
-    record: dict[str, Any] = {
-        "device": header.device,
-        "date": header.date,
-        "versions": {**header.versions, "transformers": installed_version("transformers")},
-        "shape": shape.title,
-        "layers": shape.settings["num_hidden_layers"],
-        "rank": options.rank,
-        "mlp_tokens": options.mlp_tokens,
-        "precision": "float32" if options.tiny else "bfloat16 weights, bf16-mixed",
-        "planned": "without the reserve for CUDA's context and what the allocator cannot use",
-        "runs": [],
-    }
-    precision = "true" if options.tiny else "bf16-mixed"
-    if precision == "bf16-mixed":
-        leave_casts_to_autocast(model)
-    initial = tuple(p.detach().clone() for p in model.parameters() if p.requires_grad)
-    bench = Bench(model, shape, precision, options.warmup, options.steps, initial)
-    for tokens in options.tokens:
-        for policy in options.policies:
-            chosen = policy in ("checkpoint", "offload")
-            config = MemoryConfig(
-                name=policy,
-                keep_attention=options.keep_attention if chosen else 0,
-                segment_layers=options.segment_layers if chosen else 1,
-                mlp_tokens=None if policy == "none" else options.mlp_tokens,
-                host_gib=options.host_gib if policy in WITH_HOST else None,
-                device_gib=options.device_gib,
-            )
-            run = bench.planned(config, tokens)
-            run |= {"status": "planned"} if options.plan_only else bench.measured(config, tokens)
-            record["runs"].append(run)
-            print(describe(run), flush=True)
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+    if len(options.contenders) == 1:
+        device = torch.device("cuda" if on_gpu else "meta" if options.plan_only else "cpu")
+        measure(options, device)
+    else:  # libraries change transformers for the whole process
+        for number, name in enumerate(options.contenders):
+            command = [sys.executable, "-m", "lctrain.bench.memory", *given, "--contenders", name]
+            found = subprocess.run(command + ["--append"] * (number > 0), check=False)
+            if found.returncode != 0:
+                print(f"{name} ended with exit code {found.returncode}", file=sys.stderr)
     print(f"Wrote {options.output}")
     return 0
 

@@ -55,6 +55,7 @@ class Arena:
         """Pins the block until the arena is garbage-collected. Returns whether that succeeded."""
         runtime: Any = torch.cuda.cudart()
         address = self._memory.data_ptr()
+        self._memory.zero_()  # all cores get the pages from the system; pinning would use one core
         try:
             status = int(runtime.cudaHostRegister(address, self.capacity, 0))
         except RuntimeError as error:

@@ -62,6 +62,7 @@ def apply_config(
     device: torch.device | None = None,
     ranks: int | None = None,
     optimizer: str = ADAMW,
+    chosen: Plan | None = None,
 ) -> LayerCheckpoints | None:
     """Applies the memory policy that a configuration describes; see `use_policy`.
 
@@ -74,6 +75,7 @@ def apply_config(
         ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
             LOCAL_WORLD_SIZE, else 1.
         optimizer: Dotted name of the optimizer's class. Its states take GPU and host memory.
+        chosen: Plan of "auto", from `plan_for` with the same arguments; None computes it.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -86,7 +88,8 @@ def apply_config(
         )
     tokens = config.tokens or tokens
     if config.name == "auto":
-        chosen = plan_for(model, config, tokens, precision, device, ranks, optimizer=optimizer)
+        if chosen is None:
+            chosen = plan_for(model, config, tokens, precision, device, ranks, optimizer=optimizer)
         log.info("%s", chosen)
         if chosen.fits is False:
             warn_caller(f"memory=auto found no policy that fits. {chosen.advice()}")

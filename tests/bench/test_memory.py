@@ -1,10 +1,14 @@
 """Tests the benchmark of memory on a tiny model: its record, and the plan beside it."""
 
 import json
+import subprocess
 
 import pytest
 
+from lctrain.bench import memory
 from lctrain.bench.__main__ import main
+from lctrain.bench.memory_peer import checkpoint_layers
+from lctrain.memory.store import HostStore
 
 
 def run(tmp_path, *options):
@@ -28,6 +32,105 @@ def test_a_tiny_model_is_measured_under_every_policy(tmp_path, capsys):
     assert by_policy["auto"]["planned_policy"] == "none"  # everything fits
     assert record["layers"] == 4
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_long_step_is_timed_after_short_ones(tmp_path, capsys, monkeypatch):
+    """The short steps compile the kernels, and reserve host memory for the long one."""
+    sizes = []
+    slot = HostStore._slot
+
+    def recorded(store, size, kind, device, largest):
+        found = slot(store, size, kind, device, largest)
+        sizes.append((size, store.capacity))
+        return found
+
+    monkeypatch.setattr(HostStore, "_slot", recorded)
+    options = ("--tiny", "--layers", "4", "--tokens", "96", "--steps", "1", "--rank", "2")
+    short = ("--warmup-tokens", "32", "--mlp-tokens", "16", "--progress")
+    (found,) = run(tmp_path, *options, *short, "--policies", "offload")["runs"]
+    assert found["status"] == "ok"
+    assert len(found["step_ms"]) == 1
+    assert found["kernels_loaded_in_steps"] == []
+    first, last = sizes[:2], sizes[2:]  # two layers' inputs are on the host
+    assert last[0][0] == 3 * first[0][0]
+    assert {capacity for _, capacity in sizes} == {2 * last[0][0]}
+    reached = [(phase, layer) for phase, layer, _ in found["progress"]]
+    assert reached[:4] == [("forward", layer) for layer in range(4)]
+    assert reached[4:] == [("backward", layer) for layer in reversed(range(4))]
+    assert "backward reached layer 0" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch):
+    output = tmp_path / "memory.json"
+
+    def cut(bench, config, tokens, plan, report):
+        report("forward", 3, 12.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory.MemoryBench, "measured", cut)
+    options = ("--tiny", "--tokens", "64", "--policies", "offload", "--progress")
+    with pytest.raises(KeyboardInterrupt):
+        main(["memory", *options, "--output", str(output)])
+    (found,) = json.loads(output.read_text())["runs"]
+    assert found["status"] == "unfinished"
+    assert found["planned_gib"] >= 0
+    assert found["progress"] == [["forward", 3, 12.5]]
+
+
+def test_all_weights_of_another_shape_on_several_documents(tmp_path):
+    options = ("--tiny", "--shape", "llama-1b", "--full", "--documents", "4", "--tokens", "64")
+    record = run(tmp_path, *options, "--steps", "1", "--policies", "checkpoint")
+    assert (record["rank"], record["documents"]) == (None, 4)
+    assert "1B" in record["shape"]
+    assert record["runs"][0]["status"] == "ok"
+
+
+def test_peers_have_the_checkpointing_of_transformers(tmp_path, monkeypatch):
+    """Each contender has a process of its own; here they run one after the other."""
+
+    def call(command, check):
+        assert main(["memory", *command[3:]]) == 0
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(memory.subprocess, "run", call)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ("--tiny", "--tokens", "64", "--steps", "1", "--rank", "2", "--policies", "none")
+    record = run(tmp_path, *options, "--contenders", "lctrain,sdpa,fa4_liger")
+    ours, kept, offloaded, missing = record["runs"]
+    assert [ours["contender"], kept["contender"], missing["contender"]] == [
+        "lctrain",
+        "sdpa",
+        "fa4_liger",
+    ]
+    assert (kept["policy"], kept["status"]) == ("checkpoint", "ok")
+    assert kept["loss"] == ours["loss"]  # the same weights and tokens
+    assert offloaded["policy"] == "offload"
+    assert offloaded["status"] in ("ok", "error")  # some versions of torch offload from GPUs only
+    assert missing["status"] == "missing"
+    assert "layers" not in kept
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "offload"])
+def test_an_older_transformers_composes_the_same_functions(policy, monkeypatch):
+    class Model:
+        """Has the methods of transformers before 5.23."""
+
+        def gradient_checkpointing_enable(self, options):
+            self.options = options
+
+        def _set_gradient_checkpointing(self, enable, func):
+            self.func = func
+
+    model = Model()
+    checkpoint_layers(model, policy)
+    assert model.options == {"use_reentrant": False}
+    assert hasattr(model, "func") == (policy == "offload")
+
+
+def test_short_warmup_steps_need_mlp_tiles(capsys):
+    with pytest.raises(SystemExit):
+        main(["memory", "--mlp-tokens", "64", "--warmup-tokens", "64"])
+    assert "--warmup-tokens must be above --mlp-tokens (64), got 64" in capsys.readouterr().err
 
 
 def test_plans_need_no_gpu_and_no_memory(tmp_path):

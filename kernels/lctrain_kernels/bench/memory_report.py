@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lctrain_kernels.bench.newest import origin
+from lctrain_kernels.bench.peers import OURS
 
 
 def memory_table(record: Mapping[str, Any]) -> str:
@@ -16,29 +17,34 @@ def memory_table(record: Mapping[str, Any]) -> str:
     """
     tiles = record["mlp_tokens"]
     mlp = "whole MLPs" if tiles is None else f"memory.mlp_tokens={tiles}"
+    rank = record["rank"]
+    trained = "all weights trained" if rank is None else f"LoRA of rank {rank}"
+    count = record.get("documents", 1)
+    documents = "one document" if count == 1 else f"{count} documents of equal length"
     lines = [
         origin(record),
         "",
-        f"{record['shape']}, {record['layers']} layers, LoRA of rank {record['rank']}, "
-        f"{record['precision']}, {mlp}; one document, random weights. GiB on the GPU; tokens/s of "
-        "forward, backward and AdamW, from the timed steps in the last column:",
+        f"{record['shape']}, {record['layers']} layers, {trained}, {record['precision']}, {mlp}; "
+        f"{documents}, random weights. GiB on the GPU; tokens/s of forward, backward and AdamW, "
+        "from the timed steps in the last column:",
         "",
-        "| tokens | `memory=` | layers keep | planned | measured peak | reserved by the allocator "
-        "| on the host, planned / measured | tokens/s | timed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tokens | contender | memory policy | layers keep | planned | measured peak | reserved "
+        "by the allocator | on the host, planned / measured | tokens/s | timed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(run) for run in record["runs"]),
     ]
     return "\n".join([*lines, ""])
 
 
 def _row(run: Mapping[str, Any]) -> str:
-    cells = [f"{run['tokens']:,}", run["policy"], _kept(run["layers"])]
-    cells.append(_gib(run["planned_gib"]))
+    cells = [f"{run['tokens']:,}", run.get("contender", OURS), run["policy"]]
+    cells.append(_kept(run["layers"]) if "layers" in run else "-")
+    cells.append(_gib(run.get("planned_gib")))
     if run["status"] == "ok":
         cells += [_gib(run.get("peak_gib")), _gib(run.get("reserved_gib"))]
     else:
         cells += [run["status"].replace("_", " "), "-"]
-    cells.append(f"{_gib(run['planned_host_gib'])} / {_gib(run.get('host_gib'))}")
+    cells.append(f"{_gib(run.get('planned_host_gib'))} / {_gib(run.get('host_gib'))}")
     speed = run.get("tokens_per_s")
     cells += ["-" if speed is None else f"{speed:,.0f}", str(len(run.get("step_ms", ())))]
     return f"| {' | '.join(cells)} |"

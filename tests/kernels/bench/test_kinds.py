@@ -47,10 +47,23 @@ def test_memory_has_plan_peak_and_failures():
     settings = {"shape": "8B", "layers": 2, "rank": 16, "precision": "bf16", "mlp_tokens": None}
     text = memory_table({**HEAD, **settings, "runs": [fits, fails]})
     kept = "inputs of 1 on the GPU, inputs of 1 on the host, attention of 1 on the GPU"
-    measured_row = f"| offload | {kept} | 2.00 | 2.25 | 3.00 | 0.50 / 0.50 | 1,234 | 2 |"
+    measured_row = f"| lctrain | offload | {kept} | 2.00 | 2.25 | 3.00 | 0.50 / 0.50 | 1,234 | 2 |"
     assert measured_row in text
     assert "| inputs of 1 on the GPU | 2.00 | out of memory | - | 0.50 / - | - | 0 |" in text
     assert "whole MLPs" in text
+
+
+def test_memory_names_peers_documents_and_runs_that_were_cut():
+    peer = {"tokens": 8, "contender": "fa4_liger", "policy": "offload", "status": "ok"}
+    peer |= {"peak_gib": 4.0, "reserved_gib": 5.0, "tokens_per_s": 2000.0, "step_ms": [9.0]}
+    cut = {"tokens": 9, "contender": "lctrain", "policy": "auto", "layers": ["device/device"]}
+    cut |= {"planned_gib": 1.0, "planned_host_gib": 0.0, "status": "unfinished"}
+    settings = {"shape": "1B", "layers": 2, "rank": None, "precision": "float32", "mlp_tokens": 4}
+    text = memory_table({**HEAD, **settings, "documents": 8, "runs": [peer, cut]})
+    assert "all weights trained" in text
+    assert "8 documents of equal length" in text
+    assert "| 8 | fa4_liger | offload | - | - | 4.00 | 5.00 | - / - | 2,000 | 1 |" in text
+    assert "| 1.00 | unfinished | - | 0.00 / - | - | 0 |" in text
 
 
 def test_shared_prefixes_have_both_times():
