@@ -12,7 +12,7 @@ With methods, it compares several methods of reading beyond the trained window:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,11 @@ from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
 
 if TYPE_CHECKING:
+    import torch
     from omegaconf import DictConfig
 
-    from lctrain.eval import MethodComparison, PasskeyTable, PerplexityTable
+    from lctrain.eval.records import Subject, Table
+    from lctrain.eval.task import Task
 
 __all__ = ["EvalConfig", "Evaluation", "PasskeyConfig", "evaluate", "main"]
 
@@ -39,28 +41,35 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
-        perplexity: Perplexity by length, or by method and length; None without the task perplexity.
-        passkey: Number of keys found by method, length and depth; None without the task passkey.
-        paths: Paths of the written files by name, such as "csv" or "passkey csv".
+        tables: Table of each task, by name of the task.
+        paths: Paths of the written files by task and kind, such as "perplexity csv".
     """
 
-    perplexity: PerplexityTable | MethodComparison | None
-    passkey: PasskeyTable | None
+    tables: dict[str, Table]
     paths: dict[str, Path]
 
+    @property
+    def perplexity(self) -> Any:
+        """Table of the task perplexity; None if it was not run."""
+        return self.tables.get("perplexity")
+
+    @property
+    def passkey(self) -> Any:
+        """Table of the task passkey; None if it was not run."""
+        return self.tables.get("passkey")
+
     def __str__(self) -> str:
-        tables = [str(table) for table in (self.perplexity, self.passkey) if table is not None]
-        return "\n\n".join(tables)
+        return "\n\n".join(str(table) for table in self.tables.values())
 
 
 def evaluate(config: EvalConfig) -> Evaluation:
-    """Measures perplexity by context length, finds passkeys, and writes tables and plots.
+    """Runs evaluation tasks on a stored model, and writes tables and plots.
 
     Args:
         config: Settings of the evaluation.
 
     Returns:
-        The results, and the paths of the written files.
+        The tables, and the paths of the written files.
 
     Raises:
         ValueError: if a setting is out of range, the data or the model cannot be used, or the
@@ -68,59 +77,86 @@ def evaluate(config: EvalConfig) -> Evaluation:
     """
     from lctrain.build import build_datamodule, instantiate_all
     from lctrain.data.given import TokenPreparation
-    from lctrain.eval import longest_documents, trained_window
-    from lctrain.eval.begin import begin_tokens
+    from lctrain.eval import longest_documents
+    from lctrain.eval.device import pick_device
     from lctrain.eval.documents import evaluation_documents
-    from lctrain.loggers import closing
-    from lctrain.measure import (
-        find_passkeys,
-        make_extensions,
-        measure_perplexity,
-        method_of,
-        pick_device,
-    )
+    from lctrain.eval.records import Subject
+    from lctrain.eval.registry import make_task
+    from lctrain.loggers import closing, log_evaluation
     from lctrain.models.pretrained import check_dtype, load_pretrained
 
-    max_tokens = config.forward_tokens()
-    check_lengths(config.lengths, max_tokens)
-    check_tasks(config.tasks)
-    methods = check_methods(config.methods)
+    check_lengths(config.lengths, config.forward_tokens())
+    check_tasks(config.tasks, config.own_tasks)
+    check_methods(config.methods)
     check_methods(config.passkey.methods or ())
     longest_documents((), config.documents)  # raises ValueError if the number is below 1
     check_dtype(config.dtype)
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
+    tasks = [make_task(name, config) for name in dict.fromkeys(config.tasks)]
     loggers = instantiate_all("logger", config.logger)
     with own_folder(config), closing([*loggers.values()]):
         # The model is loaded before its tokenizer, so that an error about the name is the model's.
         model = load_pretrained(config.model, config.dtype)
         preparation = build_datamodule(config.data, config.model).preparation
         assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
-        documents = evaluation_documents(preparation, config.split)
+        subject = Subject(
+            model=model,
+            tokenizer=preparation.given_tokenizer(),
+            documents=evaluation_documents(preparation, config.split),
+            window=config.window,
+            name=Path(config.model.name_or_path).name,
+        )
         model.to(device)
-        perplexity: PerplexityTable | MethodComparison | None = None
-        passkey = None
-        paths: dict[str, Path] = {}
-        if "passkey" in config.tasks:  # first, since it leaves the model unpatched
-            chosen = config.passkey.methods or methods or [method_of(config.attention)]
-            window = trained_window(model, config.window)
-            passkey = find_passkeys(
-                config,
-                model,
-                preparation.given_tokenizer(),
-                documents,
-                make_extensions(chosen, window, config.attention),
-            )
-            files = passkey.save(config.paths.output_dir)
-            paths |= {f"passkey {kind}": path for kind, path in files.items()}
-        if "perplexity" in config.tasks:
-            begin = begin_tokens(preparation.given_tokenizer(), config.begin_token)
-            perplexity = measure_perplexity(config, model, documents, methods, begin)
-            paths |= perplexity.save(config.paths.output_dir)
+        tables = run_tasks(config, tasks, subject, device)
+        files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
+        metrics = {
+            key: value for table in tables.values() for key, value in table.metrics().items()
+        }
         for logger in loggers.values():
-            log_tables(logger, perplexity, passkey, paths)
+            logger.log_metrics(metrics, 0)
+            for name, table in tables.items():
+                log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
             logger.finalize("success")
-    return Evaluation(perplexity, passkey, paths)
+    paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
+    return Evaluation(tables, paths)
+
+
+def run_tasks(
+    config: EvalConfig, tasks: Sequence[Task], subject: Subject, device: torch.device
+) -> dict[str, Table]:
+    """Computes all tasks with one progress bar, and returns their tables by name.
+
+    Every task is checked before the first one is computed.
+    """
+    from lctrain.eval import trained_window
+    from lctrain.eval.reading import ConfiguredReading, Reading, make_extensions
+    from lctrain.eval.records import Result
+    from lctrain.eval.run_task import Cell, Run, progress_bar
+
+    runs = []
+    for task in tasks:
+        lengths = check_lengths(task.lengths or config.lengths, config.forward_tokens())
+        methods = check_methods(task.methods or config.methods)
+        readings: Sequence[Reading] = [ConfiguredReading(config.attention, config.window)]
+        if methods:
+            window = trained_window(subject.model, config.window)
+            readings = make_extensions(methods, window, config.attention)
+        runs.append(
+            Run.prepared(
+                task,
+                subject,
+                readings,
+                lengths,
+                max_tokens=config.forward_tokens(),
+                device=device,
+            )
+        )
+    done: dict[Cell, Result] = {}
+    for run in runs:
+        with progress_bar(run.size(done), run.task.unit, shown=True) as bar:
+            run.compute(done, bar)
+    return {run.task.name: run.table(done) for run in runs}
 
 
 @contextmanager
@@ -148,37 +184,6 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
     ):
         folder.save_options(plain_values(config))
         yield
-
-
-def log_tables(
-    logger: Any,
-    perplexity: PerplexityTable | MethodComparison | None,
-    passkey: PasskeyTable | None,
-    paths: dict[str, Path],
-) -> None:
-    """Logs the results of an evaluation with one logger: numbers, perplexity table and plot."""
-    from lctrain.eval import MethodComparison
-    from lctrain.loggers import log_evaluation
-
-    metrics: dict[str, float] = {}
-    if isinstance(perplexity, MethodComparison):
-        metrics |= {
-            f"perplexity_{method}_{row.length}": row.perplexity
-            for method, table in perplexity.tables.items()
-            for row in table.rows
-        }
-    elif perplexity is not None:
-        metrics |= {f"perplexity_{row.length}": row.perplexity for row in perplexity.rows}
-    if passkey is not None:
-        for method in passkey.found:
-            means = passkey.accuracy(method).mean(axis=1)
-            metrics |= {
-                f"passkey_{method}_{length}": float(mean)
-                for length, mean in zip(passkey.lengths, means, strict=True)
-            }
-    logger.log_metrics(metrics, 0)
-    if perplexity is not None:
-        log_evaluation(logger, perplexity.as_dicts(), paths["png"])
 
 
 def name_the_model(arguments: list[str]) -> list[str]:

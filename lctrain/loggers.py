@@ -264,21 +264,25 @@ def closing(loggers: Sequence[Any]) -> Iterator[None]:
             wandb.finish(exit_code=int(failed))
 
 
-def log_evaluation(logger: Logger, rows: list[dict[str, Any]], plot: Path | None) -> None:
-    """Sends the table of perplexity by length and its plot to a logger that can show them.
+def log_evaluation(
+    logger: Logger,
+    rows: list[dict[str, Any]],
+    plot: Path | None,
+    name: str = "perplexity_by_length",
+) -> None:
+    """Sends the table of an evaluation and its plot to a logger that can show them.
 
     Args:
         logger: A Lightning logger; without `log_table` and `log_image` nothing is logged.
-        rows: One dictionary per context length.
+        rows: Rows of the table, with the same keys.
         plot: PNG file of the plot; None logs no plot.
+        name: Name of the table; the plot's ends in `_plot`.
     """
     if rows and hasattr(logger, "log_table"):
         columns = list(rows[0])
-        logger.log_table(
-            "perplexity_by_length", columns=columns, data=[list(row.values()) for row in rows]
-        )
+        logger.log_table(name, columns=columns, data=[list(row.values()) for row in rows])
     if plot is not None and hasattr(logger, "log_image"):
-        logger.log_image("perplexity_by_length_plot", images=[str(plot)])
+        logger.log_image(f"{name}_plot", images=[str(plot)])
 
 
 def _wait_until_names_sort_last(folder: Path) -> None:

@@ -11,13 +11,13 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.attention.spec import ATTENTION_NAMES, make_spec
-from lctrain.config import PretrainedModelConfig, ScratchModelConfig
+from lctrain.config import TASKS, PretrainedModelConfig, ScratchModelConfig
 from lctrain.limits import (
     check_lengths,
     check_methods,
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
         TrainConfig,
     )
 
-TASKS = ("perplexity", "passkey")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE = r"auto|(cpu|cuda|mps|xpu)(:\d+)?"
 
@@ -260,7 +259,8 @@ def check_targets(group: str, configs: Any) -> None:
 def check_evaluation(config: EvalConfig) -> None:
     """Raises ValueError if a setting of lctrain-eval is wrong. It does not import torch."""
     check_lengths(config.lengths, config.forward_tokens())
-    check_tasks(config.tasks)
+    check_tasks(config.tasks, config.own_tasks)
+    check_targets("own_tasks", config.own_tasks)
     check_methods(config.methods)
     check_methods(config.passkey.methods or (), "passkey.methods")
     check_passkeys(
@@ -293,10 +293,16 @@ def check_evaluation(config: EvalConfig) -> None:
         )
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises ValueError unless `tasks` names at least one task, and only tasks in TASKS."""
-    if not tasks or not set(tasks) <= set(TASKS):
+def check_tasks(tasks: Sequence[str], own: Collection[str] = ()) -> None:
+    """Raises ValueError unless `tasks` names at least one task, and only tasks that there are.
+
+    Args:
+        tasks: Names of the tasks to run.
+        own: Names of the user's own tasks.
+    """
+    known = [*TASKS, *own]
+    if not tasks or not set(tasks) <= set(known):
         raise ValueError(
-            f"tasks must be some of {', '.join(TASKS)}, got {list(tasks)}. The default is "
+            f"tasks must be some of {', '.join(known)}, got {list(tasks)}. The default is "
             "[perplexity]."
         )

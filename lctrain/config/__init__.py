@@ -20,7 +20,7 @@ from lctrain.config.callbacks import (
     ThroughputConfig,
 )
 from lctrain.config.data import DataConfig, DataOptions, DataSettings
-from lctrain.config.eval import EvalConfig, PasskeyConfig
+from lctrain.config.eval import EvalConfig
 from lctrain.config.evaluation import EvaluationConfig
 from lctrain.config.loggers import CsvLoggerConfig, TensorBoardLoggerConfig, WandbLoggerConfig
 from lctrain.config.memory import MemoryConfig
@@ -28,6 +28,7 @@ from lctrain.config.model import ModelConfig, PretrainedModelConfig, ScratchMode
 from lctrain.config.optim import SCHEDULES, OptimConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING, store_schema, to_dataclass
+from lctrain.config.tasks import TASKS, PasskeyConfig
 from lctrain.config.train import TrainConfig
 from lctrain.config.trainer import STRATEGIES, TrainerConfig
 
@@ -35,6 +36,7 @@ __all__ = [
     "MISSING",
     "SCHEDULES",
     "STRATEGIES",
+    "TASKS",
     "AdapterConfig",
     "AttentionConfig",
     "AttentionScheduleConfig",

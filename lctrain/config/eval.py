@@ -9,28 +9,10 @@ from lctrain.config.attention import AttentionConfig
 from lctrain.config.model import PretrainedModelConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING
+from lctrain.config.tasks import PasskeyConfig
 from lctrain.local_paths import check_run_name
 
 MIN_MAX_TOKENS = 8192  # smallest default of max_tokens, the tokens in a forward pass
-
-
-@dataclass(frozen=True)
-class PasskeyConfig:
-    """Settings of `lctrain.eval.passkey_retrieval`.
-
-    Attributes:
-        lengths: Lengths of the texts in tokens; None for `lengths` of the evaluation.
-        methods: Methods to compare; None for `methods` of the evaluation.
-        depths: Depths of the key: fractions of the text before it, in [0, 1].
-        keys_per_cell: Number of keys for each length and depth.
-        seed: Seed of the keys and of the choice of text.
-    """
-
-    lengths: list[int] | None = None
-    methods: list[str] | None = None
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    keys_per_cell: int = 20
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +32,8 @@ class EvalConfig:
         paths: Folder of the evaluation.
         split: "held_out" for the documents that training on this data holds out; "all" for every
             document.
-        tasks: Tasks to run: perplexity, passkey, or both.
+        tasks: Names of the tasks to run: lctrain's are in `lctrain.config.TASKS`.
+        own_tasks: Settings of tasks of your own by name, each with the class that it builds.
         methods: Methods of reading beyond the trained window to compare: see
             `lctrain.eval.extension`. Without methods the model is evaluated unchanged.
         window: Length of the texts that the model was trained on, in tokens. None takes the value
@@ -83,6 +66,7 @@ class EvalConfig:
     paths: PathsConfig = MISSING
     split: str = "held_out"
     tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    own_tasks: dict[str, Any] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
     window: int | None = None
     documents: int | None = 16

@@ -60,6 +60,11 @@ class Extension:
         """Length in tokens of the parts into which documents are cut; None for whole documents."""
         return self.window if self.method == "intra_chunk" else None
 
+    @property
+    def scales(self) -> bool:
+        """Whether the method changes the model with the length of the texts."""
+        return self.method in ROPE_METHODS
+
     def factor(self, length: int) -> float:
         """Returns the length divided by the window, at least 1."""
         return max(1.0, length / self.window)

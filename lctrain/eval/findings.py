@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lctrain.eval.comparison import MethodComparison
-from lctrain.eval.retrieval import PasskeyTable
+from lctrain.eval.passkey_table import PasskeyTable
 from lctrain.eval.table import PerplexityRow
 from lctrain.pluralize import pluralize
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lctrain.eval.extension import Extension
-
 _WORDS = {
     "plain": "plain RoPE",
     "linear": "position interpolation",
@@ -24,9 +20,3 @@ def method_words(method: str) -> str:
         method: Name of the method in `lctrain-eval methods=[...]`.
     """
     return _WORDS.get(method, method)
-
-
-def of_methods(extensions: Sequence[Extension]) -> list[str]:
-    """Returns one text per method for progress bars, such as "dual chunk attention, 2 of 3"."""
-    total = len(extensions)
-    return [f"{method_words(e.method)}, {i} of {total}" for i, e in enumerate(extensions, 1)]

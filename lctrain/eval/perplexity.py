@@ -1,27 +1,22 @@
-"""perplexity_by_length: perplexity of the same tokens with contexts of different lengths."""
+"""perplexity_by_length and compare_methods: perplexity of the same tokens by context length."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lctrain.batch import MIN_TOKENS
 from lctrain.eval.begin import NO_BEGIN, BeginTokens
+from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.extension import Extension
-from lctrain.eval.limits import check_model
-from lctrain.eval.ratio import token_mean
-from lctrain.eval.runner import score_windows
-from lctrain.eval.table import PerplexityRow, PerplexityTable
-from lctrain.eval.windows import Windows, cut_windows
-from lctrain.limits import check_lengths, check_windows
-from lctrain.pluralize import pluralize
+from lctrain.eval.reading import GivenReading
+from lctrain.eval.records import Subject
+from lctrain.eval.run_task import Run, computed
+from lctrain.eval.table import PerplexityTable
+from lctrain.eval.tasks.perplexity import Perplexity
+from lctrain.limits import check_lengths
 
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
@@ -39,7 +34,7 @@ def perplexity_by_length(
     min_context: int = 1,
     extension: Extension | None = None,
     begin: BeginTokens = NO_BEGIN,
-    progress: bool | str = False,
+    progress: bool = False,
     name: str = "",
 ) -> PerplexityTable:
     """Measures the perplexity of held-out documents with contexts of different lengths.
@@ -75,7 +70,7 @@ def perplexity_by_length(
         extension: Method of reading beyond the window, which scales the model for each length. The
             model must be patched with its attention: see `Extension.patched`. None scales nothing.
         begin: Begin tokens of the windows: see `begin_tokens`. They count as tokens of a window.
-        progress: Whether to show a progress bar; a text is the bar's title.
+        progress: Whether to show a progress bar.
         name: Name of the model, for the title of the plot.
 
     Returns:
@@ -87,146 +82,72 @@ def perplexity_by_length(
             not support the tokens or lengths.
     """
     lengths = check_lengths(lengths, max_tokens)
-    check_windows(overlap, min_context, stride, lengths[0])
-    prefix = begin.tokens if begin.every_window else ()
-    if lengths[0] < len(prefix) + MIN_TOKENS:
-        raise ValueError(
-            f"lengths must be at least {len(prefix) + MIN_TOKENS} with "
-            f"{pluralize(len(prefix), 'begin token')}, "
-            f"got {lengths[0]}. Leave it out, or set begin_token=false."
-        )
-    tokens, counts = _scorable(documents, min_context, prefix)
-    sizes = [len(ids) for ids in tokens]
-    longest = max(sizes) - 1
-    check_model(model, tokens, min(lengths[-1], longest))
-    device = next(model.parameters()).device if device is None else torch.device(device)
-
-    # All lengths beyond the longest document give the same windows, so they are run once.
-    runs = {length: min(length, longest) if extension is None else length for length in lengths}
-    distinct = sorted(set(runs.values()))
-    windows = {
-        length: cut_windows(
-            sizes,
-            length,
-            overlap=overlap,
-            stride=stride,
-            min_context=min_context,
-            begin=len(prefix),
-        )
-        for length in distinct
-    }
-    sums = {length: np.zeros(len(tokens)) for length in distinct}
-    total = int(counts.sum()) * len(distinct)
-    label = f"Perplexity, {progress}" if isinstance(progress, str) else "Perplexity"
-    with tqdm(total=total, desc=label, unit="token", disable=not progress) as bar:
-        for length in distinct:
-            fitted = nullcontext() if extension is None else extension.at(model, length)
-            with fitted:
-                for scored in score_windows(
-                    model,
-                    tokens,
-                    windows[length],
-                    max_tokens=max_tokens,
-                    device=device,
-                    segment=None if extension is None else extension.segment,
-                    begin=prefix,
-                ):
-                    sums[length] += np.bincount(scored.documents, scored.losses, len(tokens))
-                    bar.update(len(scored.losses))
-    shortest = sums[distinct[0]]
-    rows = tuple(
-        dataclasses.replace(
-            _row(length, sums[run], shortest, counts, windows[run]),
-            windows=len(windows[run]),
-            begun=_count_begun(tokens, windows[run], begin.tokens),
-        )
-        for length, run in runs.items()
+    task = Perplexity(overlap=overlap, stride=stride, min_context=min_context, begin=begin)
+    reading = GivenReading(extension)
+    run = Run.prepared(
+        task,
+        Subject(model, documents=documents, name=name),
+        [reading],
+        lengths,
+        max_tokens=max_tokens,
+        device=device,
     )
-    return PerplexityTable(
-        rows,
-        name=name,
-        overlap=overlap,
-        min_context=min_context,
-        stride=stride,
-        begin_tokens=begin.tokens,
-    )
+    return task.by_length(computed(run, progress)[reading.method], name)
 
 
-def longest_documents(
-    documents: Sequence[TokenizedDocument], count: int | None, tokens: int | None = None
-) -> list[TokenizedDocument]:
-    """Returns the longest documents, longest first. Documents of equal length keep their order.
+def compare_methods(
+    model: nn.Module,
+    documents: Sequence[TokenizedDocument],
+    lengths: Sequence[int],
+    extensions: Sequence[Extension],
+    *,
+    max_tokens: int,
+    device: torch.device | str | None = None,
+    stride: int | None = None,
+    min_context: int | None = None,
+    begin: BeginTokens = NO_BEGIN,
+    progress: bool = False,
+    name: str = "",
+) -> MethodComparison:
+    """Measures the perplexity of the same tokens, at every length and with every method.
+
+    By default, the first max(lengths) - stride positions of a document are not scored. Each window
+    scores `stride` positions, so at a length of n every scored token is predicted from more than n
+    - stride and at most n tokens. Also scoring the first positions would include tokens whose
+    context lies within the trained window, and so hide a failure beyond the window.
 
     Args:
-        documents: Tokenized documents.
-        count: Largest number of documents; None for all.
-        tokens: Number of tokens to keep of each document, from its beginning; None for all.
-
-    Raises:
-        ValueError: if `count` is below 1.
-    """
-    if count is not None and count < 1:
-        raise ValueError(f"documents must be at least 1, got {count}. Use null for all of them.")
-    longest = sorted(documents, key=lambda document: -len(document.input_ids))[:count]
-    return [dataclasses.replace(one, input_ids=one.input_ids[:tokens]) for one in longest]
-
-
-def _scorable(
-    documents: Sequence[TokenizedDocument], min_context: int, begin: Sequence[int]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the documents that have tokens to score, and the number of scored tokens in each.
-
-    Args:
-        documents: Tokenized documents.
-        min_context: Smallest number of preceding tokens of a scored token.
-        begin: Begin tokens, which are added to documents that do not begin with them.
+        model: A causal LM that is not patched; it is unchanged afterwards.
+        documents: Tokenized documents. Documents that are too short to be scored are left out.
+        lengths: Context lengths in tokens.
+        extensions: The methods to compare, all with the same window.
+        max_tokens: Largest number of tokens in a forward pass.
+        device: Device of the model; None takes the device of its first parameter.
+        stride: Number of positions that a window scores; None for half of the shortest length.
+        min_context: Smallest number of preceding tokens of a scored token; None for max(lengths) -
+            stride + 1.
+        begin: Begin tokens of the windows; see `begin_tokens`.
+        progress: Whether to show a progress bar.
+        name: Name of the model.
 
     Returns:
-        Token ids of each kept document, [n] int64, and the counts, [documents] int64.
+        The comparison. `str()` of it is a table in text, and `save(folder)` writes files.
+
+    Raises:
+        ValueError: if a length or option is out of range, no token can be scored, or the model does
+            not support a method.
     """
-    tokens = [np.asarray(document.input_ids, dtype=np.int64) for document in documents]
-    prefix = np.array(begin, dtype=np.int64)
-    tokens = [ids if _begins(ids, begin) else np.concatenate([prefix, ids]) for ids in tokens]
-    kept = [ids for ids in tokens if len(ids) > min_context]
-    if not kept:
-        longest = f", the longest of {pluralize(max(map(len, tokens)), 'token')}" if tokens else ""
-        raise ValueError(
-            f"documents must hold one of more than {pluralize(min_context, 'token')}, got "
-            f"{len(tokens)}{longest}"
-            ". Hold out more or longer documents, or lower min_context."
-        )
-    return kept, np.array([len(ids) - min_context for ids in kept], dtype=np.int64)
-
-
-def _begins(ids: np.ndarray, begin: Sequence[int]) -> bool:
-    return ids[: len(begin)].tolist() == list(begin)
-
-
-def _count_begun(tokens: Sequence[np.ndarray], windows: Windows, begin: Sequence[int]) -> int:
-    """Returns the number of windows that begin with the begin tokens."""
-    if not begin:
-        return 0
-    whole = np.array([_begins(ids, begin) for ids in tokens])[windows.documents]
-    return int(((windows.prefixes > 0) | (whole & (windows.starts == 0))).sum())
-
-
-def _row(
-    length: int, sums: np.ndarray, shortest: np.ndarray, counts: np.ndarray, windows: Windows
-) -> PerplexityRow:
-    loss, stderr = token_mean(sums, counts)
-    gain, gain_stderr = token_mean(shortest - sums, counts)
-    with np.errstate(over="ignore"):
-        perplexity, low, high = np.exp([loss, loss - stderr, loss + stderr]).tolist()
-    return PerplexityRow(
-        length=length,
-        perplexity=perplexity,
-        perplexity_low=low,
-        perplexity_high=high,
-        loss=loss,
-        stderr=stderr,
-        gain=gain,
-        gain_stderr=gain_stderr,
-        mean_context=windows.mean_context(),
-        documents=len(counts),
-        tokens=int(counts.sum()),
+    lengths = check_lengths(lengths, max_tokens)
+    task = Perplexity(stride=stride, min_context=min_context, begin=begin, by_method=True)
+    run = Run.prepared(
+        task,
+        Subject(model, documents=documents, window=extensions[0].window, name=name),
+        extensions,
+        lengths,
+        max_tokens=max_tokens,
+        device=device,
     )
+    tables = {
+        method: task.by_length(found, method) for method, found in computed(run, progress).items()
+    }
+    return MethodComparison(tables, extensions[0].window, name)

@@ -6,14 +6,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lctrain.eval.files import write_rows
 from lctrain.eval.plots import plot_perplexity
 from lctrain.eval.row import PerplexityRow
 from lctrain.pluralize import pluralize
-
-FILE_STEM = "perplexity_by_length"
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,10 @@ class PerplexityTable:
             overlap) * length.
         begin_tokens: Begin tokens that the tokenizer adds; empty if it adds none, or the tokenizer
             is unknown.
+        stem: Name of the files without their suffix.
     """
+
+    stem: ClassVar[str] = "perplexity_by_length"
 
     rows: tuple[PerplexityRow, ...]
     name: str = ""
@@ -54,6 +55,10 @@ class PerplexityTable:
         """Returns a dictionary per length, with the attributes of PerplexityRow."""
         return [dataclasses.asdict(row) for row in self.rows]
 
+    def metrics(self) -> dict[str, float]:
+        """Returns the perplexities by length, for loggers."""
+        return {f"perplexity_{row.length}": row.perplexity for row in self.rows}
+
     def save(self, output_dir: str | Path) -> dict[str, Path]:
         """Writes perplexity_by_length.csv, .json and .png: see `write_rows`.
 
@@ -67,7 +72,7 @@ class PerplexityTable:
             "min_context": self.min_context,
             "begin_tokens": list(self.begin_tokens),
         }
-        paths = write_rows(output_dir, FILE_STEM, self.as_dicts(), settings)
+        paths = write_rows(output_dir, self.stem, self.as_dicts(), settings)
         plot_perplexity(self, paths["png"])
         return paths
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lctrain.data.passkey import Filler, PasskeyFormat
-from lctrain.eval import METHODS, Extension, passkey_retrieval, retrieval
+from lctrain.eval import METHODS, Extension, passkey_retrieval
+from lctrain.eval.tasks import passkey
 
 WINDOW = 64
 LENGTHS = [64, 128]
@@ -68,7 +69,7 @@ def looks_up(monkeypatch, format):
             predicted.append(seen[told])
         return torch.tensor(predicted)
 
-    monkeypatch.setattr(retrieval, "greedy_tokens", greedy)
+    monkeypatch.setattr(passkey, "greedy_tokens", greedy)
 
 
 @pytest.mark.parametrize("attention", ["packs", "rows"])
@@ -76,7 +77,7 @@ def test_a_model_that_looks_keys_up_finds_them_all(
     make_llama, format, documents, looks_up, monkeypatch, attention
 ):
     if attention == "rows":
-        monkeypatch.setattr(retrieval, "is_patched", lambda model: False)
+        monkeypatch.setattr(passkey, "is_patched", lambda model: False)
     table = run(make_llama(), format, documents)
     assert table.found["plain"].tolist() == [[3, 3], [3, 3]]
     assert table.accuracy("plain").tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -120,8 +121,8 @@ def test_found_is_what_greedy_decoding_finds(make_llama, format, documents, monk
     wrong.input_ids[-1] = (wrong.input_ids[-1] + 1) % 97
     device = torch.device("cpu")
     with Extension("plain", WINDOW).patched(model):
-        assert retrieval._answered(model, [wrong, answer], None, device) == [False, True]
-    assert retrieval._answered(model, [answer, wrong], None, device) == [True, False]
+        assert passkey._answered(model, [wrong, answer], None, device) == [False, True]
+    assert passkey._answered(model, [answer, wrong], None, device) == [True, False]
 
 
 def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch):
@@ -129,10 +130,10 @@ def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch
         seen = []
 
         def record(model, made, segment, device):
-            seen.extend(passkey.input_ids.tolist() for passkey in made)
+            seen.extend(one.input_ids.tolist() for one in made)
             return [False] * len(made)
 
-        monkeypatch.setattr(retrieval, "_answered", record)
+        monkeypatch.setattr(passkey, "_answered", record)
         run(make_llama(), format, documents, methods, seed=seed)
         return seen
 

@@ -14,13 +14,13 @@ from lctrain import PackedDataModule
 from lctrain.config import AttentionConfig, PretrainedModelConfig
 from lctrain.data import TextSource, TokenizedDocument
 from lctrain.eval import perplexity_by_length
+from lctrain.eval.device import pick_device
 from lctrain.eval.documents import evaluation_documents
 from lctrain.evaluate import (
     PasskeyConfig,
     evaluate,
     name_the_model,
 )
-from lctrain.measure import pick_device
 from lctrain.models.pretrained import load_pretrained
 from tests.evaluate.conftest import TEXTS
 from tests.numerics import near
@@ -144,7 +144,7 @@ def test_loggers_get_metrics_table_and_plot(make_config, monkeypatch) -> None:
     assert calls["metrics"] == {f"perplexity_{row.length}": row.perplexity for row in table.rows}
     assert calls["columns"][:2] == ["length", "perplexity"]
     assert len(calls["data"]) == 2
-    assert calls["images"] == [str(paths["png"])]
+    assert calls["images"] == [str(paths["perplexity png"])]
     assert calls["status"] == "success"
 
 

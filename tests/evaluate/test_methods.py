@@ -81,7 +81,9 @@ def test_the_window_of_dual_chunk_attention_without_methods(
     patched = []
 
     def patch_model(model, **options):
-        patched.append(lctrain.models.patch.patch_model(model, **options).spec)
+        handle = lctrain.models.patch.patch_model(model, **options)
+        patched.append(handle.spec)
+        return handle
 
     monkeypatch.setattr(lctrain.models, "patch_model", patch_model)
     attention = AttentionConfig(name="dual_chunk", **options)

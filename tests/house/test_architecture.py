@@ -84,7 +84,6 @@ LEVELS = {
     "lctrain.model_card": 8,
     "lctrain.next_command": 8,
     "lctrain.report": 9,
-    "lctrain.measure": 9,
     "lctrain.show": 9,
     "lctrain.train": 10,
     "lctrain.evaluate": 10,

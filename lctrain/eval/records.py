@@ -1,0 +1,112 @@
+"""Records that evaluation tasks and their runner exchange: measures, items, results, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lctrain.data import TokenizedDocument
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity that a task measures for every item.
+
+    Attributes:
+        name: Name of its column in the files.
+        label: Name for pictures, with the unit.
+        larger_is_better: Whether a larger value is better.
+        is_share: Whether it is a share in [0, 1], which is shown in percent.
+        threshold: Smallest mean, or largest if smaller is better, of a length that counts as
+            mastered; None if the effective length is not defined.
+    """
+
+    name: str
+    label: str
+    larger_is_better: bool = True
+    is_share: bool = False
+    threshold: float | None = None
+
+    def reaches(self, value: float) -> bool:
+        """Returns whether a mean reaches the threshold; False without a threshold."""
+        if self.threshold is None:
+            return False
+        return value >= self.threshold if self.larger_is_better else value <= self.threshold
+
+    def text(self, value: float) -> str:
+        """Returns a value as tables show it."""
+        return f"{value:.1%}" if self.is_share else f"{value:,.4f}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """The scores of one document or prompt.
+
+    Attributes:
+        id: Name of the item, the same at every method, in every run, and, if the item is the same
+            text, at every length.
+        totals: Sum of each measure over the units of the item, by name of the measure.
+        weight: Number of units, such as scored tokens; 1 for a prompt.
+        columns: Further columns of the item's row, such as its depth. Items with the same columns
+            make one row.
+        answer: Text that the model answered; empty for tasks without answers.
+    """
+
+    id: str
+    totals: Mapping[str, float]
+    weight: float = 1.0
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one cell: one task, read with one method, at one length.
+
+    Attributes:
+        items: Scored items.
+        facts: Further numbers of the cell, such as its number of windows.
+    """
+
+    items: tuple[Item, ...]
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is evaluated: a model, its tokenizer, and text.
+
+    Attributes:
+        model: A causal LM.
+        tokenizer: Tokenizer of the model; None if no task needs one.
+        documents: Tokenized documents.
+        window: Length of the texts that the model was trained on, in tokens, as the user gave it;
+            None for that of the model's config.
+        name: Name of the model; may be empty.
+    """
+
+    model: Any
+    tokenizer: Any = None
+    documents: Sequence[TokenizedDocument] = ()
+    window: int | None = None
+    name: str = ""
+
+
+class Table(Protocol):
+    """Protocol of the result of a task. `str()` of a table is the table in text."""
+
+    @property
+    def stem(self) -> str:
+        """Name of the files without their suffix."""
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Returns a dictionary per row, all with the same keys."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers for loggers by name."""
+
+    def save(self, output_dir: str | Path) -> dict[str, Path]:
+        """Writes a CSV, a JSON and a PNG file; returns their paths by "csv", "json" and "png"."""

@@ -1,0 +1,185 @@
+"""Run: a task with what it needs, which computes cells of methods by lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lctrain.eval.method_words import method_words
+from lctrain.eval.reader import Reader
+from lctrain.eval.reading import Reading
+from lctrain.eval.records import Result, Subject, Table
+from lctrain.eval.task import Task
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is computed at once: a task, read with one method, at one length.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the method; empty for the model as it is.
+        length: Context length in tokens.
+    """
+
+    task: str
+    method: str
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A task with all that its cells need.
+
+    Attributes:
+        task: The task, prepared for `subject` and `lengths`.
+        subject: Model, tokenizer and documents.
+        readings: Ways to read.
+        lengths: Context lengths in tokens, rising.
+        max_tokens: Largest number of tokens in a forward pass.
+        device: Device of the model.
+    """
+
+    task: Task
+    subject: Subject
+    readings: Sequence[Reading]
+    lengths: tuple[int, ...]
+    max_tokens: int
+    device: torch.device
+
+    @classmethod
+    def prepared(
+        cls,
+        task: Task,
+        subject: Subject,
+        readings: Sequence[Reading],
+        lengths: tuple[int, ...],
+        *,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+    ) -> Run:
+        """Prepares the task; see Task.prepare.
+
+        Raises:
+            ValueError: if the task cannot be run.
+        """
+        task.prepare(subject, lengths)
+        device = _device(subject.model) if device is None else torch.device(device)
+        return cls(task, subject, readings, lengths, max_tokens, device)
+
+    def same(self, reading: Reading, length: int) -> int:
+        """Returns the length of the cell that is computed for a length."""
+        return length if reading.scales else self.task.same_as(length)
+
+    def cells(self) -> list[Cell]:
+        """Returns the distinct cells, by method and rising length."""
+        found = [
+            Cell(self.task.name, reading.method, self.same(reading, length))
+            for reading in self.readings
+            for length in self.lengths
+        ]
+        return list(dict.fromkeys(found))
+
+    def size(self, done: MutableMapping[Cell, Result]) -> int:
+        """Returns the units of work of the cells that are not done."""
+        return sum(self.task.size(cell.length) for cell in self.cells() if cell not in done)
+
+    def compute(self, done: MutableMapping[Cell, Result], bar: Bar) -> None:
+        """Computes the cells that are not in `done`, and stores them there one by one.
+
+        Args:
+            done: Results by cell.
+            bar: Progress bar.
+        """
+        model = self.subject.model
+        for reading, words in zip(self.readings, _words(self.readings), strict=True):
+            mine = [cell for cell in self.cells() if cell.method == reading.method]
+            todo = [cell for cell in mine if cell not in done]
+            if not todo:
+                continue
+            bar.say(f"{self.task.title}{words}")
+            with reading.patched(model):
+                for cell in todo:
+                    done[cell] = self._result(reading, cell.length, bar.advance)
+
+    def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
+        made = self.task.make(length)
+        reader = Reader(self.subject.model, self.device, self.max_tokens, reading.segment, advance)
+        with reading.at(self.subject.model, length):
+            items = tuple(self.task.score(reader, length, made))
+        return Result(items, self.task.facts(length))
+
+    def results(self, done: MutableMapping[Cell, Result]) -> dict[str, dict[int, Result]]:
+        """Returns the results of all cells by method and length."""
+        return {
+            reading.method: {
+                length: done[Cell(self.task.name, reading.method, self.same(reading, length))]
+                for length in self.lengths
+            }
+            for reading in self.readings
+        }
+
+    def table(self, done: MutableMapping[Cell, Result]) -> Table:
+        """Returns the table of the task, from the results of all of its cells."""
+        return self.task.table(self.results(done))
+
+
+class Bar:
+    """A progress bar with the time left."""
+
+    def __init__(self, bar: Any) -> None:
+        """Wraps a tqdm bar."""
+        self._bar = bar
+
+    def say(self, text: str) -> None:
+        """Shows a text before the bar."""
+        self._bar.set_description(text)
+
+    def advance(self, units: int) -> None:
+        """Moves the bar by units of work."""
+        self._bar.update(units)
+
+
+@contextmanager
+def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Bar]:
+    """Context manager of a progress bar.
+
+    Args:
+        total: Units of all the work.
+        unit: Name of a unit.
+        shown: Whether to show the bar.
+    """
+    with tqdm(total=total, unit=unit, disable=not shown) as bar:
+        yield Bar(bar)
+
+
+def computed(run: Run, progress: bool = False) -> dict[str, dict[int, Result]]:
+    """Computes all cells of a task, and returns the results by method and length.
+
+    Args:
+        run: The task and what it needs.
+        progress: Whether to show a progress bar.
+    """
+    done: dict[Cell, Result] = {}
+    with progress_bar(run.size(done), run.task.unit, progress) as bar:
+        run.compute(done, bar)
+    return run.results(done)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _words(readings: Sequence[Reading]) -> list[str]:
+    """Returns the part of the bar's text that names the method, such as ", YaRN, 2 of 3"."""
+    if len(readings) == 1:
+        words = method_words(readings[0].method)
+        return [f", {words}" if words else ""]
+    total = len(readings)
+    return [f", {method_words(r.method)}, {i} of {total}" for i, r in enumerate(readings, 1)]

@@ -1,0 +1,1 @@
+"""The tasks of lctrain-eval, one file each: see `lctrain.eval.task`."""
