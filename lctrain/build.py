@@ -194,8 +194,18 @@ def plan_memory(config: TrainConfig) -> Plan:
     quantize = None if config.adapter is None else config.adapter.quantize
     optimizer = config.optim._target_
     ranks = _ranks(config.trainer)
+    shards = None
+    if config.trainer.strategy == "fsdp2":
+        shards = max(ranks * config.trainer.num_nodes // config.trainer.replicas, 1)
     return plan_for(
-        model, config.memory, tokens, mixed, ranks=ranks, quantize=quantize, optimizer=optimizer
+        model,
+        config.memory,
+        tokens,
+        mixed,
+        ranks=ranks,
+        quantize=quantize,
+        optimizer=optimizer,
+        shards=shards,
     )
 
 

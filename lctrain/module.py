@@ -155,8 +155,9 @@ class LongContextModule(pl.LightningModule):
                 f"{self.trainer.precision!r}. A loss summed over a long pack overflows float16; "
                 "use bf16-mixed."
             )
-        check_tiles(self.memory, str(self.trainer.precision))
-        check_strategy(self.trainer.strategy, self.memory, self.task)
+        is_sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        check_tiles(self.memory, str(self.trainer.precision), is_sharded=is_sharded)
+        check_strategy(self.trainer.strategy, self.task)
 
     def configure_model(self) -> None:
         """Builds the model if needed, patches it, applies its memory policy, and shards it.
@@ -189,13 +190,15 @@ class LongContextModule(pl.LightningModule):
         optimizer = {"optimizer": self.optim._target_}
         if self._trainer is None:
             return optimizer
-        return {
+        facts = {
             **optimizer,
             "tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
             "precision": self._precision(),
             "device": self.trainer.strategy.root_device,
             "ranks": self.trainer.num_devices,
         }
+        ranks = Topology.of(self.trainer)
+        return facts | ({"shards": ranks.shards, "least": ranks.least} if ranks.is_sharded else {})
 
     def _precision(self) -> str:
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"

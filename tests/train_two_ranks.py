@@ -26,7 +26,7 @@ def batches(rank: int):
     return [make_batch(lengths, 10 * rank + i) for i, lengths in enumerate(LENGTHS[rank])]
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(layers: int = 2) -> LlamaForCausalLM:
     """Returns the same random model on every rank."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -34,7 +34,7 @@ def make_model() -> LlamaForCausalLM:
             vocab_size=97,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
         )

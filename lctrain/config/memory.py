@@ -8,7 +8,6 @@ from lctrain.limits import require
 
 POLICIES = ("none", "checkpoint", "offload", "auto")
 WITH_HOST = ("offload", "auto")  # policies that keep tensors on the host
-WITH_SHARDS = ("none", "checkpoint")  # policies that trainer.strategy=fsdp2 supports
 
 
 @dataclass(frozen=True)
@@ -111,30 +110,24 @@ class MemoryConfig:
         )
 
 
-def suits_shards(memory: MemoryConfig) -> bool:
-    """Returns whether trainer.strategy=fsdp2 supports a policy.
-
-    The layers must run in order, so segments are not supported.
-    """
-    return memory.name in WITH_SHARDS and memory.segment_layers == 1
-
-
-def described(memory: MemoryConfig) -> str:
-    """Returns a policy as text for a message, with its segments if it has any."""
-    more = "" if memory.segment_layers == 1 else f" with segment_layers={memory.segment_layers}"
-    return memory.name + more
-
-
-def check_tiles(memory: MemoryConfig | None, precision: str) -> None:
+def check_tiles(memory: MemoryConfig | None, precision: str, *, is_sharded: bool = False) -> None:
     """Raises ValueError if mlp_tokens would sum gradients of float16 or bfloat16 weights.
 
     Args:
         memory: Settings of memory; None for none.
         precision: Precision of Lightning's Trainer.
+        is_sharded: Whether trainer.strategy=fsdp2, which gathers weights in bfloat16 under
+            bf16-mixed.
     """
     mlp_tokens = None if memory is None else memory.mlp_tokens
     require(
         mlp_tokens is None or precision not in ("bf16-true", "16-true"),
         f"memory.mlp_tokens must be null with trainer.precision={precision}, got {mlp_tokens}: the "
         "sum of the gradients over tiles would be rounded at every tile. Use bf16-mixed.",
+    )
+    require(
+        mlp_tokens is None or precision != "bf16-mixed" or not is_sharded,
+        f"memory.mlp_tokens must be null with trainer.strategy=fsdp2 in bf16-mixed, got "
+        f"{mlp_tokens}: the gathered weights are bfloat16, so the sum of their gradients over "
+        "tiles would be rounded at every tile. Use memory=offload, or trainer.precision=32-true.",
     )

@@ -10,7 +10,7 @@ from lctrain.config.adapter import AdapterConfig
 from lctrain.config.attention import AttentionConfig
 from lctrain.config.data import DataConfig
 from lctrain.config.evaluation import EvaluationConfig
-from lctrain.config.memory import MemoryConfig, check_tiles, described, suits_shards
+from lctrain.config.memory import MemoryConfig, check_tiles
 from lctrain.config.model import ModelConfig, PretrainedModelConfig
 from lctrain.config.optim import HOST_ADAMW, OptimConfig
 from lctrain.config.paths import PathsConfig, expand_paths
@@ -90,23 +90,19 @@ class TrainConfig:
         if self.task != "causal":
             check_shared_task(self.trainer.context_parallel, f"task={self.task}")
         self._check_masked() if self.task == "mlm" else self._check_causal()
-        check_tiles(self.memory, self.trainer.precision)
+        is_sharded = self.trainer.strategy == "fsdp2"
+        check_tiles(self.memory, self.trainer.precision, is_sharded=is_sharded)
         require(
             self.trainer.context_parallel == 1 or self.attention is not None,
             "attention must be flash, dual_chunk or differential with trainer.context_parallel="
             f"{self.trainer.context_parallel}, got none: the model's own attention sees one rank's "
             "tokens only. Choose attention=flash.",
         )
-        if self.trainer.strategy == "fsdp2":
+        if is_sharded:
             require(
                 self.adapter is None,
                 "adapter must be none with trainer.strategy=fsdp2, whose checkpoints hold all "
                 "weights, got adapters. Use trainer.strategy=ddp.",
-            )
-            require(
-                suits_shards(self.memory),
-                "memory must be none or checkpoint with trainer.strategy=fsdp2, got "
-                f"{described(self.memory)}. Choose memory=checkpoint.",
             )
             require(
                 not self.optim.matrices_only,
@@ -138,7 +134,6 @@ class TrainConfig:
             "adapter must be none": self.adapter is not None,
             "memory must be none": self.memory.name != "none",
             "attention must be flash or none": getattr(self.attention, "name", "flash") != "flash",
-            "trainer.strategy must not be fsdp2": self.trainer.strategy == "fsdp2",
             "evaluation.methods must be empty": bool(self.evaluation.methods),
             "passkeys must be off": bool(passkeys),
             "data must not be conversations": any(_conversations(self.data)),

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lctrain.batch import PackedBatch
-from lctrain.config.memory import MemoryConfig, described, suits_shards
 from lctrain.data.same_pack import SamePacks
 from lctrain.data.share import share_pack
 from lctrain.distributed.sharding import ShardRoot, shard_model
@@ -242,12 +241,11 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
 
-def check_strategy(strategy: Any, memory: MemoryConfig | None = None, task: str = "causal") -> None:
+def check_strategy(strategy: Any, task: str = "causal") -> None:
     """Raises ValueError for a strategy that would give a LongContextModule wrong gradients.
 
     Args:
         strategy: Strategy of Lightning's Trainer.
-        memory: What the layers keep for the backward; None for everything.
         task: What the model is trained for; see `lctrain.loss.task`.
     """
     name = type(strategy).__name__
@@ -260,8 +258,3 @@ def check_strategy(strategy: Any, memory: MemoryConfig | None = None, task: str 
         )
     if is_sharded and task != "causal":
         check_shared_task(strategy.context_parallel, f"task={task}")
-    if is_sharded and memory is not None and not suits_shards(memory):
-        raise ValueError(
-            f"memory must be none or checkpoint with ShardedStrategy, got {described(memory)}. "
-            "Choose memory=checkpoint."
-        )

@@ -125,6 +125,10 @@ class Topology:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
         return tensor
 
+    def least(self, value: int) -> int:
+        """Returns the smallest of the values of all ranks. All ranks must call it."""
+        return min(self.gather(value))
+
     def gather(self, value: Any) -> list[Any]:
         """Returns the values of all ranks in rank order, on every rank. Values are pickled."""
         values = [value] * self.size

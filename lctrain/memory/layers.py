@@ -68,7 +68,7 @@ class LayerCheckpoints:
         mlp_tokens: int | None = None,
     ) -> None:
         self._model = model
-        layers = checkpointed_layers(model)
+        self._layers = layers = checkpointed_layers(model)
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
         vars(model)[_HANDLE] = self
@@ -134,7 +134,10 @@ class LayerCheckpoints:
             return checkpoint(layer, *given, use_reentrant=False, **contexts, **options)
         needs_gradient = x.requires_grad
         kept = LayerInput(self._keep_input(policy.inputs, group, x))
-        this = LayerCall(layer, x, given[1:], options, kept, results) if repeats else None
+        this = None
+        if repeats:
+            module = self._layers[index]
+            this = LayerCall(layer, x, given[1:], options, kept, results, module)
         first = [x]
 
         # `this` lives as long as the closure, and so as the layer's checkpoint.

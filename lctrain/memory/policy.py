@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lctrain.memory.optimizer import ADAMW, optimizer_bytes
 from lctrain.memory.plan import GIB, Plan, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.quantized import stored_bytes
+from lctrain.memory.shards import divided
 from lctrain.memory.store import HostStore
 from lctrain.warn import warn_caller
 
@@ -63,8 +65,12 @@ def apply_config(
     ranks: int | None = None,
     optimizer: str = ADAMW,
     chosen: Plan | None = None,
+    shards: int | None = None,
+    least: Callable[[int], int] = int,
 ) -> LayerCheckpoints | None:
     """Applies the memory policy that a configuration describes; see `use_policy`.
+
+    A model that will be sharded is passed before FSDP2 shards it.
 
     Args:
         model: A transformers model, or a PeftModel around one.
@@ -76,6 +82,8 @@ def apply_config(
             LOCAL_WORLD_SIZE, else 1.
         optimizer: Dotted name of the optimizer's class. Its states take GPU and host memory.
         chosen: Plan of "auto", from `plan_for` with the same arguments; None computes it.
+        shards: As in `plan_for`.
+        least: As in `plan_for`.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -89,7 +97,17 @@ def apply_config(
     tokens = config.tokens or tokens
     if config.name == "auto":
         if chosen is None:
-            chosen = plan_for(model, config, tokens, precision, device, ranks, optimizer=optimizer)
+            chosen = plan_for(
+                model,
+                config,
+                tokens,
+                precision,
+                device,
+                ranks,
+                optimizer=optimizer,
+                shards=shards,
+                least=least,
+            )
         log.info("%s", chosen)
         if chosen.fits is False:
             warn_caller(f"memory=auto found no policy that fits. {chosen.advice()}")
@@ -122,6 +140,8 @@ def plan_for(
     ranks: int | None = None,
     quantize: str | None = None,
     optimizer: str = ADAMW,
+    shards: int | None = None,
+    least: Callable[[int], int] = int,
 ) -> Plan:
     """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
@@ -139,6 +159,10 @@ def plan_for(
             LOCAL_WORLD_SIZE, else 1.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
         optimizer: Dotted name of the optimizer's class.
+        shards: Number of ranks among which FSDP2 will divide the parameters; None if every rank
+            keeps a copy.
+        least: Function that returns the smallest value that any rank passes. Ranks that share
+            parameters need the same plan, so all of them plan with the least free memory.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -159,7 +183,10 @@ def plan_for(
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(map(stored_bytes, there))
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
-    return plan_of(measured, config, limit, host_bytes(config, ranks))
+    if shards is not None:
+        measured = divided(measured, model, precision, shards)
+    limit = None if limit is None else least(limit)
+    return plan_of(measured, config, limit, least(host_bytes(config, ranks)))
 
 
 def host_bytes(config: MemoryConfig, ranks: int | None = None) -> int:

@@ -3,7 +3,8 @@
 Before the backward of a segment, all its layers except the last run once more, and autograd saves
 nothing. Their outputs are the inputs of the segment's other layers. If a layer's attention outputs
 are kept, this run reuses them and does not compute attention. The backward then goes through the
-segment from its last layer to its first.
+segment from its last layer to its first. A layer that FSDP2 shards gathers its parameters for this
+run too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lctrain.memory.attention import KeptResults
+from lctrain.memory.gather import gathered
 
 
 class LayerInput:
@@ -55,6 +57,7 @@ class LayerCall:
         options: Keyword arguments of the layer.
         inputs: LayerInput that returns the hidden states in the backward.
         results: Kept outputs of the layer's attention; None if attention is recomputed.
+        module: The layer itself, whose parameters may be sharded.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class LayerCall:
         options: Mapping[str, Any],
         inputs: LayerInput,
         results: KeptResults | None,
+        module: nn.Module,
     ) -> None:
         self._layer = layer
+        self._module = module
         self._given = given
         self._options = options
         self._inputs = inputs
@@ -82,11 +87,15 @@ class LayerCall:
         self._output = weakref.ref(x), x._version
 
     def made(self, x: Tensor) -> bool:
-        """Returns whether x is the layer's recorded output and was not changed in place since."""
-        if self._output is None:
+        """Returns whether x is the layer's recorded output and was not changed in place since.
+
+        FSDP2's hooks pass a layer a whole view of its input, which counts as the input itself.
+        """
+        reference, version = self._output or (None, 0)
+        output = None if reference is None else reference()
+        if output is None or version != x._version:
             return False
-        reference, version = self._output
-        return reference() is x and version == x._version
+        return x is output or (x._base is output and _layout(x) == _layout(output))
 
     def get(self) -> Tensor:
         """Runs the layer again, and returns its output, with the same bits."""
@@ -95,7 +104,7 @@ class LayerCall:
         # Autograd is on but saves nothing, so operations choose the kernels of the forward.
         nothing: Any = lambda saved: None  # noqa: E731
         hooks = saved_tensors_hooks(nothing, nothing)
-        with self._same_random(), torch.enable_grad(), hooks, replay:
+        with gathered(self._module), self._same_random(), torch.enable_grad(), hooks, replay:
             return _first(self._layer(x, *self._given, **self._options)).detach()
 
     @contextmanager
@@ -106,6 +115,10 @@ class LayerCall:
             torch.set_rng_state(state)
             set_device_states(devices, states)
             yield
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.storage_offset(), x.dtype
 
 
 def _first(found: Any) -> Tensor:

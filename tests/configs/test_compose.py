@@ -171,8 +171,13 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
         (["trainer.strategy=fsdp2", "trainer.replicas=0"], "trainer.replicas must be at least 1"),
         (["trainer.strategy=fsdp2", "optim=muon"], "optim.matrices_only must be false with"),
         (["trainer.strategy=fsdp2", "optim=adamw_host"], "optim must not be adamw_host with tr"),
-        (["trainer.strategy=fsdp2", "memory=offload"], "memory must be none or checkpoint with"),
-        (["trainer.strategy=fsdp2", "memory=auto"], "fsdp2, got auto. Choose memory=checkpoint"),
+        (
+            [
+                *("trainer.strategy=fsdp2", "trainer.precision=bf16-mixed"),
+                *("memory=offload", "memory.mlp_tokens=8"),
+            ],
+            "memory.mlp_tokens must be null with trainer.strategy=fsdp2 in bf16-mixed, got 8",
+        ),
         (
             ["trainer.strategy=fsdp2", "trainer.replicas=3", "trainer.devices=8"],
             "trainer.replicas must divide the number of ranks, got 3 and 8 ranks",

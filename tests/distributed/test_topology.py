@@ -110,15 +110,6 @@ def test_peers_of_a_context_group_share_a_seed_only_with_the_first():
     assert len({seeds[4, rank] for rank in range(4)}) == 4
 
 
-@pytest.mark.parametrize("memory", ["offload", "auto"])
-def test_memory_that_shards_do_not_support_is_refused(make_llama, monkeypatch, memory):
-    module = LongContextModule(make_llama(), memory={"name": memory})
-    trainer = SimpleNamespace(precision="32-true", strategy=ShardedStrategy())
-    monkeypatch.setattr(LongContextModule, "trainer", trainer)
-    with pytest.raises(ValueError, match=f"none or checkpoint with ShardedStrategy, got {memory}"):
-        module.setup("fit")
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_shared_packs_of_encoders_are_refused(make_llama, monkeypatch, ranks):
     module = LongContextModule(make_llama(), task="mlm")

@@ -303,10 +303,6 @@ def test_a_model_without_such_layers_is_refused():
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
         (("memory=checkpoint", "memory.segment_layers=0"), r"segment_layers must be at least 1"),
         (("memory.segment_layers=2",), r"memory\.segment_layers must be 1 for memory=none, got 2"),
-        (
-            ("trainer.strategy=fsdp2", "memory=checkpoint", "memory.segment_layers=2"),
-            r"memory must be none or checkpoint .*got checkpoint with segment_layers=2",
-        ),
         (("memory=checkpoint", "memory.keep_inputs=1"), r"keep_inputs must be null for memory=ch"),
         (("memory=checkpoint", "memory.host_gib=8"), r"host_gib must be null for memory=checkp"),
         (("memory.host_gib=8",), r"memory\.host_gib must be null for memory=none, .*got 8"),

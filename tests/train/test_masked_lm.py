@@ -66,7 +66,6 @@ def test_the_recipe_and_the_default_share():
         (["memory=checkpoint"], "memory must be none with task=mlm"),
         (["attention=dual_chunk"], "attention must be flash or none with task=mlm"),
         (["evaluation.methods=[plain]"], "evaluation.methods must be empty with task=mlm"),
-        (["trainer.strategy=fsdp2"], "trainer.strategy must not be fsdp2 with task=mlm"),
         (
             ["data.held_out_sets={a: {kind: chat, files: [a.jsonl]}}"],
             "data must not be conversations with task=mlm",
