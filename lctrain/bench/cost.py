@@ -107,23 +107,33 @@ class ModelCost:
         )
 
 
-def step_cost(cost: ModelCost, assumed: Assumptions, gpus: int) -> dict[str, Any]:
+def step_cost(
+    cost: ModelCost,
+    assumed: Assumptions,
+    gpus: int,
+    *,
+    speed: float | None = None,
+    exchange: str = "auto",
+) -> dict[str, Any]:
     """Returns one row of the table: the computed times of a step.
 
     Args:
         cost: Size of the model.
         assumed: Assumptions of the cost model.
         gpus: Number of GPUs, each of which is a rank.
+        speed: FLOPs per second of a GPU; None takes the assumed share of the GPU's peak.
+        exchange: What ranks that share a pack exchange: heads, keys or auto.
     """
     size = gpus if assumed.context is None else assumed.context
-    heads = choose_heads("auto", size, cost.key_heads, min(size, assumed.on_machine))
+    heads = choose_heads(exchange, size, cost.key_heads, min(size, assumed.on_machine))
     pack = assumed.tokens * size
     lengths = [assumed.document] * (pack // assumed.document) or [pack]
     lengths += [left] if (left := pack - sum(lengths)) else []
     shard = ContextShard.of(lengths, size, heads)
-    peak = peak_flops(assumed.gpu)
-    assert peak is not None
-    speed = peak * assumed.peak_share
+    if speed is None:
+        peak = peak_flops(assumed.gpu)
+        assert peak is not None
+        speed = peak * assumed.peak_share
     flops = cost.flops.step_flops(lengths)
     matrices = 6 * cost.flops.matrix_parameters * pack
     pairs = sum(shard.work)
@@ -132,7 +142,7 @@ def step_cost(cost: ModelCost, assumed: Assumptions, gpus: int) -> dict[str, Any
         for tokens, work in zip(shard.tokens, shard.work, strict=True)
     )
     compute = busiest / speed
-    exchange = cost.layers * _exchange_seconds(cost.widths, shard, assumed)
+    exchange = cost.layers * exchange_seconds(cost.widths, shard, assumed)
     sharded = _fsdp_seconds(cost, assumed, gpus)
     seconds = compute + exchange + max(0.0, sharded - compute)
     return {
@@ -149,8 +159,14 @@ def step_cost(cost: ModelCost, assumed: Assumptions, gpus: int) -> dict[str, Any
     }
 
 
-def _exchange_seconds(widths: AttentionWidths, shard: ContextShard, assumed: Assumptions) -> float:
-    """Returns the seconds that the exchange of one attention layer takes, forward and backward."""
+def exchange_seconds(widths: AttentionWidths, shard: ContextShard, assumed: Assumptions) -> float:
+    """Returns the seconds that the exchange of one attention layer takes, forward and backward.
+
+    Args:
+        widths: Heads and head dims of the layer.
+        shard: Assignment of the pack's tokens to the ranks.
+        assumed: Assumptions of the cost model.
+    """
     if shard.size == 1:
         return 0.0
     crosses = shard.size > assumed.on_machine

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lctrain.bench.scale import EXCHANGES, HEAD_DIM, HEADS, KEY_HEADS, WARM_UP, now, time_steps
+from lctrain.bench.scale_context import HEAD_DIM, HEADS, KEY_HEADS, exchanges
+from lctrain.bench.scale_steps import WARM_UP, now, time_steps
 from lctrain.bench.shapes import SHAPES, tiny
 from lctrain.distributed.context import ContextShard, choose_heads
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
@@ -90,7 +91,7 @@ def time_shares(
     Every round runs the whole document and then all shares once, so that a change of the GPU's
     clock affects all of them. A time is the median over rounds.
     """
-    names = [name for name in EXCHANGES if name == "keys" or KEY_HEADS % size == 0]
+    names = exchanges(size, KEY_HEADS)
     layouts = {("whole", 0): (1, 1)}
     for name in names:
         heads = choose_heads(name, size, KEY_HEADS, size)

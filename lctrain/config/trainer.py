@@ -32,7 +32,7 @@ class TrainerConfig:
         num_nodes: Number of machines.
         strategy: auto, single_device, ddp, ddp with a setting for unused parameters, or fsdp2.
             With ddp every rank has a copy of the parameters. fsdp2 divides parameters, gradients
-            and optimizer states over the ranks; it is not measured on several GPUs.
+            and optimizer states over the ranks.
         replicas: Number of copies of the parameters with strategy=fsdp2. Each copy is divided over
             ranks / replicas ranks.
         context_parallel: Number of ranks that share one pack with strategy=fsdp2. Each computes a

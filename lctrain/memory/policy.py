@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from lctrain.memory.profile import profile
 from lctrain.memory.quantized import stored_bytes
 from lctrain.memory.shards import divided
 from lctrain.memory.store import HostStore
+from lctrain.run.rank import ranks_on_machine
 from lctrain.warn import warn_caller
 
 log = logging.getLogger(__name__)
@@ -200,5 +200,5 @@ def host_bytes(config: MemoryConfig, ranks: int | None = None) -> int:
     if config.host_gib is not None:
         return int(config.host_gib * GIB)
     if ranks is None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # Lightning's launcher leaves it unset
+        ranks = ranks_on_machine()
     return int(HOST_SHARE * free_host_bytes()) // ranks

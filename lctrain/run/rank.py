@@ -28,6 +28,24 @@ def is_launched_by_lightning(environment: Mapping[str, str] | None = None) -> bo
     return "RANK" not in environment and environment.get("LOCAL_RANK", "0") not in ("", "0")
 
 
+def local_rank() -> int:
+    """Returns the number of this rank on its machine, from torchrun's LOCAL_RANK; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def ranks_on_machine() -> int:
+    """Returns the number of ranks on this machine, from torchrun's LOCAL_WORLD_SIZE, else 1.
+
+    Lightning's own launcher sets no such variable.
+    """
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
 def _of_this_process(environment: Mapping[str, str] | None) -> Mapping[str, str]:
     # Read at each call: `Dataset.map` with several processes assigns a copy to `os.environ`.
     return os.environ if environment is None else environment

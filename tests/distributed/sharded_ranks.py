@@ -101,7 +101,8 @@ def main() -> None:
     sharded = [*overrides, "trainer.strategy=fsdp2", f"trainer.devices={size}"]
     kept = f"ckpt_path={folder}/one/checkpoints/step-00000003.ckpt"
     os.environ["LOCAL_WORLD_SIZE"] = str(size)
-    scale.main(["--tiny", "--steps=1", f"--output={folder}/scale.json"])
+    parts = "--parts=attention,linear,context,spread,context-long"
+    assert scale.main(["--tiny", parts, "--steps=1", f"--output={folder}/scale.json"]) == 0
     quick = ("export=false", "evaluation.enabled=false")
     train(config(*sharded, output_dir=folder / "whole"))
     train(config(*sharded, *quick, kept, "memory=checkpoint", output_dir=folder / "other"))

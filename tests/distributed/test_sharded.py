@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lctrain.run.seal import MANIFEST, damage_of
 from lctrain.run.sharded_checkpoint import read_whole
 from lctrain.train import train
+from lctrain_kernels.bench.scale_report import scale_table
 from tests.distributed.context_cases import Settings
 from tests.distributed.ranks import run_ranks
 from tests.distributed.sharded_ranks import MODELS
@@ -94,13 +95,28 @@ def test_buffers_of_all_ranks_are_those_of_the_first(found):
 
 def test_the_benchmark_measures_every_way(folder):
     record = json.loads((folder / "scale.json").read_text())
-    assert record["settings"]["ranks"] == 2
-    assert [row["strategy"] for row in record["steps"]] == ["ddp", "fsdp2"]
-    assert [row["exchange"] for row in record["context"]] == ["heads", "keys"]
-    for row in record["steps"]:
-        assert row["tokens_per_second"] * row["seconds"] == near(2 * 256)
-    for row in record["context"]:
-        assert row["efficiency"] > 0
+    parts = record["parts"]
+    assert list(parts) == list(record["seconds"])
+    alone, shared = parts["linear"]["rows"]
+    assert [(row["strategy"], row["gpus"]) for row in (alone, shared)] == [
+        ("alone", 1),
+        ("fsdp2", 2),
+    ]
+    for row in (alone, shared):
+        assert row["tokens_per_second"] * row["seconds"] == near(row["gpus"] * 256)
+        assert row["seconds"] == max(row["rank_seconds"])
+    for name in ("attention", "context"):
+        assert [row["exchange"] for row in parts[name]["rows"]] == ["heads", "keys"]
+        assert all(row["efficiency"] > 0 < row["predicted_seconds"] for row in parts[name]["rows"])
+    speeds = {parts[name]["speed"] for name in ("context", "context-long")}
+    assert len(speeds) == 1
+    for row in parts["context"]["rows"]:
+        assert row["tokens_per_second"] * row["seconds"] == near(512)
+    assert [row["order"] for row in parts["spread"]["orders"]] == ["shuffled", "balanced"]
+    assert all(1 <= row["flops_spread"] <= 2 for row in parts["spread"]["orders"])
+    table = scale_table(record)
+    for title in ("| on one GPU |", "| 1,024 | step, ", "| balanced |"):
+        assert title in table
 
 
 def test_mixed_precision_keeps_float32_weights_and_gradients(found):

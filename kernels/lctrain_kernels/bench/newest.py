@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def newest_record(kind: str, results: Path = RESULTS) -> dict[str, Any] | None:
+def newest_record(
+    kind: str, results: Path = RESULTS, suits: Callable[[Mapping[str, Any]], bool] | None = None
+) -> dict[str, Any] | None:
     """Returns the newest record of a kind, by the date in the file; None without one.
 
     Args:
         kind: Name of the folder of the kind.
         results: Folder that holds the folders of all kinds.
+        suits: Function that returns whether a record counts; None counts all.
     """
     records = [json.loads(path.read_text()) for path in (results / kind).glob("*.json")]
+    records = [record for record in records if suits is None or suits(record)]
     return max(records, key=lambda record: record["date"], default=None)
 
 

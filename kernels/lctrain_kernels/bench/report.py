@@ -20,6 +20,7 @@ from lctrain_kernels.bench.newest import RESULTS, newest_record
 from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
+from lctrain_kernels.bench.scale_report import NOT_MEASURED, newest_scale_record, scale_table
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
 from lctrain_kernels.bench.workloads import WORKLOADS
@@ -224,6 +225,7 @@ def readme_with_steps(readme: str) -> str:
     """
     operations = newest_operation_record()
     records = {kind: newest_record(kind) for kind in KINDS}
+    scale = newest_scale_record()
     tables = {
         **{
             kind: NOTHING_MEASURED if record is None else KINDS[kind](record)
@@ -231,6 +233,7 @@ def readme_with_steps(readme: str) -> str:
         },
         "step": step_table(newest_step_record()),
         "ops": NOTHING_MEASURED if operations is None else operation_tables(operations),
+        "scale": NOT_MEASURED if scale is None else scale_table(scale),
     }
     for name, table in tables.items():
         begin, end = (f"<!-- {name} tables: {edge} -->" for edge in ("begin", "end"))
