@@ -142,16 +142,16 @@ def step_cost(
         for tokens, work in zip(shard.tokens, shard.work, strict=True)
     )
     compute = busiest / speed
-    exchange = cost.layers * exchange_seconds(cost.widths, shard, assumed)
+    exchanged = cost.layers * exchange_seconds(cost.widths, shard, assumed)
     sharded = _fsdp_seconds(cost, assumed, gpus)
-    seconds = compute + exchange + max(0.0, sharded - compute)
+    seconds = compute + exchanged + max(0.0, sharded - compute)
     return {
         "gpus": gpus,
         "context": size,
         "heads": heads,
         "tokens": assumed.tokens * gpus,
         "compute_seconds": compute,
-        "exchange_seconds": exchange,
+        "exchange_seconds": exchanged,
         "fsdp_seconds": sharded,
         "step_seconds": seconds,
         "tokens_per_second": assumed.tokens * gpus / seconds,
