@@ -6,6 +6,9 @@ The package works without lctrain. lctrain users import the functions from `lctr
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.cross_entropy.api import linear_cross_entropy
 from lctrain_kernels.cross_entropy.options import VocabularyShard
+from lctrain_kernels.decode.api import flash_attn_with_kvcache
+from lctrain_kernels.decode.plan import make_decode_plan
+from lctrain_kernels.decode.structures import DecodePlan
 from lctrain_kernels.differential.api import diff_attn_varlen_func
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
 from lctrain_kernels.linear.api import linear_add, merged_linear
@@ -29,6 +32,7 @@ from lctrain_kernels.schedule import TileSchedule, make_schedule
 from lctrain_kernels.varlen.api import flash_attn_func, flash_attn_varlen_func
 
 __all__ = [
+    "DecodePlan",
     "TileSchedule",
     "VocabularyShard",
     "apply_rotary_emb",
@@ -37,6 +41,7 @@ __all__ = [
     "dual_chunk_attn_varlen_func",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "fused_add_layer_norm",
     "fused_add_rms_norm",
     "gated_linear",
@@ -44,6 +49,7 @@ __all__ = [
     "layer_norm",
     "linear_add",
     "linear_cross_entropy",
+    "make_decode_plan",
     "make_schedule",
     "merge_attn_states",
     "merged_linear",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lctrain_kernels.cross_entropy import aot as cross_entropy
+from lctrain_kernels.decode import aot as decode
 from lctrain_kernels.differential import aot as differential
 from lctrain_kernels.dual_chunk import aot as dual_chunk
 from lctrain_kernels.mlp import aot as mlp
@@ -20,7 +21,7 @@ from lctrain_kernels.tile.attention_variant import FEATURES
 from lctrain_kernels.tile.variant import KernelVariant
 from lctrain_kernels.varlen import aot as varlen
 
-ATTENTIONS = (varlen, dual_chunk, differential)
+ATTENTIONS = (varlen, dual_chunk, differential, decode)
 FUSED = (norm, rotary, mlp, cross_entropy)
 KERNELS = {name: kernel for module in ATTENTIONS for name, kernel in module.KERNELS.items()}
 """Attention kernels by name."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lctrain_kernels import (
+        DecodePlan,
         TileSchedule,
         VocabularyShard,
         apply_rotary_emb,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         dual_chunk_attn_varlen_func,
         flash_attn_func,
         flash_attn_varlen_func,
+        flash_attn_with_kvcache,
         fused_add_layer_norm,
         fused_add_rms_norm,
         gated_linear,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         layer_norm,
         linear_add,
         linear_cross_entropy,
+        make_decode_plan,
         make_schedule,
         merge_attn_states,
         merged_linear,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DecodePlan",
     "TileSchedule",
     "VocabularyShard",
     "apply_rotary_emb",
@@ -47,6 +51,7 @@ __all__ = [
     "dual_chunk_attn_varlen_func",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "fused_add_layer_norm",
     "fused_add_rms_norm",
     "gated_linear",
@@ -54,6 +59,7 @@ __all__ = [
     "layer_norm",
     "linear_add",
     "linear_cross_entropy",
+    "make_decode_plan",
     "make_schedule",
     "merge_attn_states",
     "merged_linear",

@@ -316,18 +316,20 @@ def tile_config(
     An override of override_configs comes before the tables. The other arguments are those of
     table_config; q is [T, H, D].
     """
-    if q.device.type != "cuda":
-        table = "interpreter"
-    elif q.dtype == torch.float32:
-        table = "float32"
-    else:
-        table = _device_table(q.device.index)
+    table = device_table(q)
     override = _OVERRIDES.get(f"{operation}_partial" if is_partial else operation)
     if override is not None:
         return replace(override, pack=math.gcd(override.pack, group))
     return table_config(
         table, operation, q.shape[2], group, has_dropout, value_dim, shared_k, is_partial
     )
+
+
+def device_table(q: Tensor) -> str:
+    """Returns the name of the table, a key of TABLES, for the device and dtype of q."""
+    if q.device.type != "cuda":
+        return "interpreter"
+    return "float32" if q.dtype == torch.float32 else _device_table(q.device.index)
 
 
 _OVERRIDES: dict[str, TileConfig] = {}

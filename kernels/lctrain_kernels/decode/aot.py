@@ -1,0 +1,239 @@
+"""Lists the decode kernels that CI compiles ahead of time, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lctrain_kernels.decode.config import DecodeConfig, table_config
+from lctrain_kernels.decode.launch import APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS
+from lctrain_kernels.decode.launch_plan import PLAN_SPLITS
+from lctrain_kernels.decode.triton_append import decode_append_kernel
+from lctrain_kernels.decode.triton_attention import decode_split_kernel, decode_whole_kernel
+from lctrain_kernels.decode.triton_merge import decode_merge_kernel
+from lctrain_kernels.decode.triton_plan import decode_plan_kernel
+from lctrain_kernels.decode.triton_tile import DecodeFlags, DecodeShape
+from lctrain_kernels.tile.arguments import DOT_PRECISION, padded_head_dim
+from lctrain_kernels.tile.config import TileConfig
+from lctrain_kernels.tile.config import table_config as varlen_config
+from lctrain_kernels.tile.variant import KernelVariant, describe_variant
+
+KERNELS = {
+    "decode_split": decode_split_kernel,
+    "decode_whole": decode_whole_kernel,
+    "decode_merge": decode_merge_kernel,
+    "decode_append": decode_append_kernel,
+    "decode_plan": decode_plan_kernel,
+}
+GROUP = 4
+_INTEGERS = ("seqlens", "batch_index", "leftpad", "block_table", "work", "work_ptr")
+_FLOATS = ("partial", "stats", "lse", "alibi_slopes", "learnable_sink")
+_SCALARS = ("scale", "softcap", "value_scale")
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Kind of call for which the kernels are compiled.
+
+    Attributes:
+        name: Name in reports: "causal", or "all" for every feature.
+        page: Tokens of a page; 0 for a dense cache.
+        everything: Whether the call has a window, softcap, ALiBi, sinks, padding and a rotation.
+    """
+
+    name: str
+    page: int = 0
+    everything: bool = False
+
+    @property
+    def absent(self) -> set[str]:
+        """Names of the pointers that the call does not pass."""
+        names = set()
+        if self.page == 0:
+            names.add("block_table")
+        else:
+            names.add("batch_index")
+        if not self.everything:
+            names |= {"batch_index", "leftpad", "cos", "sin", "alibi_slopes", "learnable_sink"}
+            names.add("leftpad_ptr")
+        return names
+
+    def flags(self) -> DecodeFlags:
+        """Constant flags of the call."""
+        return DecodeFlags(self.everything, True, self.everything, True, True)
+
+    def shape(self, tile: TileConfig, head_dim: int, group: int = GROUP) -> DecodeShape:
+        """Compile-time sizes of the call."""
+        return DecodeShape(
+            head_dim=head_dim,
+            block_d=padded_head_dim(head_dim),
+            group=group,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            page=self.page,
+            rotary=head_dim if self.everything else 0,
+            scattered=self.page > 0
+            and (self.everything or tile.block_n == 0 or self.page % tile.block_n != 0),
+        )
+
+
+DENSE, PAGED = DecodeCase("causal"), DecodeCase("causal-page16", page=16)
+ALL = DecodeCase("all-page64", page=64, everything=True)
+
+
+def describe(
+    kernel: str,
+    case: DecodeCase,
+    head_dim: int,
+    tile: TileConfig,
+    *,
+    dtype: str = "bf16",
+    constants: dict[str, object] | None = None,
+    options: dict[str, Any] | None = None,
+    absent: tuple[str, ...] = (),
+    note: str = "",
+) -> KernelVariant:
+    """Describes one compilation of a decode kernel.
+
+    Args:
+        kernel: Name of the kernel, a key of KERNELS.
+        case: Kind of call.
+        head_dim: Head dim D.
+        tile: Tile configuration of the attention kernels.
+        dtype: Triton's name of the tensors' dtype.
+        constants: Values of the constexprs besides TILE, FLAGS and PRECISION.
+        options: Compiler options; those of the tile by default.
+        absent: Names of pointers that this variant does not pass, besides those of the case.
+        note: Text that is appended to the kernel's name.
+    """
+    function = KERNELS[kernel]
+    group = 1 if kernel == "decode_append" else GROUP
+    missing = {*case.absent, *absent}
+    if kernel == "decode_plan" and not case.everything:
+        missing.add("window_left")
+    values: dict[str, object] = {
+        "TILE": case.shape(tile, head_dim, group),
+        "FLAGS": DecodeFlags(False, False, False, True, False)
+        if kernel == "decode_append"
+        else case.flags(),
+        "PRECISION": DOT_PRECISION,
+        **(constants or {}),
+    }
+
+    def kind(name: str) -> str | None:
+        if name in missing:
+            return None
+        if name in _SCALARS:
+            return "fp32"
+        if name in _FLOATS:
+            return "*fp32"
+        return "*i32" if name in _INTEGERS or name.endswith("_ptr") else f"*{dtype}"
+
+    groups = function.fn.__annotations__
+    types: dict[str, Any] = {}
+    for name in function.arg_names:
+        fields = groups.get(name)
+        if name == "pointers":
+            types[name] = fields._make(kind(field) for field in fields._fields)
+        elif name == "strides":
+            types[name] = fields._make("i32" for _ in fields._fields)
+        elif name.endswith("_ptr") or name in _SCALARS or name in missing:
+            types[name] = kind(name)
+        else:
+            types[name] = "i32"
+    attends = kernel in ("decode_split", "decode_whole")
+    label = f"{kernel}{note}-D{head_dim}-{case.name}-{dtype}"
+    if attends:
+        label += f"-{tile.block_m}x{tile.block_n}"
+    return describe_variant(
+        label,
+        function,
+        types,
+        values,
+        tile.options if options is None else options,
+        attends and tile.spill_free and not case.everything,
+        multiplies=attends,
+    )
+
+
+def split_variant(
+    case: DecodeCase, head_dim: int, config: DecodeConfig, dtype: str = "bf16"
+) -> KernelVariant:
+    """Describes decode_split_kernel, which reads a plan unless every feature is compiled."""
+    absent = ("out", "lse", "learnable_sink", *(("work",) if case.everything else ()))
+    return describe("decode_split", case, head_dim, config.tile, dtype=dtype, absent=absent)
+
+
+def whole_variant(
+    case: DecodeCase, head_dim: int, tile: TileConfig, has_splits: bool, dtype: str = "bf16"
+) -> KernelVariant:
+    """Describes decode_whole_kernel, with splits or in the order of the training kernel."""
+    return describe(
+        "decode_whole",
+        case,
+        head_dim,
+        tile,
+        dtype=dtype,
+        constants={"HAS_SPLITS": has_splits},
+        absent=("partial", "stats", "work"),
+        note="" if has_splits else "_exact",
+    )
+
+
+def small_variants(
+    case: DecodeCase, head_dim: int, config: DecodeConfig
+) -> Iterator[KernelVariant]:
+    """Yields the variants of the kernels without matrix products: merge, append and plan."""
+    fused = {"enable_fp_fusion": True}
+    yield describe(
+        "decode_merge",
+        case,
+        head_dim,
+        config.tile,
+        constants={"ROWS": config.merge_rows, "UNROLL": config.merge_unroll},
+        options={"num_warps": MERGE_WARPS, **fused},
+    )
+    yield describe(
+        "decode_append",
+        case,
+        head_dim,
+        TileConfig(0, 0, APPEND_WARPS, 1),
+        constants={"TOKENS": APPEND_TOKENS},
+        options={"num_warps": APPEND_WARPS, **fused},
+    )
+    yield describe(
+        "decode_plan",
+        case,
+        head_dim,
+        config.tile,
+        constants={"REQUESTS": 64, "SPLITS": PLAN_SPLITS},
+        options={"num_warps": 4, **fused},
+    )
+
+
+def kernel_variants(
+    table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
+) -> Iterator[KernelVariant]:
+    """Yields the variants of the decode kernels to compile for one architecture.
+
+    Every head dim is compiled on the tuned architecture, the middle one elsewhere. The arguments
+    are those of `lctrain_kernels.aot.kernel_variants`; "causal" and "all" have a meaning here.
+    """
+    dims = head_dims if table == "sm_90" else (head_dims[len(head_dims) // 2],)
+    for head_dim in dims:
+        config = table_config(table, head_dim)
+        exact = varlen_config(table, "varlen_fwd", head_dim, GROUP)
+        if "causal" in features:
+            yield split_variant(DENSE, head_dim, config)
+            yield split_variant(PAGED, head_dim, config)
+            yield whole_variant(DENSE, head_dim, config.tile, True)
+            yield whole_variant(DENSE, head_dim, exact, False)
+        if "all" in features:
+            yield split_variant(ALL, head_dim, config)
+            yield whole_variant(ALL, head_dim, config.tile, True)
+    case = ALL if "all" in features else DENSE
+    yield from small_variants(case, dims[-1], table_config(table, dims[-1]))
+    if "causal" in features:
+        config = table_config("float32", head_dims[0])
+        yield split_variant(DENSE, head_dims[0], config, "fp32")

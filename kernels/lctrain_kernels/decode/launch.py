@@ -1,0 +1,267 @@
+"""Launches the decode kernels: append, attention by splits or as a whole, and merge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lctrain_kernels.decode.config import decode_config, exact_config
+from lctrain_kernels.decode.launch_plan import fill_plan
+from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
+from lctrain_kernels.decode.triton_append import (
+    AppendPointers,
+    AppendStrides,
+    decode_append_kernel,
+)
+from lctrain_kernels.decode.triton_attention import decode_split_kernel, decode_whole_kernel
+from lctrain_kernels.decode.triton_merge import MergePointers, decode_merge_kernel
+from lctrain_kernels.decode.triton_tile import (
+    DecodeFlags,
+    DecodePointers,
+    DecodeShape,
+    DecodeStrides,
+)
+from lctrain_kernels.multiprocessors import multiprocessors
+from lctrain_kernels.tile.arguments import DOT_PRECISION, alibi_strides, padded_head_dim
+from lctrain_kernels.tile.config import TileConfig
+from lctrain_kernels.tile.mask import UNBOUNDED
+
+APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS = 16, 4, 4
+MOST_PARTIAL_BYTES = 2**29
+"""Most memory for the results of splits; a call that needs more computes requests as a whole."""
+
+
+def append_tokens(cache: KVCache, new: NewTokens) -> None:
+    """Launches decode_append_kernel: writes the new keys, rotated, and values into the cache.
+
+    Args:
+        cache: Cache, before the new tokens.
+        new: New tokens; nothing is launched without any.
+    """
+    k, v = new.k, new.v
+    if k is None or v is None or k.numel() == 0:
+        return
+    requests, tokens, heads_kv, head_dim = k.shape
+    tile = TileConfig(0, 0, APPEND_WARPS, 1)
+    grid = (requests * triton.cdiv(tokens, APPEND_TOKENS) * heads_kv,)
+    decode_append_kernel[grid](
+        AppendPointers(
+            k,
+            v,
+            cache.k,
+            cache.v,
+            cache.seqlens,
+            cache.batch_index,
+            cache.block_table,
+            new.cos,
+            new.sin,
+        ),
+        AppendStrides(
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *cache.k.stride()[:3],
+            *cache.v.stride()[:3],
+            _table_stride(cache),
+        ),
+        tokens,
+        cache.capacity,
+        cache.k.shape[0],
+        heads_kv,
+        _rotary_rows(new),
+        TILE=decode_shape(tile, head_dim, 1, cache, new),
+        FLAGS=DecodeFlags(False, False, False, new.interleaved, False),
+        TOKENS=APPEND_TOKENS,
+        num_warps=APPEND_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    cache: KVCache,
+    new: NewTokens,
+    options: DecodeOptions,
+    plan: DecodePlan | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes the attention of queries over a cache that holds the new tokens already.
+
+    Args:
+        q: Queries [B, Sq, H, D], last stride 1.
+        cache: Cache; its seqlens do not count the new tokens.
+        new: New tokens.
+        options: Mask, scale and the other options.
+        plan: List of the splits; None computes split i of every request up to the longest.
+        longest: Upper bound of the keys of a request; the capacity by default.
+
+    Returns:
+        out [B, Sq, H, D] in q's dtype and lse [B, H, Sq] float32.
+    """
+    requests, seqlen_q, heads, head_dim = q.shape
+    heads_kv = cache.k.shape[2]
+    group = heads // heads_kv
+    out = torch.empty((requests, seqlen_q, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((requests, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    exact = options.split == "exact"
+    config = decode_config(q)
+    tile = exact_config(q, group) if exact else config.tile
+    size = config.split_size
+    if options.num_splits > 1:
+        blocks = triton.cdiv(cache.capacity, options.num_splits * tile.block_n)
+        size = blocks * tile.block_n
+        plan = None  # a plan has the fixed size
+    if plan is not None:
+        size = plan.split_size
+    elif longest is None and not exact and options.num_splits != 1:
+        plan = fill_plan(
+            cache.seqlens,
+            cache.leftpad,
+            cache.capacity,
+            size,
+            seqlen_q=seqlen_q,
+            new_tokens=new.count,
+            window_left=options.window_left,
+        )
+    keys = cache.capacity if longest is None else min(longest, cache.capacity)
+    max_splits = max(1, triton.cdiv(keys, size)) if plan is None else plan.max_splits
+    rows = seqlen_q * group
+    row_tiles = triton.cdiv(rows, tile.block_m)
+    pieces = requests * heads_kv * row_tiles
+    shape = decode_shape(tile, head_dim, group, cache, new)
+    has_left, has_right = options.window_left >= 0, options.window_right >= 0
+    flags = DecodeFlags(
+        has_left, has_right, options.softcap > 0, new.interleaved, options.rotates_each
+    )
+    window = (
+        options.window_left if has_left else UNBOUNDED,
+        options.window_right if has_right else UNBOUNDED,
+    )
+    partial = stats = None
+    whole = exact or options.num_splits == 1 or max_splits == 1
+    if not whole:
+        many = row_tiles > 1 and pieces > 4 * multiprocessors(q.device)
+        results = requests * max_splits * heads_kv * rows
+        whole = many or 4 * results * head_dim > MOST_PARTIAL_BYTES
+    if not whole:
+        sizes = (requests, max_splits, heads_kv, rows)
+        partial = torch.empty((*sizes, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((*sizes, 2), dtype=torch.float32, device=q.device)
+    work = None if plan is None or whole else plan.work
+    pointers = DecodePointers(
+        q,
+        cache.k,
+        cache.v,
+        out if whole else None,
+        lse if whole else None,
+        partial,
+        stats,
+        cache.seqlens,
+        cache.batch_index,
+        cache.leftpad,
+        cache.block_table,
+        work,
+        new.cos,
+        new.sin,
+        options.alibi_slopes,
+        options.learnable_sink if whole else None,
+    )
+    strides = DecodeStrides(
+        *q.stride()[:3], *cache.k.stride()[:3], *cache.v.stride()[:3], _table_stride(cache)
+    )
+    common: tuple[Any, ...] = (
+        pointers,
+        strides,
+        alibi_strides(options.alibi_slopes),
+        seqlen_q,
+        new.count,
+        cache.capacity,
+        heads_kv,
+        _rotary_rows(new),
+        *window,
+        size,
+    )
+    constants = {"TILE": shape, "FLAGS": flags, "PRECISION": DOT_PRECISION, **tile.options}
+    if whole:
+        has_splits = not (exact or options.num_splits == 1)
+        decode_whole_kernel[(pieces,)](
+            *common,
+            options.softmax_scale,
+            options.softcap,
+            1.0,
+            HAS_SPLITS=has_splits,
+            **constants,
+        )
+        return out, lse
+    pieces *= max_splits
+    if work is not None:
+        pieces = min(pieces, config.programs * multiprocessors(q.device))
+    decode_split_kernel[(pieces,)](
+        *common,
+        max_splits,
+        requests * max_splits,
+        options.softmax_scale,
+        options.softcap,
+        **constants,
+    )
+    blocks = triton.cdiv(rows, config.merge_rows)
+    decode_merge_kernel[(requests * heads_kv * blocks,)](
+        MergePointers(
+            partial, stats, out, lse, cache.seqlens, cache.leftpad, options.learnable_sink
+        ),
+        seqlen_q,
+        new.count,
+        cache.capacity,
+        heads_kv,
+        *window,
+        size,
+        max_splits,
+        1.0,
+        TILE=shape,
+        FLAGS=flags,
+        ROWS=config.merge_rows,
+        UNROLL=config.merge_unroll,
+        num_warps=MERGE_WARPS,
+        enable_fp_fusion=True,
+    )
+    return out, lse
+
+
+def decode_shape(
+    tile: TileConfig, head_dim: int, group: int, cache: KVCache, new: NewTokens
+) -> DecodeShape:
+    """Returns the compile-time sizes of a launch.
+
+    Args:
+        tile: Tile configuration.
+        head_dim: Head dim D.
+        group: Number of query heads per key/value head.
+        cache: Cache of the call.
+        new: New tokens of the call.
+    """
+    page = cache.page
+    scattered = page > 0 and (
+        cache.leftpad is not None or tile.block_n == 0 or page % tile.block_n != 0
+    )
+    return DecodeShape(
+        head_dim=head_dim,
+        block_d=padded_head_dim(head_dim),
+        group=group,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        page=page,
+        rotary=new.rotary,
+        scattered=scattered,
+    )
+
+
+def _table_stride(cache: KVCache) -> int:
+    return 0 if cache.block_table is None else cache.block_table.stride(0)
+
+
+def _rotary_rows(new: NewTokens) -> int:
+    return 0 if new.cos is None else new.cos.shape[0]

@@ -1,0 +1,74 @@
+"""make_decode_plan: lists the splits of a decode step once, for all layers of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.backend import select_backend
+from lctrain_kernels.decode.structures import DecodePlan
+from lctrain_kernels.options import check_window, resolve_window
+
+
+def make_decode_plan(
+    cache_seqlens: Tensor,
+    capacity: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    seqlen_q: int = 1,
+    new_tokens: int = 1,
+    causal: bool = True,
+    window_size: Sequence[int] = (-1, -1),
+    cache_leftpad: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+) -> DecodePlan:
+    """Returns the plan of flash_attn_with_kvcache for a step, without a synchronisation.
+
+    The splits are listed on the device: programs are started for splits that exist, not for the
+    capacity. A CUDA graph can capture the call; the plan is then made anew in every replay.
+
+    Args:
+        cache_seqlens: Tokens that the cache holds before the step, [B] int32.
+        capacity: Most tokens of a request in the cache.
+        head_dim: Head dim D.
+        dtype: Dtype of queries and cache.
+        seqlen_q: Queries of each request in the step.
+        new_tokens: Tokens that the step appends to each request.
+        causal: Whether a query sees only the keys up to its own position.
+        window_size: (left, right) keys around a query's own position; -1 is unbounded.
+        cache_leftpad: First token of each request in the cache, [B] int32, or None.
+        max_seqlen_k: Upper bound of the lengths after the step, a Python int.
+
+    Raises:
+        TypeError: if cache_seqlens is not an int32 tensor.
+        ValueError: if a size does not fit.
+    """
+    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype != torch.int32:
+        got = cache_seqlens.dtype if isinstance(cache_seqlens, Tensor) else type(cache_seqlens)
+        raise TypeError(f"cache_seqlens must be an int32 tensor [B], got {got}. Convert it.")
+    for name, value in (("capacity", capacity), ("seqlen_q", seqlen_q), ("head_dim", head_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_window(window_size, cache_seqlens.device)
+    _, left, _ = resolve_window(window_size, causal)
+    device = cache_seqlens.device
+    if select_backend(device, dtype, head_dim=head_dim, warn=False) == "pytorch":
+        work = torch.zeros(1, dtype=torch.int32, device=device)
+        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left)
+    from lctrain_kernels.decode.config import decode_config
+    from lctrain_kernels.decode.launch_plan import fill_plan
+
+    config = decode_config(torch.empty(0, 1, 1, head_dim, dtype=dtype, device=device))
+    return fill_plan(
+        cache_seqlens.contiguous(),
+        cache_leftpad,
+        capacity,
+        config.split_size,
+        seqlen_q=seqlen_q,
+        new_tokens=new_tokens,
+        window_left=left,
+        longest=max_seqlen_k,
+    )

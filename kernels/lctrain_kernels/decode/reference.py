@@ -1,0 +1,103 @@
+"""Decode attention in plain PyTorch: the path of CPUs and of dtypes without kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lctrain_kernels.decode.structures import DecodeOptions, KVCache, NewTokens
+from lctrain_kernels.reference.attention import dense_attention
+
+
+def append_tokens(cache: KVCache, new: NewTokens) -> None:
+    """Writes the new keys, rotated, and values into the cache, in place.
+
+    Args:
+        cache: Cache, before the new tokens.
+        new: New tokens.
+    """
+    if new.k is None or new.v is None:
+        return
+    for request, stored in enumerate(cache.seqlens.tolist()):
+        positions = torch.arange(stored, stored + new.count, device=new.k.device)
+        page, slot = cache_places(cache, request, positions)
+        cache.k[page, slot] = rotate(new.k[request], positions, new)
+        cache.v[page, slot] = new.v[request]
+
+
+def decode_attention(
+    q: Tensor, cache: KVCache, new: NewTokens, options: DecodeOptions
+) -> tuple[Tensor, Tensor]:
+    """Computes the attention of queries over a cache that holds the new tokens already.
+
+    Args:
+        q: Queries [B, Sq, H, D].
+        cache: Cache; its seqlens do not count the new tokens.
+        new: New tokens.
+        options: Mask, scale and the other options.
+
+    Returns:
+        out [B, Sq, H, D] in q's dtype and lse [B, H, Sq] in float32, or float64 for a q of float64.
+    """
+    slopes = options.alibi_slopes
+    leftpads = [0] * q.shape[0] if cache.leftpad is None else cache.leftpad.tolist()
+    outs, lses = [], []
+    for request, stored in enumerate(cache.seqlens.tolist()):
+        keys = torch.arange(leftpads[request], stored + new.count, device=q.device)
+        page, slot = cache_places(cache, request, keys)
+        queries = torch.arange(q.shape[1], device=q.device)
+        positions = stored + queries * options.rotates_each
+        out, lse, _ = dense_attention(
+            rotate(q[request], positions, new),
+            cache.k[page, slot],
+            cache.v[page, slot],
+            softmax_scale=options.softmax_scale,
+            window=(options.window_left, options.window_right),
+            softcap=options.softcap,
+            alibi_slopes=slopes[request] if slopes is not None and slopes.dim() == 2 else slopes,
+            learnable_sink=options.learnable_sink,
+        )
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return torch.empty_like(q), q.new_empty(0, q.shape[2], q.shape[1], dtype=torch.float32)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def cache_places(cache: KVCache, request: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (page, slot) of tokens of a request in the cache, each in the shape of index.
+
+    Args:
+        cache: Cache.
+        request: Index of the request.
+        index: Indices of the tokens in the request, padding on the left counted.
+    """
+    if cache.block_table is not None:
+        return cache.block_table[request, index // cache.page].long(), index % cache.page
+    row = request if cache.batch_index is None else int(cache.batch_index[request])
+    return torch.full_like(index, row), index
+
+
+def rotate(x: Tensor, positions: Tensor, new: NewTokens) -> Tensor:
+    """Rotates the first columns of x [S, heads, D] by positions [S], in at least float32.
+
+    Args:
+        x: Queries or keys of one request.
+        positions: Position of each token; those beyond the tables are not rotated.
+        new: New tokens, with the tables.
+    """
+    if new.cos is None or new.sin is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    known = (positions < new.cos.shape[0])[:, None, None]
+    at = positions.clamp(max=new.cos.shape[0] - 1)
+    cos, sin = (table[at].to(wide)[:, None] for table in (new.cos, new.sin))
+    cos, sin = torch.where(known, cos, 1.0), torch.where(known, sin, 0.0)
+    turned, rest = x[..., : new.rotary].to(wide), x[..., new.rotary :]
+    if new.interleaved:
+        low, high = turned[..., ::2], turned[..., 1::2]
+    else:
+        low, high = turned.chunk(2, -1)
+    pair = (low * cos - high * sin, high * cos + low * sin)
+    joined = torch.stack(pair, -1).flatten(-2) if new.interleaved else torch.cat(pair, -1)
+    return torch.cat((joined.to(x.dtype), rest), -1)

@@ -1,0 +1,85 @@
+"""Compares the ahead-of-time variants of the decode kernels with their launches."""
+
+import pytest
+import torch
+
+from lctrain_kernels.decode import aot, launch, launch_plan
+from lctrain_kernels.decode.config import TABLES, override_decode_config, table_config
+from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
+from lctrain_kernels.tile.config import override_configs
+from lctrain_kernels.tile.config import table_config as varlen_config
+from tests.kernels.launches import describe_for_a_compiler, launches_of
+
+HEADS_K, REQUESTS = 16, 64
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Records launches, and lets the ahead-of-time list compile although the interpreter is on."""
+    describe_for_a_compiler(aot, monkeypatch)
+    kernels = {name: getattr(aot, f"{name}_kernel") for name in aot.KERNELS}
+    monkeypatch.setattr(aot, "KERNELS", kernels)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    return launches_of(launch, monkeypatch) | launches_of(launch_plan, monkeypatch)
+
+
+def operands(case: aot.DecodeCase, head_dim: int):
+    """Returns (q, cache, new tokens, options) of a call that a case describes."""
+    dtype, group = torch.bfloat16, aot.GROUP
+    page = case.page or 4096
+    rows = 16 * REQUESTS if case.page else REQUESTS
+    k = torch.empty(rows, page, HEADS_K, head_dim, dtype=dtype, device="meta")
+    new_k = torch.empty(REQUESTS, 1, HEADS_K, head_dim, dtype=dtype, device="meta")
+    q = torch.empty(REQUESTS, 1, HEADS_K * group, head_dim, dtype=dtype, device="meta")
+    lengths = torch.zeros(REQUESTS, dtype=torch.int32)
+    table = torch.zeros(REQUESTS, 16, dtype=torch.int32) if case.page else None
+    cache, new = KVCache(k, k, lengths, block_table=table), NewTokens(new_k, new_k)
+    options = DecodeOptions(0.1, window_right=0)
+    if case.everything:
+        cos = torch.zeros(4096, head_dim // 2, dtype=dtype)
+        new = new._replace(cos=cos, sin=cos)
+        cache = cache._replace(leftpad=lengths)
+        floats = torch.zeros(HEADS_K * group)
+        options = options._replace(
+            window_left=9, softcap=2.0, alibi_slopes=floats, learnable_sink=floats
+        )
+    return q, cache, new, options
+
+
+@pytest.mark.parametrize("case", [aot.DENSE, aot.PAGED, aot.ALL], ids=lambda case: case.name)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_variants_are_what_is_launched(case, head_dim, launches):
+    config = table_config("sm_90", head_dim)
+    q, cache, new, options = operands(case, head_dim)
+    plan = None
+    if not case.everything:
+        plan = DecodePlan(torch.zeros(9, dtype=torch.int32), 8, 512, 1, 1, -1)
+    merge, append, plan_variant = aot.small_variants(case, head_dim, config)
+    with override_decode_config(config):
+        launch.append_tokens(cache, new)
+        launch.decode_attention(q, cache, new, options, plan, longest=4000)
+        launches["decode_append_kernel"].assert_described_by(append)
+        launches["decode_split_kernel"].assert_described_by(
+            aot.split_variant(case, head_dim, config)
+        )
+        launches["decode_merge_kernel"].assert_described_by(merge)
+        whole = options._replace(num_splits=0)
+        launch.decode_attention(q, cache, new, whole, longest=config.split_size)
+        launches["decode_whole_kernel"].assert_described_by(
+            aot.whole_variant(case, head_dim, config.tile, True)
+        )
+        exact = varlen_config("sm_90", "varlen_fwd", head_dim, aot.GROUP)
+        with override_configs(varlen_fwd=exact):
+            launch.decode_attention(q, cache, new, options._replace(split="exact"))
+        launches["decode_whole_kernel"].assert_described_by(
+            aot.whole_variant(case, head_dim, exact, False)
+        )
+    launch_plan.fill_plan(cache.seqlens, cache.leftpad, 4096, 512, window_left=options.window_left)
+    launches["decode_plan_kernel"].assert_described_by(plan_variant)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_splits_are_whole_blocks_and_merge_programs_whole_tiles(table):
+    for config in TABLES[table].values():
+        assert config.split_size % config.tile.block_n == 0
+        assert config.tile.block_m % config.merge_rows == 0

@@ -1,0 +1,182 @@
+"""Tests bad arguments of flash_attn_with_kvcache: nothing is written, and the message says why."""
+
+import pytest
+import torch
+
+from lctrain.kernels import flash_attn_with_kvcache, make_decode_plan
+from tests.kernels.decode.kvcache import KVCase, make_kv
+
+HALF = torch.float16
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def zeros(*shape: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+DENSE = KVCase(lengths=(20, 31), capacity=32, new=1, rotary=8)
+PAGED = KVCase(lengths=(20, 31), capacity=32, new=1, page=16)
+ROW = (2, 1, 2, 32)
+CASES = {
+    "q-rank": (DENSE, {"q": zeros(2, 4, 32)}, ValueError, "q must have four dimensions"),
+    "q-list": (DENSE, {"q": [1]}, TypeError, "q must be a torch.Tensor, got list"),
+    "q-dtype": (
+        DENSE,
+        {"q": zeros(2, 1, 4, 32, dtype=HALF)},
+        TypeError,
+        "k_cache must have the dtype of q, torch.float16, got torch.float32",
+    ),
+    "cache-device": (
+        DENSE,
+        {"v_cache": zeros(4, 32, 2, 32, device="meta")},
+        ValueError,
+        "v_cache must be on the device of q, cpu, got meta",
+    ),
+    "cache-stride": (
+        DENSE,
+        {"k_cache": zeros(4, 32, 32, 2).transpose(2, 3)},
+        ValueError,
+        "k_cache must have a last stride of 1",
+    ),
+    "cache-shapes": (
+        DENSE,
+        {"v_cache": zeros(4, 31, 2, 32)},
+        ValueError,
+        "k_cache and v_cache must have one shape",
+    ),
+    "head_dim": (DENSE, {"q": zeros(2, 1, 4, 16)}, ValueError, "one head dim of at least 1"),
+    "heads": (DENSE, {"q": zeros(2, 1, 3, 32)}, ValueError, "a multiple of key/value heads"),
+    "rows": (DENSE, {"q": zeros(9, 1, 4, 32)}, ValueError, "k must have shape .9, new tokens"),
+    "gradient": (
+        DENSE,
+        {"q": zeros(2, 1, 4, 32).requires_grad_()},
+        ValueError,
+        "has no backward, and q or k_cache requires a gradient",
+    ),
+    "k-alone": (DENSE, {"v": None}, ValueError, "k and v must be given together"),
+    "cos-alone": (DENSE, {"rotary_sin": None}, ValueError, "must be given together, got one"),
+    "no-lengths": (DENSE, {"cache_seqlens": None}, ValueError, "cache_seqlens must be given with"),
+    "k-dtype": (DENSE, {"k": zeros(*ROW, dtype=HALF)}, TypeError, "k must have the dtype of q"),
+    "v-shape": (DENSE, {"v": zeros(2, 2, 2, 32)}, ValueError, "v must have shape .2, new tokens"),
+    "cos-without-k": (DENSE, {"k": None, "v": None}, ValueError, "rotary_cos must come with new k"),
+    "cos-shape": (DENSE, {"rotary_cos": zeros(72, 17)}, ValueError, "with R at most 32"),
+    "cos-short": (
+        DENSE,
+        {"rotary_cos": zeros(31, 4), "rotary_sin": zeros(31, 4)},
+        ValueError,
+        "rotary_cos must have a row per token of the cache .32., got 31",
+    ),
+    "lengths-dtype": (
+        DENSE,
+        {"cache_seqlens": torch.tensor([1, 2])},
+        TypeError,
+        "cache_seqlens must be an int32 tensor, got torch.int64",
+    ),
+    "lengths-shape": (DENSE, {"cache_seqlens": ints(1)}, ValueError, "must have shape .2., got"),
+    "lengths-full": (
+        DENSE,
+        {"cache_seqlens": ints(20, 32)},
+        ValueError,
+        r"cache_seqlens\[1\] must be from 0 to 31, got 32.*Nothing was written",
+    ),
+    "lengths-int-full": (DENSE, {"cache_seqlens": 32}, ValueError, "from 0 to 31, got 32"),
+    "lengths-negative": (DENSE, {"cache_seqlens": ints(-1, 3)}, ValueError, "to 31, got -1"),
+    "leftpad": (
+        DENSE,
+        {"cache_leftpad": ints(0, 32)},
+        ValueError,
+        r"cache_leftpad\[1\] must be from 0 to 31, got 32",
+    ),
+    "row": (
+        DENSE,
+        {"cache_batch_idx": ints(0, 4)},
+        ValueError,
+        r"cache_batch_idx\[1\] must be from 0 to 3, got 4",
+    ),
+    "row-with-pages": (
+        PAGED,
+        {"cache_batch_idx": ints(0, 1)},
+        ValueError,
+        "cache_batch_idx must be None with a block_table",
+    ),
+    "table-shape": (PAGED, {"block_table": ints(1)}, ValueError, "block_table must have shape .2"),
+    "table-dtype": (PAGED, {"block_table": zeros(2, 2)}, TypeError, "must be an int32 tensor"),
+    "table-range": (
+        PAGED,
+        {"block_table": torch.stack((ints(0, 1), ints(2, 99)))},
+        ValueError,
+        r"block_table\[1\] must name pages from 0 to 6, got 99.*Nothing was written",
+    ),
+    "table-unused": (
+        PAGED,
+        {"block_table": torch.stack((ints(0, -1), ints(2, 3)))},
+        ValueError,
+        r"block_table\[0\] must name pages from 0 to 6, got -1",
+    ),
+    "page": (
+        PAGED,
+        {"k_cache": zeros(7, 24, 2, 32), "v_cache": zeros(7, 24, 2, 32)},
+        ValueError,
+        "pages of 16, 32, 64, 128 or 256 tokens, got 24",
+    ),
+    "window": (DENSE, {"window_size": (1,)}, TypeError, "window_size must be"),
+    "softcap": (DENSE, {"softcap": -1.0}, ValueError, "softcap must be finite and >= 0"),
+    "alibi": (DENSE, {"alibi_slopes": zeros(3)}, ValueError, "alibi_slopes must have shape"),
+    "sink": (DENSE, {"learnable_sink": zeros(3)}, ValueError, "learnable_sink must have shape"),
+    "split": (DENSE, {"split": "best"}, ValueError, "split must be one of fixed, exact"),
+    "num_splits": (DENSE, {"num_splits": -1}, ValueError, "num_splits must be an int of at least"),
+    "num_splits-exact": (
+        DENSE,
+        {"num_splits": 2, "split": "exact"},
+        ValueError,
+        "num_splits must be 0 or 1 with split='exact'",
+    ),
+    "longest": (DENSE, {"max_seqlen_k": -1}, ValueError, "max_seqlen_k must be a Python int"),
+    "backend": (DENSE, {"backend": "hopper"}, ValueError, "backend='hopper'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_arguments(name):
+    case, changes, error, message = CASES[name]
+    inputs = make_kv(case, "cpu", torch.float32)
+    before = inputs.k_cache.clone()
+    arguments = {"q": inputs.q, "k_cache": inputs.k_cache, "v_cache": inputs.v_cache}
+    arguments |= {"k": inputs.k, "v": inputs.v, **inputs.options, **changes}
+    with pytest.raises(error, match=message):
+        flash_attn_with_kvcache(**arguments)
+    assert torch.equal(inputs.k_cache.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_a_dense_cache_with_too_few_rows():
+    with pytest.raises(ValueError, match=r"a row per request \(3\), got 2"):
+        flash_attn_with_kvcache(zeros(3, 1, 1, 8), zeros(2, 4, 1, 8), zeros(2, 4, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cache_seqlens": [1]}, TypeError, "cache_seqlens must be an int32 tensor"),
+        ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
+        ({"window_size": 3}, TypeError, "window_size must be"),
+    ],
+)
+def test_bad_arguments_of_a_plan(changes, error, message):
+    arguments = {"cache_seqlens": ints(1, 2), "capacity": 8, "head_dim": 8, "dtype": HALF}
+    with pytest.raises(error, match=message):
+        make_decode_plan(**{**arguments, **changes})
+
+
+def test_the_switch_reads_values_on_a_gpu(monkeypatch):
+    from lctrain_kernels.decode import checks
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not checks._reads_values(gpu)
+    monkeypatch.setenv(checks.SWITCH, "1")
+    assert checks._reads_values(gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not checks._reads_values(gpu)
