@@ -15,6 +15,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "attention": ("lctrain_kernels.bench.__main__", "packed attention (the default)"),
     "ops": ("lctrain_kernels.bench.operations", "linear cross-entropy and fused operations"),
+    "decode": ("lctrain_kernels.bench.decode", "attention over key/value caches"),
     "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
     "memory": ("lctrain.bench.memory", "peak memory and speed against context length"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),

@@ -77,7 +77,7 @@ def flash_attn_varlen_func(
         return_attn_probs: Whether to return (out, lse, weights), for debugging. The weights
             [N, H, max_seqlen_q, max_seqlen_k] are stored in full, negative where dropout dropped
             them. Computing them reads the lengths, so it synchronises with a GPU.
-        block_table: Must be None; paged key/value caches are not supported.
+        block_table: Must be None; flash_attn_with_kvcache takes paged key/value caches.
         return_lse: Whether to return (out, lse) instead of out.
         learnable_sink: Logit [H] that takes part in every softmax of its head and has no value. It
             gets a gradient.
@@ -102,7 +102,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise ValueError(
             "block_table (paged key/value cache) is not supported. "
-            "Gather the pages into contiguous k and v before the call."
+            "Call flash_attn_with_kvcache, or gather the pages into contiguous k and v."
         )
     checks.check_qkv(q, k, v)
     pack = checked_pack(

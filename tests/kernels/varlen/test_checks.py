@@ -240,7 +240,7 @@ CASES = {
     "block_table": (
         {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
         ValueError,
-        "block_table .* is not supported. Gather the pages",
+        "block_table .* is not supported. Call flash_attn_with_kvcache",
     ),
     "backend": (
         {"backend": "cuda"},
