@@ -161,11 +161,9 @@ def compile_config(name: str, page: int) -> None:
     """Compiles the kernels of a configuration into Triton's cache, in a process of its own."""
     device = torch.device("cuda", torch.cuda.current_device())
     shape = DecodeShape(2, 2048)
-    inputs = DecodeInputs(
-        torch.zeros(2, 1, shape.heads, shape.head_dim, dtype=DTYPE, device=device),
-        *(torch.zeros(1, 2, 2048, 8, 128, dtype=DTYPE, device=device) for _ in range(2)),
-        torch.full((2,), 2048, dtype=torch.int32, device=device),
-    )
+    k = torch.zeros(1, 2, 2048, shape.heads_kv, shape.head_dim, dtype=DTYPE, device=device)
+    q = torch.zeros(2, 1, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
+    inputs = DecodeInputs(q, k, k, torch.full((2,), 2048, dtype=torch.int32, device=device))
     config = parse_config(name)
     with override_decode_config(config):
         for call in ours(inputs, page, config):

@@ -89,7 +89,7 @@ def flashinfer(inputs: DecodeInputs, page: int) -> list[Callable[[], Tensor]]:
     assert table is not None
     requests, width = table.shape
     device = inputs.q.device
-    calls = []
+    calls: list[Callable[[], Tensor]] = []
     for copy in range(len(inputs.k)):
         workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode import reference
+from lctrain_kernels.decode import pytorch
 from lctrain_kernels.decode.checks import check_metadata, check_new_tokens, check_tensors
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
 from lctrain_kernels.layout import unit_stride
@@ -121,7 +121,7 @@ def flash_attn_with_kvcache(
     longest = max_seqlen_k
     if not isinstance(cache_seqlens, Tensor):
         stored = cache.capacity if cache_seqlens is None else cache_seqlens
-        longest = stored + new.count if longest is None else longest
+        longest = stored + new.tokens if longest is None else longest
         cache_seqlens = torch.full((requests,), stored, dtype=torch.int32, device=q.device)
     cache = cache._replace(seqlens=cache_seqlens)
     check_metadata(q, cache, new)
@@ -142,8 +142,8 @@ def flash_attn_with_kvcache(
     )
     backend = select_backend(q.device, q.dtype, backend, head_dim=head_dim)
     if backend == "pytorch":
-        reference.append_tokens(cache, new)
-        out, lse = reference.decode_attention(q, cache, new, options)
+        pytorch.append_tokens(cache, new)
+        out, lse = pytorch.decode_attention(q, cache, new, options)
     else:
         from lctrain_kernels.decode import launch
 

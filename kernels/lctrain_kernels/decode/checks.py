@@ -81,18 +81,17 @@ def check_new_tokens(q: Tensor, k_cache: Tensor, new: NewTokens, has_seqlens: bo
             "tokens."
         )
     expected = (q.shape[0], k_cache.shape[2], k_cache.shape[3])
-    for name, tensor in (("k", new.k), ("v", new.v)):
-        if tensor is None:
-            continue
+    given = [] if new.k is None or new.v is None else [("k", new.k), ("v", new.v)]
+    for name, tensor in given:
         check_floating(name, tensor)
         _check_like(name, tensor, q, "q")
         shape = tuple(tensor.shape)
-        if tensor.dim() != 4 or (shape[0], *shape[2:]) != expected or shape != new.k.shape:
+        if len(shape) != 4 or (shape[0], *shape[2:]) != expected or shape != given[0][1].shape:
             raise ValueError(
                 f"{name} must have shape [{expected[0]}, new tokens, {expected[1]}, "
                 f"{expected[2]}], got {shape}. k and v have the heads of the cache."
             )
-    if new.cos is None:
+    if new.cos is None or new.sin is None:
         return
     if new.k is None:
         raise ValueError(
@@ -159,7 +158,7 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens) -> None:
             f"{new.cos.shape[0]}. Build longer tables."
         )
     if _reads_values(q.device):
-        _check_values(cache, new.count)
+        _check_values(cache, new.tokens)
 
 
 def _reads_values(device: torch.device) -> bool:

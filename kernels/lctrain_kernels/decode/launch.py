@@ -59,13 +59,7 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
             new.cos,
             new.sin,
         ),
-        AppendStrides(
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *cache.k.stride()[:3],
-            *cache.v.stride()[:3],
-            _table_stride(cache),
-        ),
+        AppendStrides._make((*_strides(k, v, cache.k, cache.v), _table_stride(cache))),
         tokens,
         cache.capacity,
         cache.k.shape[0],
@@ -124,7 +118,7 @@ def decode_attention(
             cache.capacity,
             size,
             seqlen_q=seqlen_q,
-            new_tokens=new.count,
+            new_tokens=new.tokens,
             window_left=options.window_left,
         )
     keys = cache.capacity if longest is None else min(longest, cache.capacity)
@@ -170,15 +164,13 @@ def decode_attention(
         options.alibi_slopes,
         options.learnable_sink if whole else None,
     )
-    strides = DecodeStrides(
-        *q.stride()[:3], *cache.k.stride()[:3], *cache.v.stride()[:3], _table_stride(cache)
-    )
+    strides = DecodeStrides._make((*_strides(q, cache.k, cache.v), _table_stride(cache)))
     common: tuple[Any, ...] = (
         pointers,
         strides,
         alibi_strides(options.alibi_slopes),
         seqlen_q,
-        new.count,
+        new.tokens,
         cache.capacity,
         heads_kv,
         _rotary_rows(new),
@@ -214,7 +206,7 @@ def decode_attention(
             partial, stats, out, lse, cache.seqlens, cache.leftpad, options.learnable_sink
         ),
         seqlen_q,
-        new.count,
+        new.tokens,
         cache.capacity,
         heads_kv,
         *window,
@@ -257,6 +249,11 @@ def decode_shape(
         rotary=new.rotary,
         scattered=scattered,
     )
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Returns the strides of pages or batch, tokens and heads of each tensor, in order."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
 def _table_stride(cache: KVCache) -> int:

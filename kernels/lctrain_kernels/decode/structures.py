@@ -58,7 +58,7 @@ class NewTokens(NamedTuple):
     interleaved: bool = True
 
     @property
-    def count(self) -> int:
+    def tokens(self) -> int:
         """Number of new tokens of each request."""
         return 0 if self.k is None else self.k.shape[1]
 

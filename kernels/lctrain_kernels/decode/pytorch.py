@@ -19,7 +19,7 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
     if new.k is None or new.v is None:
         return
     for request, stored in enumerate(cache.seqlens.tolist()):
-        positions = torch.arange(stored, stored + new.count, device=new.k.device)
+        positions = torch.arange(stored, stored + new.tokens, device=new.k.device)
         page, slot = cache_places(cache, request, positions)
         cache.k[page, slot] = rotate(new.k[request], positions, new)
         cache.v[page, slot] = new.v[request]
@@ -43,7 +43,7 @@ def decode_attention(
     leftpads = [0] * q.shape[0] if cache.leftpad is None else cache.leftpad.tolist()
     outs, lses = [], []
     for request, stored in enumerate(cache.seqlens.tolist()):
-        keys = torch.arange(leftpads[request], stored + new.count, device=q.device)
+        keys = torch.arange(leftpads[request], stored + new.tokens, device=q.device)
         page, slot = cache_places(cache, request, keys)
         queries = torch.arange(q.shape[1], device=q.device)
         positions = stored + queries * options.rotates_each
