@@ -35,7 +35,7 @@ from lctrain_kernels.bench.measure import graph_timer
 from lctrain_kernels.bench.operations import copy_bandwidth, wall_timer
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import DTYPE, new_record
-from lctrain_kernels.decode.config import DecodeConfig, decode_config, override_decode_config
+from lctrain_kernels.decode.launch_config import DecodeConfig, decode_config, override_decode_config
 from lctrain_kernels.tile.config import TileConfig
 
 OURS = "lctrain"

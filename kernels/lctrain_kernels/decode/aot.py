@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lctrain_kernels.decode.config import DecodeConfig, table_config
 from lctrain_kernels.decode.launch import APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS
+from lctrain_kernels.decode.launch_config import DecodeConfig, table_config
 from lctrain_kernels.decode.launch_plan import PLAN_SPLITS
 from lctrain_kernels.decode.triton_append import decode_append_kernel
 from lctrain_kernels.decode.triton_attention import decode_split_kernel, decode_whole_kernel
@@ -217,23 +217,25 @@ def kernel_variants(
 ) -> Iterator[KernelVariant]:
     """Yields the variants of the decode kernels to compile for one architecture.
 
-    Every head dim is compiled on the tuned architecture, the middle one elsewhere. The arguments
-    are those of `lctrain_kernels.aot.kernel_variants`; "causal" and "all" have a meaning here.
+    Plain calls are compiled with every head dim on the tuned architecture, and with the middle one
+    elsewhere; the others with the middle one. The arguments are those of
+    `lctrain_kernels.aot.kernel_variants`; "causal" and "all" have a meaning here.
     """
-    dims = head_dims if table == "sm_90" else (head_dims[len(head_dims) // 2],)
-    for head_dim in dims:
-        config = table_config(table, head_dim)
-        exact = varlen_config(table, "varlen_fwd", head_dim, GROUP)
-        if "causal" in features:
+    middle = head_dims[len(head_dims) // 2]
+    if "causal" in features:
+        for head_dim in head_dims if table == "sm_90" else (middle,):
+            config = table_config(table, head_dim)
             yield split_variant(DENSE, head_dim, config)
             yield split_variant(PAGED, head_dim, config)
             yield whole_variant(DENSE, head_dim, config.tile, True)
-            yield whole_variant(DENSE, head_dim, exact, False)
-        if "all" in features:
-            yield split_variant(ALL, head_dim, config)
-            yield whole_variant(ALL, head_dim, config.tile, True)
+        exact = varlen_config(table, "varlen_fwd", middle, GROUP)
+        yield whole_variant(DENSE, middle, exact, False)
+    config = table_config(table, middle)
+    if "all" in features:
+        yield split_variant(ALL, middle, config)
+        yield whole_variant(ALL, middle, config.tile, True)
     case = ALL if "all" in features else DENSE
-    yield from small_variants(case, dims[-1], table_config(table, dims[-1]))
-    if "causal" in features:
+    yield from small_variants(case, middle, config)
+    if "causal" in features and table == "sm_90":
         config = table_config("float32", head_dims[0])
         yield split_variant(DENSE, head_dims[0], config, "fp32")

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lctrain_kernels.decode.config import decode_config, exact_config
+from lctrain_kernels.decode.launch_config import decode_config, exact_config
 from lctrain_kernels.decode.launch_plan import fill_plan
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
 from lctrain_kernels.decode.triton_append import (

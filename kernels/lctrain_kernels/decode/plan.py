@@ -58,7 +58,7 @@ def make_decode_plan(
     if select_backend(device, dtype, head_dim=head_dim, warn=False) == "pytorch":
         work = torch.zeros(1, dtype=torch.int32, device=device)
         return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left)
-    from lctrain_kernels.decode.config import decode_config
+    from lctrain_kernels.decode.launch_config import decode_config
     from lctrain_kernels.decode.launch_plan import fill_plan
 
     config = decode_config(torch.empty(0, 1, 1, head_dim, dtype=dtype, device=device))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lctrain_kernels.decode import aot, launch, launch_plan
-from lctrain_kernels.decode.config import TABLES, override_decode_config, table_config
+from lctrain_kernels.decode.launch_config import TABLES, override_decode_config, table_config
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
 from lctrain_kernels.tile.config import override_configs
 from lctrain_kernels.tile.config import table_config as varlen_config
