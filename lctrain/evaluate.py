@@ -88,7 +88,6 @@ def evaluate(config: EvalConfig) -> Evaluation:
     check_lengths(config.lengths, config.forward_tokens())
     check_tasks(config.tasks, config.own_tasks)
     check_methods(config.methods)
-    check_methods(config.passkey.methods or ())
     longest_documents((), config.documents)  # raises ValueError if the number is below 1
     check_dtype(config.dtype)
     device = pick_device(config.device)

@@ -35,6 +35,12 @@ BACKENDS = ("auto", "hopper", "triton", "pytorch")
 SPECIAL_TOKENS = ("text", "token")
 ROPE_METHODS = ("linear", "ntk", "yarn")
 DUAL_CHUNK_METHODS = ("dual_chunk", "dual_chunk_yarn")
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa"),
+)
+ANSWERS_BY = ("generation", "likelihood")
 METHODS = ("plain", *ROPE_METHODS, *DUAL_CHUNK_METHODS, "intra_chunk")
 REFUSED_STRATEGIES = {
     "deepspeed": "DeepSpeed runs a backward of its own, which would not divide by the tokens",
@@ -330,8 +336,54 @@ def check_windows(
     )
 
 
+def check_by(by: str, name: str) -> None:
+    """Raises ValueError for an unknown way to score answers."""
+    require(
+        by in ANSWERS_BY,
+        f"{name} must be one of {', '.join(ANSWERS_BY)}, got {by!r}. Base models are better "
+        "scored by likelihood.",
+    )
+
+
+def check_ruler(
+    tasks: Sequence[str] | None, items: int, seed: int, by: str, questions: str | None
+) -> tuple[str, ...]:
+    """Returns the names of RULER's tasks to run, without duplicates.
+
+    Args:
+        tasks: Names of the tasks; None for all but qa, and for qa too if there are questions.
+        items: Number of prompts of each task at each length.
+        seed: Seed of the prompts.
+        by: Way to score answers.
+        questions: File of the task qa.
+
+    Raises:
+        ValueError: if a task does not exist or lacks its questions, or a number is out of range.
+    """
+    known = RULER_TASKS if questions is not None else RULER_TASKS[:-1]
+    chosen = known if tasks is None else tuple(dict.fromkeys(tasks))
+    require(
+        bool(chosen) and set(chosen) <= set(RULER_TASKS),
+        f"ruler.tasks must be some of {', '.join(RULER_TASKS)}, got {list(chosen)}. Use null for "
+        "all of them.",
+    )
+    require(
+        set(chosen) <= set(known),
+        "ruler.questions must be a file of JSON lines for the task qa, got none. Give one, or "
+        "leave qa out of ruler.tasks.",
+    )
+    require(items >= 1, f"ruler.items must be at least 1, got {items}. Try 10.")
+    require(seed >= 0, f"ruler.seed must be at least 0, got {seed}. Raise it.")
+    check_by(by, "ruler.by")
+    return chosen
+
+
 def check_passkeys(
-    depths: Sequence[float], keys_per_cell: int, seed: int, prefix: str = ""
+    depths: Sequence[float],
+    keys_per_cell: int,
+    seed: int,
+    prefix: str = "",
+    count: str = "keys_per_cell",
 ) -> tuple[float, ...]:
     """Returns the depths of the passkey test, sorted and without duplicates.
 
@@ -340,6 +392,7 @@ def check_passkeys(
         keys_per_cell: Number of keys for each length and depth.
         seed: Seed of the keys and the text.
         prefix: Text before the names in messages.
+        count: Name of `keys_per_cell` in messages.
 
     Raises:
         ValueError: if there is no depth, a depth is outside of [0, 1], keys_per_cell is below 1, or
@@ -354,7 +407,7 @@ def check_passkeys(
         )
     require(
         keys_per_cell >= 1,
-        f"{prefix}keys_per_cell must be at least 1, got {keys_per_cell}. Try 20.",
+        f"{prefix}{count} must be at least 1, got {keys_per_cell}. Try 20.",
     )
     require(seed >= 0, f"{prefix or 'passkey '}seed must be at least 0, got {seed}. Raise it.")
     return tuple(sorted(set(depths)))

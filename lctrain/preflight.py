@@ -262,7 +262,9 @@ def check_evaluation(config: EvalConfig) -> None:
     check_tasks(config.tasks, config.own_tasks)
     check_targets("own_tasks", config.own_tasks)
     check_methods(config.methods)
-    check_methods(config.passkey.methods or (), "passkey.methods")
+    for name in ("passkey", "needle", "ruler"):
+        settings = getattr(config, name)
+        check_methods(settings.methods or (), f"{name}.methods")
     check_passkeys(
         config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
     )

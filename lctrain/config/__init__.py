@@ -28,7 +28,7 @@ from lctrain.config.model import ModelConfig, PretrainedModelConfig, ScratchMode
 from lctrain.config.optim import SCHEDULES, OptimConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING, store_schema, to_dataclass
-from lctrain.config.tasks import TASKS, PasskeyConfig
+from lctrain.config.tasks import TASKS, NeedleConfig, PasskeyConfig, RulerConfig
 from lctrain.config.train import TrainConfig
 from lctrain.config.trainer import STRATEGIES, TrainerConfig
 
@@ -53,12 +53,14 @@ __all__ = [
     "LengthPerplexityConfig",
     "MemoryConfig",
     "ModelConfig",
+    "NeedleConfig",
     "NonFiniteGuardConfig",
     "OptimConfig",
     "PasskeyConfig",
     "PathsConfig",
     "PretrainedModelConfig",
     "ProgressBarConfig",
+    "RulerConfig",
     "ScratchModelConfig",
     "TensorBoardLoggerConfig",
     "ThroughputConfig",

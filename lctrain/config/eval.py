@@ -9,7 +9,7 @@ from lctrain.config.attention import AttentionConfig
 from lctrain.config.model import PretrainedModelConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING
-from lctrain.config.tasks import PasskeyConfig
+from lctrain.config.tasks import NeedleConfig, PasskeyConfig, RulerConfig
 from lctrain.local_paths import check_run_name
 
 MIN_MAX_TOKENS = 8192  # smallest default of max_tokens, the tokens in a forward pass
@@ -54,6 +54,8 @@ class EvalConfig:
             tokenizer adds a begin token to texts. Passkey texts begin as the tokenizer begins
             texts.
         passkey: Settings of the task passkey.
+        needle: Settings of the task needle.
+        ruler: Settings of the task ruler.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
     """
@@ -78,6 +80,8 @@ class EvalConfig:
     min_context: int | None = None
     begin_token: bool | None = None
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    ruler: RulerConfig = field(default_factory=RulerConfig)
     dtype: str = "auto"
     device: str = "auto"
 
@@ -88,4 +92,5 @@ class EvalConfig:
         """Returns the largest number of tokens in a forward pass."""
         if self.max_tokens is not None:
             return self.max_tokens
-        return max([MIN_MAX_TOKENS, *self.lengths, *(self.passkey.lengths or ())])
+        own = [task.lengths or [] for task in (self.passkey, self.needle, self.ruler)]
+        return max([MIN_MAX_TOKENS, *self.lengths, *(n for lengths in own for n in lengths)])

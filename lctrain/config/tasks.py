@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lctrain.limits import check_by, check_passkeys, check_ruler
+
 TASKS = {
     "perplexity": "lctrain.eval.tasks.perplexity.Perplexity",
     "passkey": "lctrain.eval.tasks.passkey.PasskeyRetrieval",
+    "needle": "lctrain.eval.tasks.needle.Needle",
+    "ruler": "lctrain.eval.tasks.ruler.Ruler",
 }
 """Classes of lctrain's tasks by the name in `tasks`; a class has `of(config)`."""
 
@@ -28,3 +32,56 @@ class PasskeyConfig:
     depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     keys_per_cell: int = 20
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class NeedleConfig:
+    """Settings of the task needle, a sentence hidden in text.
+
+    Attributes:
+        lengths: Lengths in tokens, answer included; None for `lengths` of the evaluation.
+        methods: Methods to compare; None for `methods` of the evaluation.
+        depths: Depths of the needle: fractions of the text before it, in [0, 1].
+        needles: Number of needles for each length and depth.
+        seed: Seed of the needles and of the choice of text.
+        by: "generation" lets the model answer; "likelihood" asks whether greedy decoding yields the
+            expected answer, for base models.
+    """
+
+    lengths: list[int] | None = None
+    methods: list[str] | None = None
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    needles: int = 4
+    seed: int = 0
+    by: str = "generation"
+
+    def __post_init__(self) -> None:
+        check_passkeys(self.depths, self.needles, self.seed, "needle.", "needles")
+        check_by(self.by, "needle.by")
+
+
+@dataclass(frozen=True)
+class RulerConfig:
+    """Settings of the task ruler, RULER's synthetic tasks.
+
+    Attributes:
+        lengths: Lengths in tokens, answer included; None for `lengths` of the evaluation.
+        methods: Methods to compare; None for `methods` of the evaluation.
+        tasks: Names of RULER's tasks; None for all but qa, which needs `questions`.
+        items: Number of prompts of each task at each length.
+        seed: Seed of the prompts.
+        by: "generation" lets the model answer; "likelihood" asks whether greedy decoding yields the
+            expected answer, for base models.
+        questions: File of JSON lines with the keys question, answers (a list) and context.
+    """
+
+    lengths: list[int] | None = None
+    methods: list[str] | None = None
+    tasks: list[str] | None = None
+    items: int = 10
+    seed: int = 0
+    by: str = "generation"
+    questions: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ruler(self.tasks, self.items, self.seed, self.by, self.questions)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lctrain.data.passkey import Filler, PasskeyFormat
-from lctrain.eval import METHODS, Extension, passkey_retrieval
-from lctrain.eval.tasks import passkey
+from lctrain.eval import METHODS, Extension, answered, passkey_retrieval
 
 WINDOW = 64
 LENGTHS = [64, 128]
@@ -69,7 +68,7 @@ def looks_up(monkeypatch, format):
             predicted.append(seen[told])
         return torch.tensor(predicted)
 
-    monkeypatch.setattr(passkey, "greedy_tokens", greedy)
+    monkeypatch.setattr(answered, "greedy_tokens", greedy)
 
 
 @pytest.mark.parametrize("attention", ["packs", "rows"])
@@ -77,7 +76,7 @@ def test_a_model_that_looks_keys_up_finds_them_all(
     make_llama, format, documents, looks_up, monkeypatch, attention
 ):
     if attention == "rows":
-        monkeypatch.setattr(passkey, "is_patched", lambda model: False)
+        monkeypatch.setattr(answered, "is_patched", lambda model: False)
     table = run(make_llama(), format, documents)
     assert table.found["plain"].tolist() == [[3, 3], [3, 3]]
     assert table.accuracy("plain").tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -121,8 +120,8 @@ def test_found_is_what_greedy_decoding_finds(make_llama, format, documents, monk
     wrong.input_ids[-1] = (wrong.input_ids[-1] + 1) % 97
     device = torch.device("cpu")
     with Extension("plain", WINDOW).patched(model):
-        assert passkey._answered(model, [wrong, answer], None, device) == [False, True]
-    assert passkey._answered(model, [answer, wrong], None, device) == [True, False]
+        assert answered.answered(model, [wrong, answer], None, device) == [False, True]
+    assert answered.answered(model, [answer, wrong], None, device) == [True, False]
 
 
 def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch):
@@ -133,7 +132,7 @@ def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch
             seen.extend(one.input_ids.tolist() for one in made)
             return [False] * len(made)
 
-        monkeypatch.setattr(passkey, "_answered", record)
+        monkeypatch.setattr(answered, "answered", record)
         run(make_llama(), format, documents, methods, seed=seed)
         return seen
 

@@ -284,8 +284,8 @@ def test_documents_can_be_cut(make_config) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": []}, r"tasks must be some of perplexity, passkey, got \[\]"),
-        ({"tasks": ["needle"]}, r"tasks must be some of perplexity, passkey, got \['needle'\]"),
+        ({"tasks": []}, r"tasks must be some of perplexity, passkey, needle, ruler, got \[\]"),
+        ({"tasks": ["needles"]}, r"tasks must be some of perplexity, .*, got \['needles'\]"),
         ({"methods": ["pose"]}, "methods must be among plain, .* got 'pose'"),
         (
             {"passkey": PasskeyConfig(methods=["pose"])},

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import lctrain.models
-from lctrain.config import AttentionConfig
+from lctrain.config import AttentionConfig, NeedleConfig, RulerConfig
 from lctrain.evaluate import evaluate
 
 
@@ -99,3 +99,21 @@ def test_passkeys_of_the_model_as_it_is(make_config, small_window_folder, attent
     assert evaluation.perplexity is None
     assert list(evaluation.passkey.found) == ["plain" if attention is None else "dual_chunk"]
     assert set(evaluation.paths) == {"passkey csv", "passkey json", "passkey png"}
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_needles_and_ruler_with_a_tokenizer_of_transformers(make_config, by) -> None:
+    config = make_config(
+        tasks=["needle", "ruler"],
+        lengths=[900],
+        needle=NeedleConfig(depths=[0.5], needles=1, by=by),
+        ruler=RulerConfig(tasks=["niah_single_1", "niah_multikey_2"], items=1, by=by),
+    )
+    evaluation = evaluate(config)
+    assert list(evaluation.tables) == ["needle", "ruler"]
+    rows = evaluation.tables["ruler"].as_dicts()
+    assert [(row["task"], row["score"]) for row in rows] == [
+        ("niah_single_1", 0.0),
+        ("niah_multikey_2", 0.0),
+    ]
+    assert all(path.exists() for path in evaluation.paths.values())

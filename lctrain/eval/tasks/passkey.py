@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
-from torch import nn
 
-from lctrain.attention import is_patched
 from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
+from lctrain.eval import answered
 from lctrain.eval.extension import trained_window
 from lctrain.eval.limits import check_model
 from lctrain.eval.passkey_table import PasskeyTable
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Item, Measure, Result, Subject
-from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
 from lctrain.eval.task import Task
 from lctrain.limits import check_passkeys
-from lctrain.loss import evaluation_mode
-from lctrain.loss.predictions import greedy_tokens
-from lctrain.models.frequencies import row_frequencies
 
 if TYPE_CHECKING:
     from lctrain.config import AttentionConfig, EvalConfig
@@ -132,7 +125,7 @@ class PasskeyRetrieval(Task):
         for start in range(0, len(made), size):
             batch = made[start : start + size]
             texts = [self._text(hidden) for hidden in batch]
-            right = _answered(reader.model, texts, reader.segment, reader.device)
+            right = answered.answered(reader.model, texts, reader.segment, reader.device)
             for hidden, one in zip(batch, right, strict=True):
                 yield Item(
                     f"depth {hidden.depth} key {hidden.key}",
@@ -166,29 +159,3 @@ class PasskeyRetrieval(Task):
 def method_of(attention: AttentionConfig | None) -> str:
     """Returns the method to which an attention belongs: "dual_chunk", or "plain" for all others."""
     return "dual_chunk" if attention is not None and attention.name == "dual_chunk" else "plain"
-
-
-def _answered(
-    model: nn.Module, made: Sequence[Passkey], segment: int | None, device: torch.device
-) -> list[bool]:
-    """Returns, for each document, whether greedy decoding yields its answer."""
-    inputs = [passkey.input_ids[:-1] for passkey in made]  # the last token predicts nothing
-    if is_patched(model):
-        kwargs = packed_kwargs(cut(inputs, segment), device)
-    else:
-        kwargs = row_kwargs(inputs, len(inputs[0]), device)
-    offsets = np.cumsum([0, *map(len, inputs)])[:-1]  # equal lengths, hence no padding
-    before = [
-        offset + np.arange(p.answer_start, p.answer_start + p.answer_tokens) - 1
-        for offset, p in zip(offsets, made, strict=True)
-    ]
-    places = torch.from_numpy(np.concatenate(before)).to(device)
-    lengths = torch.tensor([len(tokens) for tokens in inputs])
-    own = nullcontext() if is_patched(model) else row_frequencies(model, lengths)
-    with evaluation_mode(model), own:
-        predicted = greedy_tokens(model, kwargs, places).cpu().numpy()
-    splits = np.cumsum([len(part) for part in before])[:-1]
-    return [
-        bool((tokens == passkey.input_ids[passkey.answer_start :]).all())
-        for tokens, passkey in zip(np.split(predicted, splits), made, strict=True)
-    ]

@@ -1,0 +1,53 @@
+"""answered: whether greedy decoding yields an expected answer, from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from lctrain.attention import is_patched
+from lctrain.data.passkey import Passkey
+from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
+from lctrain.loss import evaluation_mode
+from lctrain.loss.predictions import greedy_tokens
+from lctrain.models.frequencies import row_frequencies
+
+
+def answered(
+    model: nn.Module, made: Sequence[Passkey], segment: int | None, device: torch.device
+) -> list[bool]:
+    """Returns, for each document, whether greedy decoding yields its answer.
+
+    Args:
+        model: A causal LM. Its training mode is restored.
+        made: Documents that end with their answer.
+        segment: Length in tokens of the parts into which documents are cut; None for whole ones.
+        device: Device of the model.
+    """
+    inputs = [document.input_ids[:-1] for document in made]  # the last token predicts nothing
+    packed = is_patched(model)
+    width = max(map(len, inputs))
+    if packed:
+        kwargs = packed_kwargs(cut(inputs, segment), device)
+        offsets = np.cumsum([0, *map(len, inputs)])[:-1]
+    else:
+        kwargs = row_kwargs(inputs, width, device)
+        offsets = np.arange(len(inputs)) * width
+    before = [
+        offset + np.arange(d.answer_start, d.answer_start + d.answer_tokens) - 1
+        for offset, d in zip(offsets, made, strict=True)
+    ]
+    places = torch.from_numpy(np.concatenate(before)).to(device)
+    lengths = torch.tensor([len(tokens) for tokens in inputs])
+    own = nullcontext() if packed else row_frequencies(model, lengths)
+    with evaluation_mode(model), own:
+        predicted = greedy_tokens(model, kwargs, places).cpu().numpy()
+    splits = np.cumsum([len(part) for part in before])[:-1]
+    return [
+        bool((tokens == document.input_ids[document.answer_start :]).all())
+        for tokens, document in zip(np.split(predicted, splits), made, strict=True)
+    ]

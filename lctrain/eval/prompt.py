@@ -1,0 +1,114 @@
+"""Prompt: a question about a long text, with the expected answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lctrain.eval.matching import ruler_score
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text.
+
+    Attributes:
+        text: Context and question, up to where the answer begins.
+        references: Expected texts.
+        match: "all" if the answer needs all references, "part" if it needs one.
+        new_tokens: Largest number of tokens in the answer.
+    """
+
+    text: str
+    references: tuple[str, ...]
+    match: str = "all"
+    new_tokens: int = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPrompt:
+    """A prompt as tokens.
+
+    Attributes:
+        input_ids: [n] int64, the prompt.
+        answer_ids: [m] int64, the expected answer, all references in order.
+        prompt: The same as text.
+    """
+
+    input_ids: np.ndarray
+    answer_ids: np.ndarray
+    prompt: Prompt
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text, which begins as the tokenizer begins texts."""
+    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    return ids[:-1] if end is not None and len(ids) > 1 and ids[-1] == end else ids
+
+
+def tokenized(tokenizer: Any, prompt: Prompt) -> TokenPrompt:
+    """Returns a prompt as tokens.
+
+    The answer's tokens are those of prompt and answer together, from where they differ from the
+    prompt alone, since a tokenizer may merge characters across the border.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: The prompt.
+
+    Raises:
+        ValueError: if the tokenizer cannot represent the answer.
+    """
+    ids = tokens_of(tokenizer, prompt.text)
+    words = prompt.references[:1] if prompt.match == "part" else prompt.references
+    whole = tokens_of(tokenizer, f"{prompt.text} {', '.join(words)}")
+    same = 0
+    while same < min(len(ids), len(whole)) and ids[same] == whole[same]:
+        same += 1
+    answer = whole[same:]
+    if not answer or ruler_score(tokenizer.decode(answer), words, "all") < 1.0:
+        raise ValueError(
+            f"tokenizer must represent the answer {', '.join(words)!r}, got "
+            f"{tokenizer.decode(answer)!r} back. Leave this task out with this tokenizer."
+        )
+    prefix = ids if same == len(ids) else whole[:same]
+    return TokenPrompt(np.array(prefix), np.array(answer), prompt)
+
+
+def fitting_units(
+    tokens: Callable[[int], int], room: int, smallest: int, name: str, extra: int
+) -> int:
+    """Returns the largest number of units with which a prompt fits, by doubling and bisection.
+
+    Args:
+        tokens: Returns the tokens of a prompt of a number of units; it rises with them.
+        room: Largest number of tokens of the prompt.
+        smallest: Smallest number of units of a prompt.
+        name: Name of the task, for the message.
+        extra: Tokens of the answer, which the length includes.
+
+    Raises:
+        ValueError: if the smallest prompt does not fit.
+    """
+    shortest = tokens(smallest)
+    if shortest > room:
+        raise ValueError(
+            f"lengths must be at least {shortest + extra} for {name} with this tokenizer, got "
+            f"{room + extra}. Leave it out."
+        )
+    low, high = smallest, max(2 * smallest, 2)
+    while tokens(high) <= room:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 64):  # a prompt within 2 % of the length
+        middle = (low + high) // 2
+        low, high = (middle, high) if tokens(middle) <= room else (low, middle)
+    return low
+
+
+def joined(words: Sequence[str]) -> str:
+    """Returns words as a list in a sentence: "a, b, and c"."""
+    return ", ".join(words) if len(words) < 2 else f"{', '.join(words[:-1])}, and {words[-1]}"

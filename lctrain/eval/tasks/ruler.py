@@ -1,0 +1,210 @@
+"""The task ruler: RULER's synthetic tasks, each by length."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lctrain.eval.answers import MEASURES, score_prompts
+from lctrain.eval.limits import check_model
+from lctrain.eval.prompt import Prompt, TokenPrompt, fitting_units, tokenized, tokens_of
+from lctrain.eval.reader import Reader
+from lctrain.eval.records import Item, Subject
+from lctrain.eval.ruler.counting import CommonWords, FrequentWords
+from lctrain.eval.ruler.family import Family
+from lctrain.eval.ruler.needles import Needles
+from lctrain.eval.ruler.questions import Questions, read_questions
+from lctrain.eval.ruler.tracking import VariableTracking
+from lctrain.eval.task import Task
+from lctrain.limits import RULER_TASKS, check_ruler, require
+
+if TYPE_CHECKING:
+    from lctrain.config import EvalConfig
+
+log = logging.getLogger(__name__)
+
+
+class Ruler(Task):
+    """RULER's synthetic tasks (arXiv 2404.06654). Its items are prompts.
+
+    Args:
+        tasks: Names of the tasks, some of RULER_TASKS; None for all but qa.
+        items: Number of prompts of each task at each length.
+        seed: Seed of the prompts.
+        by: "generation", or "likelihood" of the answer for base models.
+        questions: File of JSON lines for the task qa.
+        lengths: Lengths in tokens, answer included; None for those of the evaluation.
+        methods: Methods to compare; None for those of the evaluation.
+    """
+
+    name = "ruler"
+    measures: ClassVar = MEASURES
+    title: ClassVar = "RULER"
+    unit: ClassVar = "prompt"
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        items: int = 10,
+        seed: int = 0,
+        by: str = "generation",
+        questions: str | None = None,
+        lengths: Sequence[int] | None = None,
+        methods: Sequence[str] | None = None,
+    ) -> None:
+        self.tasks = check_ruler(tasks, items, seed, by, questions)
+        self.items = items
+        self.seed = seed
+        self.by = by
+        self.lengths = lengths
+        self.methods = methods
+        self.entries = () if questions is None else read_questions(questions)
+        self._units: dict[tuple[str, int], int] = {}
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Ruler:
+        """Returns the task with the settings of an evaluation."""
+        o = config.ruler
+        return cls(
+            tasks=o.tasks,
+            items=o.items,
+            seed=o.seed,
+            by=o.by,
+            questions=o.questions,
+            lengths=o.lengths,
+            methods=o.methods,
+        )
+
+    def prepare(self, subject: Subject, lengths: tuple[int, ...]) -> None:
+        """Checks that the smallest prompt of each task fits into the shortest length: see Task.
+
+        Raises:
+            ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
+        """
+        super().prepare(subject, lengths)
+        text = self._text()
+        require(
+            bool(text) or not any(f == "text" for f, *_ in self._haystacks()),
+            "ruler must hide needles in text, got documents without a word. Use more data.",
+        )
+        self._families = families(text, self.entries)
+        for name in self.tasks:
+            made = self._fitted(name, lengths[0], 0, self._families[name].smallest)
+            check_model(subject.model, [made.input_ids, made.answer_ids], lengths[-1])
+
+    def make(self, length: int) -> list[tuple[str, int]]:
+        """Returns the names of the tasks with the numbers of the prompts: see Task."""
+        return [(name, number) for name in self.tasks for number in range(self.items)]
+
+    def score(self, reader: Reader, length: int, made: Sequence[tuple[str, int]]) -> Iterator[Item]:
+        """Yields the score of every prompt: see Task."""
+        prompts = (self.prompt(name, length, number) for name, number in made)
+        answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
+        for (name, number), answer in zip(made, answers, strict=True):
+            columns = {"task": name}
+            yield Item(f"{name} {number}", answer.totals, 1.0, columns, answer.text)
+
+    def size(self, length: int) -> int:
+        """Returns the number of prompts: see Task."""
+        return len(self.tasks) * self.items
+
+    def prompt(self, name: str, length: int, number: int) -> TokenPrompt:
+        """Returns a prompt that fills a length, its answer included.
+
+        Args:
+            name: Name of the task.
+            length: Length in tokens.
+            number: Number of the prompt.
+        """
+        key = (name, length)
+        if key not in self._units:
+            family = self._families[name]
+            first = family.build(family.smallest, self._numbers(name, length, 0))
+            self._units[key] = fitting_units(
+                lambda units: self._tokens(family.build(units, self._numbers(name, length, 0))),
+                length - first.new_tokens,
+                family.smallest,
+                name,
+                first.new_tokens,
+            )
+            self._count_repeats(name, length)
+        return self._fitted(name, length, number, self._units[key])
+
+    def _fitted(self, name: str, length: int, number: int, units: int) -> TokenPrompt:
+        """Returns a prompt of at most `units` units that fits into a length."""
+        family = self._families[name]
+        while True:
+            prompt = family.build(units, self._numbers(name, length, number))
+            made = tokenized(self.subject.tokenizer, prompt)
+            room = length - prompt.new_tokens
+            over = len(made.input_ids) - room
+            if over <= 0:
+                return made
+            if units <= family.smallest:
+                raise ValueError(
+                    f"lengths must be at least {len(made.input_ids) + prompt.new_tokens} for "
+                    f"{name} with this tokenizer, got {length}. Leave it out, or the task."
+                )
+            per_unit = max(1.0, len(made.input_ids) / units)
+            units = max(family.smallest, units - max(1, int(over / per_unit)))
+
+    def _numbers(self, name: str, length: int, number: int) -> random.Random:
+        return random.Random(f"{self.seed} {name} {length} {number}")
+
+    def _tokens(self, prompt: Prompt) -> int:
+        return len(tokens_of(self.subject.tokenizer, prompt.text))
+
+    def _text(self) -> list[str]:
+        """Returns the words of the documents."""
+        decode: Any = self.subject.tokenizer.decode
+        texts = [decode(d.input_ids, skip_special_tokens=True) for d in self.subject.documents]
+        return [word for text in texts for word in text.split()]
+
+    def _haystacks(self) -> list[tuple[str, str]]:
+        found = families(("word",), self.entries)
+        return [
+            (family.haystack, name)
+            for name in self.tasks
+            if isinstance(family := found[name], Needles)
+        ]
+
+    def _count_repeats(self, name: str, length: int) -> None:
+        """Warns if the text is shorter than a prompt."""
+        family, units = self._families[name], self._units[name, length]
+        if isinstance(family, Needles) and family.haystack == "text" and units > len(family.text):
+            log.warning(
+                "%s repeats its text at length %s: the documents hold %s words, and a prompt %s. "
+                "Use more documents.",
+                name,
+                f"{length:,}",
+                f"{len(family.text):,}",
+                f"{units:,}",
+            )
+
+
+def families(text: Sequence[str], entries: Sequence[Any]) -> dict[str, Family]:
+    """Returns RULER's tasks by name.
+
+    Args:
+        text: Words of the haystacks of text.
+        entries: Questions of the task qa.
+    """
+    made: dict[str, Family] = {
+        "niah_single_1": Needles(),
+        "niah_single_2": Needles("text", text=text),
+        "niah_single_3": Needles("text", values="uuids", text=text),
+        "niah_multikey_1": Needles("text", hidden=4, text=text),
+        "niah_multikey_2": Needles("needles"),
+        "niah_multikey_3": Needles("needles", keys="uuids", values="uuids"),
+        "niah_multivalue": Needles("text", per_key=4, text=text),
+        "niah_multiquery": Needles("text", asked=4, text=text),
+        "vt": VariableTracking(),
+        "cwe": CommonWords(),
+        "fwe": FrequentWords(),
+        "qa": Questions(entries),
+    }
+    assert tuple(made) == RULER_TASKS
+    return made
