@@ -14,6 +14,8 @@ from lctrain.distributed.hugging_face import is_sharded, save_weights
 from lctrain.model_card import model_card
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.differential_configs import CONFIGS
+from lctrain.models.low_rank import has_reloaded_base
+from lctrain.models.sharded_adapters import merge_shards
 from lctrain.module import LongContextModule
 
 KEY = "trained_as"
@@ -56,7 +58,7 @@ def export_model(
     """
     spec, folder = None, Path(folder).expanduser()
     if is_sharded(module.model):
-        return _export_shards(module, tokenizer, folder, trained_length)
+        return _export_shards(module, tokenizer, folder, trained_length, merge)
     if module.patch_handle is not None:
         spec = module.patch_handle.spec
         module.patch_handle.unpatch()
@@ -75,14 +77,25 @@ def export_model(
 
 
 def _export_shards(
-    module: LongContextModule, tokenizer: Any, folder: Path, trained_length: int | None
+    module: LongContextModule,
+    tokenizer: Any,
+    folder: Path,
+    trained_length: int | None,
+    merge: bool,
 ) -> Path:
     """Writes a sharded model as `export_model` does. All ranks call it; the model stays patched."""
     spec = None if module.patch_handle is None else module.patch_handle.spec
     ranks = Topology.of(module.trainer)
-    save_weights(module.model, folder, ranks)
+    if merge and hasattr(module.model, "merge_and_unload"):
+        module.model = merge_shards(module.model)
+    adapters = inside_adapters(module.model) is not module.model
     if ranks.is_first:
-        _delete_adapters(folder)
+        if adapters:
+            _delete_whole_model(folder, module.model)
+        else:
+            _delete_adapters(folder)
+    save_weights(module.model, folder, ranks, only_trained=has_reloaded_base(module.model))
+    if ranks.is_first:
         _save_description(module.model, tokenizer, folder, spec, trained_length)
     return folder
 

@@ -410,7 +410,7 @@ class LongContextModule(pl.LightningModule):
             ValueError: if training resumes with changed optimizer options, which the restored
                 optimizer would ignore, or with fewer steps than the checkpoint has taken.
         """
-        if has_reloaded_base(self.model):
+        if has_reloaded_base(self.model) and "state_dict" in checkpoint:  # shards are loaded before
             saved = checkpoint["state_dict"]
             load_adapter_state(self.model, {n.removeprefix(_MODEL): x for n, x in saved.items()})
             checkpoint["state_dict"] = {}  # the frozen weights are loaded from their source

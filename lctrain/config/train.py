@@ -99,10 +99,12 @@ class TrainConfig:
             "tokens only. Choose attention=flash.",
         )
         if is_sharded:
+            quantize = None if self.adapter is None else self.adapter.quantize
             require(
-                self.adapter is None,
-                "adapter must be none with trainer.strategy=fsdp2, whose checkpoints hold all "
-                "weights, got adapters. Use trainer.strategy=ddp.",
+                quantize is None,
+                f"adapter.quantize must be null with trainer.strategy=fsdp2, got {quantize}: "
+                "shards of packed weights would lose their scales. Leave it out, so that the "
+                "frozen weights are divided in bfloat16, or use trainer.strategy=ddp.",
             )
             require(
                 not self.optim.matrices_only,

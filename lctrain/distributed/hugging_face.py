@@ -23,7 +23,7 @@ def is_sharded(model: Any) -> bool:
     return any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
 
 
-def save_weights(model: Any, folder: Path, ranks: Topology) -> None:
+def save_weights(model: Any, folder: Path, ranks: Topology, *, only_trained: bool = False) -> None:
     """Writes a sharded model's weights, so that `from_pretrained` loads them. All ranks call it.
 
     Every rank writes its shards, and rank 0 joins the files; no rank holds the whole model. There
@@ -35,10 +35,13 @@ def save_weights(model: Any, folder: Path, ranks: Topology) -> None:
         model: A transformers model whose parameters are DTensors.
         folder: Folder to write into.
         ranks: Ranks of the run.
+        only_trained: Whether to write only parameters that are trained, such as those of adapters.
     """
     kept = model.state_dict()
     weights = {name: value for name, value in model.named_buffers() if name in kept}
     weights |= {name: parameter.data for name, parameter in model.named_parameters()}
+    if only_trained:
+        weights = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
     is_first = ranks.is_first
     # Only the model of rank 0 was loaded from files, whose form transformers remembers.
     gathers = is_first and (hasattr(model, "get_base_model") or _is_converted(model, weights))

@@ -22,7 +22,8 @@ from lctrain.distributed.sharding import ShardRoot, shard_model
 from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.distributed.topology import Topology
 from lctrain.limits import check_exchange, check_machines, check_shared_task, why_refused
-from lctrain.models.low_rank import has_reloaded_base
+from lctrain.memory.quantized import is_quantized
+from lctrain.models.sharded_adapters import checkpoint_weights
 from lctrain.models.shared_attention import heads_group
 from lctrain.run.sharded_checkpoint import (
     load_file_into_shards,
@@ -152,7 +153,7 @@ class ShardedStrategy(ModelParallelStrategy):
             model: The model, with its weights on rank 0; see `shard_model`.
 
         Raises:
-            ValueError: if the model has adapters of lctrain or is already sharded by another call,
+            ValueError: if weights are quantized or the model is already sharded by another call,
                 or ranks share a pack, and the model's attention cannot be exchanged.
         """
         if self.root is not None and self.root.model is model:
@@ -163,11 +164,12 @@ class ShardedStrategy(ModelParallelStrategy):
                 "fit has sharded it. Fit one module per strategy, or load its checkpoint into a "
                 "new model."
             )
-        if has_reloaded_base(model):
+        quantized = [n for n, p in model.named_parameters() if is_quantized(p)]
+        if quantized:
             raise ValueError(
-                "model must have no adapters of lctrain.models.low_rank.add_adapter with "
-                "ShardedStrategy, whose checkpoints hold all weights, got some. Use 'ddp', "
-                "or add the adapters with peft.get_peft_model."
+                f"model must have dense weights with ShardedStrategy, got quantized ones, such as "
+                f"{quantized[0]}: shards of packed weights would lose their scales. Load them in "
+                "bfloat16, or use 'ddp'."
             )
         mesh: DeviceMesh = self.device_mesh
         if self.context_parallel > 1:
@@ -227,10 +229,13 @@ class ShardedStrategy(ModelParallelStrategy):
             return super().load_checkpoint(path, weights_only)
         module = self.lightning_module
         assert module is not None
+        adapters = checkpoint_weights(getattr(module, "model", None), "model.")
         if path.is_dir():
             assert self.model is not None
-            return load_folder_into_shards(path, self.model, self.optimizers, module.strict_loading)
-        return load_file_into_shards(path, module, self.optimizers)
+            return load_folder_into_shards(
+                path, self.model, self.optimizers, module.strict_loading, adapters
+            )
+        return load_file_into_shards(path, module, self.optimizers, adapters)
 
     def _policy(self) -> MixedPrecisionPolicy:
         """Returns the dtypes of gathered parameters and of the reduction of gradients."""

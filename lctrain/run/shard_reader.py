@@ -118,6 +118,24 @@ def read_shards(path: Path, state: dict[str, Any]) -> None:
         dcp.load(state, storage_reader=reader, planner=_PlainValues())
 
 
+def shapes_in(path: Path, prefix: str) -> dict[str, torch.Size]:
+    """Returns the shapes of the tensors of a checkpoint whose names begin with a prefix.
+
+    Args:
+        path: Folder of the checkpoint.
+        prefix: Beginning of the names, which the result leaves out.
+
+    Raises:
+        ValueError: if the checkpoint holds more than tensors and plain values.
+    """
+    entries = ShardReader(path).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(prefix): entry.size
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, dcp_metadata.TensorStorageMetadata)
+    }
+
+
 def read_all_shards(path: Path) -> dict[str, Any]:
     """Returns every value of a folder of shards, in the memory of this process.
 

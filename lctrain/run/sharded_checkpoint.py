@@ -8,7 +8,7 @@ Lightning can also read such a folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from lctrain.distributed import Topology
 from lctrain.run.checkpoint_file import WRITING, AtomicCheckpointIO, read_checkpoint
 from lctrain.run.seal import META, digest_of, remove, write_manifest
-from lctrain.run.shard_reader import METADATA, read_all_shards, read_shards
+from lctrain.run.shard_reader import METADATA, read_all_shards, read_shards, shapes_in
 
 
 class AnyCheckpointIO(AtomicCheckpointIO):
@@ -176,13 +176,18 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
         for group in optimizer["param_groups"]
     ]
     return {
-        "state": {number[name]: value for name, value in optimizer["state"].items()},
+        # A folder holds no empty dictionary, such as the states of SGD without momentum.
+        "state": {number[name]: value for name, value in optimizer.get("state", {}).items()},
         "param_groups": groups,
     }
 
 
 def load_folder_into_shards(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool = True
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    strict: bool = True,
+    stored: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Loads a folder of shards into a sharded module and its optimizers. All ranks must call it.
 
@@ -191,16 +196,23 @@ def load_folder_into_shards(
         module: Module whose parameters are DTensors.
         optimizers: Optimizers of the module's parameters, in the order of the checkpoint.
         strict: Whether the names of weights must be those of the module.
+        stored: DTensors of the module that the checkpoint holds, by their names in it; None for all
+            weights of the module.
 
     Returns:
         The checkpoint without weights and optimizer states.
 
     Raises:
-        ValueError: if the checkpoint holds more than tensors and plain values.
+        ValueError: if the checkpoint holds more than tensors and plain values, or other weights
+            than `stored`.
     """
-    weights: dict[str, Any] = {"state_dict": get_model_state_dict(module)}
-    read_shards(path, weights)
-    module.load_state_dict(weights["state_dict"], strict=strict)
+    if stored is None:
+        weights: dict[str, Any] = {"state_dict": get_model_state_dict(module)}
+        read_shards(path, weights)
+        module.load_state_dict(weights["state_dict"], strict=strict)
+    else:
+        _require_shapes(stored, shapes_in(path, "state_dict."))
+        read_shards(path, {"state_dict": stored})
     for number, optimizer in enumerate(optimizers):
         name = f"optimizer_{number}"
         state: dict[str, Any] = {name: get_optimizer_state_dict(module, optimizer)}
@@ -212,7 +224,10 @@ def load_folder_into_shards(
 
 
 def load_file_into_shards(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer]
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    stored: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint that is one file into a sharded module and its optimizers.
 
@@ -222,16 +237,26 @@ def load_file_into_shards(
         path: The file.
         module: Module whose parameters are DTensors.
         optimizers: Optimizers of the module's parameters, in the order of the checkpoint.
+        stored: As in `load_folder_into_shards`.
 
     Returns:
         The checkpoint without weights and optimizer states.
+
+    Raises:
+        ValueError: if the checkpoint holds other weights than `stored`.
     """
     checkpoint = read_checkpoint(path, map_location="cpu", mmap=True)
-    own = module.state_dict()
+    own = module.state_dict() if stored is None else stored
     weights = checkpoint.pop("state_dict")
-    module.load_state_dict(
-        {name: _like(own[name], value) if name in own else value for name, value in weights.items()}
-    )
+    divided = {
+        name: _like(own[name], value) if name in own else value for name, value in weights.items()
+    }
+    if stored is None:
+        module.load_state_dict(divided)
+    else:
+        _require_shapes(stored, {name: value.shape for name, value in weights.items()})
+        for name, tensor in stored.items():
+            tensor.copy_(divided[name])
     for optimizer, saved in zip(optimizers, checkpoint.pop("optimizer_states"), strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = {
@@ -240,6 +265,22 @@ def load_file_into_shards(
         }
         optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     return checkpoint
+
+
+def _require_shapes(stored: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a checkpoint holds the given adapters.
+
+    Args:
+        stored: Tensors of the model's adapters, by their names in the checkpoint.
+        found: Shapes of the weights of the checkpoint, by name.
+    """
+    if {name: tuple(x.shape) for name, x in stored.items()} != {
+        n: tuple(s) for n, s in found.items()
+    }:
+        raise ValueError(
+            "checkpoint must hold adapters of this model's targets and rank, got others. Use the "
+            "adapter options of the checkpoint's run."
+        )
 
 
 def _like(own: Any, value: Any) -> Any:

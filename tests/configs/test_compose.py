@@ -222,8 +222,11 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
             "trainer.context_parallel must be 1 with task=mlm, got 2",
         ),
         (
-            ["trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a", "adapter=lora"],
-            "adapter must be none with trainer.strategy=fsdp2",
+            [
+                *("trainer.strategy=fsdp2", "model=hf", "model.name_or_path=a"),
+                *("adapter=lora", "adapter.quantize=nf4"),
+            ],
+            "adapter.quantize must be null with trainer.strategy=fsdp2, got nf4",
         ),
     ],
 )

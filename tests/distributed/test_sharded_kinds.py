@@ -1,4 +1,4 @@
-"""Tests memory policies and masked language models on two ranks with sharded parameters.
+"""Tests memory policies, masked models and adapters on two ranks with sharded parameters.
 
 All checks read the results of one pair of processes, since each of them imports torch for seconds.
 """
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lctrain
 from lctrain.build import plan_memory
@@ -14,8 +15,19 @@ from lctrain.config import MemoryConfig
 from lctrain.config.memory import check_tiles
 from lctrain.memory.profile import profile
 from lctrain.memory.shards import divided
+from lctrain.models.low_rank import adapter_state
+from lctrain.run.sharded_checkpoint import AnyCheckpointIO, read_whole
 from tests.configs.composed import load
-from tests.distributed.kinds_ranks import LAYERS, MASKING, POLICIES, Kind, encoder, layers
+from tests.distributed.kinds_ranks import (
+    LAYERS,
+    MASKING,
+    POLICIES,
+    Kind,
+    SaveFirst,
+    adapted,
+    encoder,
+    layers,
+)
 from tests.distributed.ranks import run_ranks
 from tests.float64 import built_in_float64
 from tests.numerics import assert_equal_in_float64, near
@@ -27,9 +39,21 @@ WINDOWS = ((0, 2), (2, 3))  # micro-batches of the two optimizer steps
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Folder with checkpoints of one process, and what two ranks have written."""
     folder = tmp_path_factory.mktemp("ranks")
+    for name in ("lora", "dora"):
+        with built_in_float64():
+            module = Kind(adapted(name == "dora"))
+            module.train_dataloader = lambda: loader(joined())
+            saves = SaveFirst(folder / f"{name}-file.ckpt")
+            make_trainer(folder, [saves], gradient_clip_val=CLIP).fit(module)
     run_ranks("tests.distributed.kinds_ranks", 2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
     return torch.load(folder / "found.pt", weights_only=False)
 
 
@@ -43,11 +67,15 @@ def masked_batch(packs):
     )
 
 
+def joined(join=one_batch):
+    """Returns a batch for every optimizer step, with the packs of both ranks."""
+    return [join([b for rank in (0, 1) for b in batches(rank)[i:j]]) for i, j in WINDOWS]
+
+
 def one_process(module, tmp_path, join=one_batch):
     """Returns losses with norms, and the weights, of the same steps in this process."""
-    packs = [join([b for rank in (0, 1) for b in batches(rank)[i:j]]) for i, j in WINDOWS]
     with built_in_float64():
-        module.train_dataloader = lambda: loader(packs)
+        module.train_dataloader = lambda: loader(joined(join))
         make_trainer(tmp_path, gradient_clip_val=CLIP).fit(module)
     return module.records, {n: p.data for n, p in module.model.named_parameters()}
 
@@ -92,6 +120,64 @@ def test_sharded_masked_models_train_like_one_process(found, tmp_path):
     with built_in_float64():
         module = Kind(encoder(), task="mlm")
     assert_same_training(found["mlm"], one_process(module, tmp_path, masked_batch))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_sharded_adapters_train_like_one_process(found, tmp_path, name):
+    with built_in_float64():
+        module = Kind(adapted(name == "dora")())
+    assert_same_training(found[name], one_process(module, tmp_path))
+    assert found[name, "trained"]
+    assert all(".lora_" in trained for trained in found[name, "trained"])
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_sharded_adapters_resume(found, folder, name):
+    """The same layout has the same bits; a file of one process trains like it."""
+    records, weights = found[name]
+    again, restored = found[name, "resumed"]
+    assert again == records[1:]
+    assert all(torch.equal(restored[key], weights[key]) for key in weights)
+    assert_same_training(found[name, "from a file"], (records[1:], weights))
+    stored = read_whole(folder / f"{name}.ckpt")["state_dict"]
+    assert stored
+    assert all(".lora_" in key and "base_layer" not in key for key in stored)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_one_process_goes_on_from_sharded_adapters(found, folder, tmp_path, name):
+    with built_in_float64():
+        module = Kind(adapted(name == "dora"))
+        module.train_dataloader = lambda: loader(joined()[::-1])  # goes on with the second step
+        trainer = make_trainer(tmp_path, gradient_clip_val=CLIP, plugins=[AnyCheckpointIO()])
+        trainer.fit(module, ckpt_path=folder / f"{name}.ckpt", weights_only=True)
+    assert len(module.records) == 1
+    assert module.records[-1] == near(found[name][0][-1])
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_exports_of_sharded_adapters(found, folder, name):
+    """Adapters alone are what peft loads; merged weights have the bits of peft's own merge."""
+    with built_in_float64():
+        model = adapted(name == "dora")()
+        weights = found[name][1]
+        model.load_state_dict(weights, strict=True)
+        expected = {key: value.clone() for key, value in adapter_state(model).items()}
+        merged = dict(model.merge_and_unload(safe_merge=True).named_parameters())
+    stored = load_file(folder / name / "adapter_model.safetensors")
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], expected[key]) for key in stored)
+    whole = load_file(folder / f"{name}-merged" / "model.safetensors")
+    assert not (folder / f"{name}-merged" / "adapter_config.json").exists()
+    assert whole.keys() == merged.keys() == found[name, "merged"].keys()
+    for key, value in merged.items():
+        assert torch.equal(whole[key], value)
+        assert torch.equal(found[name, "merged"][key], value)
+
+
+def test_other_adapters_are_refused(found):
+    for name in ("refused", "refused-file"):
+        assert found[name].startswith("checkpoint must hold adapters of this model's targets and ")
 
 
 def test_gathered_bfloat16_weights_take_no_tiles():

@@ -147,10 +147,10 @@ def test_checksums_see_lengths_tokens_and_labels():
     assert pack_checksum(share_pack(pack, 2, 1)) == pack_checksum(others[-2])
 
 
-def test_adapters_whose_base_is_not_in_checkpoints_are_refused(make_llama):
+def test_quantized_weights_are_not_divided(make_llama):
     model = make_llama()
-    model.lctrain_base_is_reloaded = True  # the mark of add_adapter
-    with pytest.raises(ValueError, match=r"must have no adapters of lctrain.*or add the adapters"):
+    model.model.embed_tokens.weight.quant_state = "4 bits"  # the mark of bitsandbytes
+    with pytest.raises(ValueError, match=r"must have dense weights .*such as model.embed_tokens.w"):
         ShardedStrategy().shard(model)
 
 
