@@ -66,6 +66,7 @@ LEVELS = {
     "lctrain.process_group": 4,
     "lctrain.model_names": 4,
     "lctrain.memory": 6,
+    "lctrain.memory.quantized": 5,
     "lctrain.models": 5,
     "lctrain.run": 4,
     "lctrain.schemas": 5,
