@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctrain.groups import PrefixGroups, group_documents, prefix_groups
+from lctrain.groups import PatchedOnly, PrefixGroups, group_documents, prefix_groups
 from lctrain.limits import MIN_TOKENS
 from lctrain.pluralize import pluralize
 from lctrain.unchanged import set_unchanged
@@ -194,8 +194,8 @@ class PackedBatch:
         Each completion attends to its prompt and to itself. In the pack, a group is the prompt
         without its last token, followed by one document for each completion, which begins with the
         last token of the prompt. The completions are trained on, the prompts are not. The model
-        must be patched with attention="flash". Other models of transformers ignore the groups
-        without an error if they are called directly; the functions of `lctrain.loss` refuse them.
+        must be patched with attention="flash". Other decoders of transformers raise an error, and
+        the functions of `lctrain.loss` refuse all other models.
 
         Args:
             groups: Pairs (prompt, completions) of integer sequences, none of them empty.
@@ -251,7 +251,7 @@ class PackedBatch:
             "max_length_k": self.max_seqlen,
             "document_ids": self.document_ids,
             "schedule": self.schedule,
-            "use_cache": False,
+            "use_cache": False if self.groups is None else PatchedOnly(),
         }
 
     def arguments(self) -> dict[str, Any]:

@@ -60,6 +60,29 @@ class PrefixGroups(NamedTuple):
         return self._replace(**{n: function(x) for n, x in values if hasattr(x, "pin_memory")})
 
 
+class PatchedOnly:
+    """The value of `use_cache` for a model that gets groups; a patched model reads it as False.
+
+    A model without a patch takes any keyword argument and would ignore the groups. But it reads
+    `use_cache`, and the truth value of this object is an error.
+    """
+
+    def __bool__(self) -> bool:
+        """Raises, since only an unpatched model asks.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the attention of shared prefixes must be flash, got a model that is not patched and "
+            "ignores them. Call lctrain.patch_model(model), or pass prompts and completions as "
+            "separate documents: PackedBatch.from_documents."
+        )
+
+    def __repr__(self) -> str:
+        return "PatchedOnly()"
+
+
 def group_documents(
     groups: Sequence[tuple[Any, Sequence[Any]]], read: Callable[[str, Any], Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[int], list[tuple[int, ...]]]:

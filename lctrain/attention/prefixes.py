@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.mask import UNPATCH
-from lctrain.groups import PrefixGroups
+from lctrain.groups import PatchedOnly, PrefixGroups
 
 if TYPE_CHECKING:
     from lctrain_kernels.pack import Pack
@@ -31,6 +31,25 @@ class SharedPrefixes(NamedTuple):
     prefix_tokens: Tensor
     suffix_tokens: Tensor
     longest: int
+
+
+def admit_groups(inputs: dict[str, Any], packed: bool) -> None:
+    """Prepares the inputs of a patched model that may have shared prefixes, in place.
+
+    Args:
+        inputs: Keyword arguments of the model.
+        packed: Whether they hold the boundaries of documents.
+
+    Raises:
+        ValueError: if there are groups without the boundaries of their documents.
+    """
+    if isinstance(inputs.get("use_cache"), PatchedOnly):
+        inputs["use_cache"] = False
+    if inputs.get(GROUPS_ARGUMENT) is not None and not packed:
+        raise ValueError(
+            f"{GROUPS_ARGUMENT} must come with the boundaries of its documents, got no "
+            "cu_seq_lens_q. Pass all of PackedBatch.model_kwargs()."
+        )
 
 
 def read_groups(groups: PrefixGroups | None, device: torch.device) -> SharedPrefixes | None:

@@ -17,6 +17,7 @@ from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.evaluation_mode import evaluation_mode
 from lctrain.loss.output_head import UnverifiedHeadError, check_projection, without_wrappers
+from lctrain.loss.shared_prefixes import require_flash_attention
 from lctrain.warn import warn_caller
 
 _ATTRIBUTE = "_lctrain_masked_head"
@@ -41,7 +42,8 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
         positions, 0-dim int64. Only the first call for a model synchronises with the device.
 
     Raises:
-        ValueError: if `model` is a DistributedDataParallel wrapper, or is no masked language model.
+        ValueError: if `model` is a DistributedDataParallel wrapper, or is no masked language model;
+            or if documents share a prefix and the attention of the model is not flash.
     """
     labels = batch.labels.flatten()
     masked = (labels != IGNORE_INDEX).nonzero_static(size=batch.num_valid_tokens).flatten()
@@ -79,6 +81,7 @@ def masked_losses(
         )
     inner = without_wrappers(model)
     require_masked_lm(inner)
+    require_flash_attention(inner, model_kwargs)
     if not has_known_head(model, inner, targets.device):
         logits = model(**model_kwargs)["logits"].flatten(0, 1)[positions]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

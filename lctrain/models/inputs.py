@@ -23,7 +23,7 @@ from lctrain.attention.documents import (
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
-from lctrain.attention.prefixes import longest_document, refuse_model
+from lctrain.attention.prefixes import admit_groups, longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import (
@@ -117,6 +117,7 @@ class InputHook:
             packs = is_padded(given) and is_packable(model, inputs)
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
+        admit_groups(inputs, is_packed(inputs))
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)
         self._turn_cache_off(model, inputs)
