@@ -37,9 +37,16 @@ class ChatStore:
 
     has_labels = True
 
-    def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
-        """Wraps a dataset of tokenized conversations, one row per name."""
-        self._dataset, self._names = dataset, names
+    def __init__(self, dataset: Dataset, names: Sequence[str], on_error: str = "skip") -> None:
+        """Wraps a dataset of tokenized conversations, one row per name.
+
+        Args:
+            dataset: The tokenized conversations.
+            names: Names of the conversations.
+            on_error: "raise" stops at a conversation that keeps no trained token in a row; "skip"
+                leaves it out.
+        """
+        self._dataset, self._names, self._on_error = dataset, names, on_error
         self._all = TokenStore(dataset, names)
         self._rows = np.flatnonzero(self._all.lengths > 0)
         self.lengths = self._all.lengths[self._rows]
@@ -62,7 +69,7 @@ class ChatStore:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChatStore, (self._dataset, self._names)
+        return ChatStore, (self._dataset, self._names, self._on_error)
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length) of a conversation: [length] int32, read-only."""
@@ -90,13 +97,28 @@ class ChatStore:
             documents: [P] integers, the conversation of each piece.
             starts: [P] integers, first token of each piece.
             lengths: [P] integers, number of tokens of each piece.
+
+        Raises:
+            ValueError: with on_error="raise", if the pieces of a conversation have none.
         """
         found = self.trained_tokens[documents]
         for piece in np.flatnonzero(lengths < self.lengths[documents]):
             first, stop = int(starts[piece]) + 1, int(starts[piece] + lengths[piece])
             spans = np.clip(self._spans[documents[piece]], first, stop)
             found[piece] = (spans[:, 1] - spans[:, 0]).sum()
+        if self._on_error == "raise":
+            self._require_trained(documents, found)
         return found
+
+    def _require_trained(self, documents: np.ndarray, trained: np.ndarray) -> None:
+        sums = np.bincount(documents, trained, minlength=len(self))
+        empty = [document for document in np.unique(documents) if sums[document] == 0]
+        if empty:
+            raise ValueError(
+                f"{self.names[empty[0]]}: a conversation must have a token to train on in its row, "
+                "got none: its prompt alone fills the row. Raise data.max_tokens, leave it out, "
+                "or use data.on_error=skip."
+            )
 
     def report(self, on_error: str, may_be_empty: bool = False) -> None:
         """Warns about conversations that were left out, or whose template left out a part.

@@ -96,7 +96,7 @@ class ChatTokenizing:
             num_proc=num_proc,
             description="Tokenizing conversations",
         )
-        store = ChatStore(rows, documents.names)
+        store = ChatStore(rows, documents.names, self.on_error)
         store.report(self.on_error, may_be_empty)
         return store
 
