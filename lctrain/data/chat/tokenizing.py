@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lctrain.data.tokenizer import fingerprint_tokenizer, name_unencodable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_RENDERED = 128  # conversations that are rendered while those before them are tokenized
 _NONE = np.array([], dtype=np.int32)
 _RECIPE = "chat-3"  # raise when tokenizing changes, so that old caches are not used
 
@@ -122,13 +124,14 @@ class ChatTokenizing:
         """
         template = ChatTemplate(self.tokenizer, self.rendering, self.keep_special)
         rendered: list[Rendered | str] = []
-        for text in texts:
-            try:
-                rendered.append(template.render(text))
-            except ConversationError as error:
-                rendered.append(str(error))
-        whole = [found.text for found in rendered if isinstance(found, Rendered) and not found.cuts]
-        encoded = iter(self._encode(whole))
+        pending = []
+        with ThreadPoolExecutor(1) as pool:  # a tokenizer releases Python's lock while it encodes
+            for start in range(0, len(texts), _RENDERED):
+                part = [_rendered(template, text) for text in texts[start : start + _RENDERED]]
+                plain = [x.text for x in part if isinstance(x, Rendered) and not x.cuts]
+                pending.append(pool.submit(self._encode, plain))
+                rendered += part
+        encoded = chain.from_iterable(future.result() for future in pending)
         rows = []
         for found in rendered:
             if isinstance(found, str):
@@ -197,6 +200,14 @@ class ChatTokenizing:
 
     def _decode(self, ids: np.ndarray) -> Any:
         return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+
+def _rendered(template: ChatTemplate, text: str) -> Rendered | str:
+    """Returns a conversation as text, or why the template refuses it."""
+    try:
+        return template.render(text)
+    except ConversationError as error:
+        return str(error)
 
 
 def _row(
