@@ -11,18 +11,19 @@ from lctrain.failure import FULL_ERROR, report_failure
 from lctrain.run.folder import RECORD
 
 
-def refuse_earlier_runs(stage: str, folders: Iterable[Path]) -> None:
+def refuse_earlier_runs(stage: str, folders: Iterable[Path], record: str = RECORD) -> None:
     """Raises ValueError if a stage would write into the folder of an earlier run.
 
     Args:
         stage: Name of the stage.
         folders: Folders into which the stage would write its runs.
+        record: Name of the file that an earlier run has left there.
     """
     for folder in folders:
-        if (folder / RECORD).exists():
+        if (folder / record).exists():
             raise ValueError(
                 f"--output must be a folder in which the stage {stage} has not run, got {folder}, "
-                f"which holds {RECORD}. Choose another folder, delete this one, or name the other "
+                f"which holds {record}. Choose another folder, delete this one, or name the other "
                 "stages after --stages."
             )
 

@@ -1,0 +1,90 @@
+"""Defines the experiment: its folders, its sizes, and the configuration of every run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctrain.build import build_datamodule
+from lctrain.composition import compose
+from lctrain.config import TrainConfig, to_dataclass
+from lctrain.data import PackedDataModule
+from lctrain.eval.shipped import passkey_folder
+from lctrain.recipes.post_training.conversations import FILE, TEMPLATE
+from lctrain.recipes.post_training.scale import Scale
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Folder, sizes, seeds and overrides of the experiment.
+
+    Attributes:
+        output: Folder for all files of the experiment.
+        scale: Sizes of the whole experiment.
+        seeds: Seeds of the runs of DPO and GRPO.
+        overrides: Hydra overrides of every run.
+    """
+
+    output: Path
+    scale: Scale
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+
+    def compose(self, stage: str, seed: int) -> TrainConfig:
+        """Returns the configuration of a run: `lctrain-train experiment=post_training_<stage>`.
+
+        Args:
+            stage: "sft", "dpo" or "grpo".
+            seed: Seed of the run.
+        """
+        paths = [f"model.name_or_path={passkey_folder('shipped')}"]
+        if stage == "sft":
+            paths += [f"data.files=[{FILE}]", f"data.chat_template={TEMPLATE}"]
+        overrides = [
+            f"experiment=post_training_{stage}",
+            f"paths.output_dir={self.folder(stage, seed)}",
+            f"seed={seed}",
+            "trainer.enable_progress_bar=false",
+            *paths,
+            *getattr(self.scale, stage),
+            *self.overrides,
+        ]
+        return to_dataclass(compose("train", overrides), TrainConfig)
+
+    def folder(self, stage: str, seed: int) -> Path:
+        """Returns the folder of a run."""
+        return self.output / f"{stage}_{seed}"
+
+    def save(self, name: str, content: Any) -> Path:
+        """Writes a JSON file into the output folder."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{name}.json"
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        return path
+
+
+def read_texts(config: TrainConfig) -> tuple[PackedDataModule, list[np.ndarray], list[np.ndarray]]:
+    """Returns the data module of a run, and the token ids of its training and held-out documents.
+
+    Args:
+        config: Configuration of the run.
+    """
+    datamodule = build_datamodule(config.data, config.model)
+    datamodule.prepare_data()
+    datamodule.setup()
+    held_out = [document.input_ids for document in datamodule.held_out_documents()]
+    return datamodule, _training_documents(datamodule), held_out
+
+
+def _training_documents(datamodule: PackedDataModule) -> list[np.ndarray]:
+    """Returns the documents of the training rows, pieces of long ones on their own."""
+    found: list[np.ndarray] = []
+    loader = datamodule.train_dataloader()
+    for _, batch in zip(range(len(loader)), loader, strict=False):
+        tokens = batch.input_ids[0].numpy()
+        found += np.split(tokens, np.cumsum(batch.lengths)[:-1])
+    return found

@@ -1,0 +1,158 @@
+"""Tests the recipe of SFT, DPO and GRPO: its parts, its records, and all stages in a tiny form."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import lctrain
+from lctrain import PackedBatch
+from lctrain.config import AttentionConfig
+from lctrain.data.passkey import PasskeyFormat
+from lctrain.eval.shipped import load_passkey_model
+from lctrain.loss import token_log_probs
+from lctrain.recipes.post_training import conversations, table
+from lctrain.recipes.post_training.__main__ import main
+from lctrain.recipes.post_training.dpo import make_pairs
+from lctrain.recipes.post_training.experiment import Experiment
+from lctrain.recipes.post_training.passkeys import QuestionSets, rewards
+from lctrain.recipes.post_training.reference import Reference
+from lctrain.recipes.post_training.sampling import cut, sample
+from lctrain.recipes.post_training.scale import SCALES
+
+GROUPS = [([5, 6, 7, 8], [[9, 10], [11]]), ([12, 13, 14], [[15], [16, 17]])]
+
+
+@pytest.fixture
+def shipped():
+    found = load_passkey_model("shipped")
+    return found.model, PasskeyFormat.of(found.tokenizer)
+
+
+@pytest.fixture
+def questions(shipped):
+    texts = [np.arange(3, 700) % 1000 + 1]
+    return QuestionSets(shipped[1], texts, SCALES["tiny"], seed=0, steps=4)
+
+
+def test_the_shipped_conversations_are_those_that_the_code_writes():
+    lines = conversations.FILE.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == conversations.conversations()
+    for conversation in conversations.conversations(20, seed=3):
+        given, first, again, second = [turn["content"] for turn in conversation["messages"]]
+        assert first in given
+        assert second in given
+        assert again.split()[-1] == f"{second.split()[0]}?"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_stages_run(tmp_path, monkeypatch):
+    """A tiny form of what the README's command runs; the weights must move."""
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    main(["--scale", "tiny", "--seeds", "0", "--output", str(tmp_path / "out")])
+    records = {
+        stage: json.loads((tmp_path / "out" / f"{stage}.json").read_text())
+        for stage in ("sft", "dpo", "grpo")
+    }
+    assert records["sft"]["steps"] == 2
+    assert records["sft"]["held_out_loss"][1] < records["sft"]["held_out_loss"][0]
+    for stage in ("dpo", "grpo"):
+        (run,) = records[stage]["runs"]
+        assert run["steps"] == 2
+        assert all(0 <= share <= 1 for share in run["accuracy"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_an_earlier_record_is_kept(tmp_path, stage):
+    (tmp_path / f"{stage}.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"stage {stage} has not run, got .*holds {stage}.json"):
+        main(["--stages", stage, "--output", str(tmp_path)])
+    assert (tmp_path / f"{stage}.json").read_text() == "{}"
+
+
+def test_questions_are_those_of_their_seed_and_step(questions, shipped):
+    one, again = questions[1], questions[1]
+    assert torch.equal(one.prompts, again.prompts)
+    assert not torch.equal(one.prompts, questions[2].prompts)
+    assert one.prompts.shape == (4, SCALES["tiny"].length - 4)
+    for prompt, answer in zip(one.prompts.tolist(), one.answers.tolist(), strict=True):
+        assert any(prompt[n : n + 4] == answer for n in range(len(prompt)))
+
+
+def test_a_reward_is_the_share_of_words_before_the_first_error():
+    answers = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    given = [[1, 2, 3, 4], [1, 9, 3, 4], [9, 6, 7, 8], [5, 6]]
+    found = rewards([torch.tensor(row) for row in given], answers)
+    assert found.tolist() == [1.0, 0.25, 0.0, 0.5]
+
+
+def test_samples_come_from_the_whole_prompt(shipped, questions):
+    """With each prompt's keys computed once, sampling sees what a plain forward sees."""
+    model, _ = shipped
+    lctrain.patch_model(model)
+    model.train()
+    prompts = questions[0].prompts[:2]
+    torch.manual_seed(0)
+    found = sample(model, prompts, 3, 4)
+    assert model.training
+    assert [len(row) for row in found] == [4] * 6  # the model was never trained to end
+    with torch.no_grad():
+        logits = model(prompts, use_cache=False).logits[:, -1]
+    torch.manual_seed(0)
+    first = torch.multinomial(logits.repeat_interleave(3, 0).softmax(-1), 1)[:, 0]
+    assert [int(row[0]) for row in found] == first.tolist()
+
+
+def test_a_completion_ends_with_its_end_token():
+    assert cut(torch.tensor([5, 0, 6, 0]), 0).tolist() == [5, 0]
+    assert cut(torch.tensor([5, 6]), 0).tolist() == [5, 6]
+    assert cut(torch.tensor([5, 0]), None).tolist() == [5, 0]
+
+
+def test_pairs_hold_the_right_key_and_another_answer(shipped, questions):
+    model, _ = shipped
+    lctrain.patch_model(model)
+    torch.manual_seed(0)
+    for pack in make_pairs(questions, model):
+        assert pack.groups is not None
+        for chosen, rejected in pack.groups.members:
+            ends = pack.cu_seqlens.tolist()
+            one, other = (pack.input_ids[0, ends[n] : ends[n + 1]] for n in (chosen, rejected))
+            assert one[0] == other[0]  # the last token of the prompt
+            assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_reference_does_not_move(shipped, adapters):
+    peft = pytest.importorskip("peft")
+    model, _ = shipped
+    if adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    before = copy.deepcopy(model)
+    reference = Reference(model, AttentionConfig())
+    for one in (model, before):
+        lctrain.patch_model(one.get_base_model() if adapters else one)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 if "lora" in name else 0.01)
+    pack = PackedBatch.from_groups(GROUPS)
+    found = reference.log_probs(pack).log_probs
+    assert torch.equal(found, token_log_probs(before, pack).log_probs.detach())
+    assert not torch.equal(found, token_log_probs(model, pack).log_probs.detach())
+    assert not found.requires_grad
+
+
+def test_stages_take_hydra_overrides(tmp_path):
+    experiment = Experiment(tmp_path, SCALES["full"], (0,), ("optim.learning_rate=0.5",))
+    assert experiment.compose("grpo", 3).optim.learning_rate == 0.5
+    assert experiment.compose("grpo", 3).seed == 3
+    assert experiment.compose("dpo", 0).adapter is not None
+
+
+def test_the_readme_has_the_tables_of_its_records():
+    text = table.README.read_text()
+    assert table.tables() in text
+    assert "python -m lctrain.recipes.post_training" in text
