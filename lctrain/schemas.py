@@ -95,6 +95,7 @@ SCHEMAS: dict[str, Any] = {
     "callbacks/non_finite": config.NonFiniteGuardConfig,
     "callbacks/length_perplexity": config.LengthPerplexityConfig,
     "callbacks/attention_schedule": config.AttentionScheduleConfig,
+    "callbacks/length_schedule": config.LengthScheduleConfig,
     "callbacks/best_checkpoint": config.BestCheckpointConfig,
     "callbacks/early_stopping": config.EarlyStoppingConfig,
     "callbacks/progress_bar": config.ProgressBarConfig,

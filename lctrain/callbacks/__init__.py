@@ -6,6 +6,7 @@ from lctrain.callbacks.budget import StepBudget
 from lctrain.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from lctrain.callbacks.isolation import IsolationCheck, IsolationError
 from lctrain.callbacks.length_perplexity import LengthPerplexity
+from lctrain.callbacks.length_schedule import LengthSchedule
 from lctrain.callbacks.non_finite import NonFiniteLossError, NonFiniteLossGuard
 from lctrain.callbacks.patch_attention import PatchAttention
 from lctrain.callbacks.progress import TokenProgressBar
@@ -20,6 +21,7 @@ __all__ = [
     "IsolationCheck",
     "IsolationError",
     "LengthPerplexity",
+    "LengthSchedule",
     "NonFiniteLossError",
     "NonFiniteLossGuard",
     "PatchAttention",

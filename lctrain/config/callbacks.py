@@ -108,6 +108,21 @@ class AttentionScheduleConfig:
 
 
 @dataclass(frozen=True)
+class LengthScheduleConfig:
+    """Settings of `lctrain.callbacks.LengthSchedule`, which grows the packed length.
+
+    Attributes:
+        stages: Number of tokens of a pack, by the first optimizer step of the stage. The lengths
+            rise, and divide data.max_tokens.
+        learning_rate: What the learning-rate schedule counts: "steps" or "tokens".
+    """
+
+    _target_: str = "lctrain.callbacks.LengthSchedule"
+    stages: Any = MISSING
+    learning_rate: str = "steps"
+
+
+@dataclass(frozen=True)
 class BestCheckpointConfig:
     """Settings of Lightning's `ModelCheckpoint`, which keeps the best checkpoints by a metric.
 

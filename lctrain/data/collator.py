@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lctrain.batch import PackedBatch, check_max_tokens
@@ -116,9 +117,34 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
         batch = self.collate([self._document(int(piece)) for piece in self.plan.row(row)])
         return batch if index >= 0 else batch.without_targets()
 
-    def _document(self, piece: int) -> dict[str, Any]:
+    def part(self, row: int, part: int, parts: int) -> PackedBatch:
+        """Returns one of several equal parts of a row.
+
+        Parts differ by at most one token. A part of a row with fewer tokens than parts may hold one
+        token, without a target.
+
+        Args:
+            row: Number of the row.
+            part: Number of the part, from 0.
+            parts: Number of parts of the row.
+        """
+        pieces = self.plan.row(row)
+        ends = np.cumsum(self.plan.lengths[pieces])
+        begin, end = (int(ends[-1]) * number // parts for number in (part, part + 1))
+        end = max(end, begin + 1)
+        found = []
+        for piece, last in zip(pieces.tolist(), ends.tolist(), strict=True):
+            first = last - int(self.plan.lengths[piece])
+            skipped, stop = max(begin - first, 0), min(end, last) - first
+            if skipped < stop:
+                found.append(self._document(piece, skipped, stop - skipped))
+        return self.collate(found)
+
+    def _document(self, piece: int, skipped: int = 0, length: int | None = None) -> dict[str, Any]:
+        """Returns a piece of a document, or `length` tokens of it after the first `skipped`."""
         document = int(self.plan.documents[piece])
-        start, length = int(self.plan.starts[piece]), int(self.plan.lengths[piece])
+        start = int(self.plan.starts[piece]) + skipped
+        length = int(self.plan.lengths[piece]) if length is None else length
         name = self.store.names[document]
         if length < self.store.lengths[document]:
             name = f"{name}[{start}:{start + length}]"

@@ -5,10 +5,7 @@ A resumed run continues with the batch after the last one that training finished
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +19,18 @@ from lctrain.data.choose import preparation_of
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import TokenPreparation
+from lctrain.data.length_stages import LengthStages, refuse_stages, training_stream
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.masking import MaskTokens
-from lctrain.data.order import epoch_order, imbalance, micro_batches
+from lctrain.data.order import imbalance
 from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, combine_reports, document_limit
 from lctrain.data.prepared import PreparedData, check_same_settings, fingerprint_settings
 from lctrain.data.restored import restored_settings
+from lctrain.data.setting_names import check_names
 from lctrain.data.share import collate_share
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
+from lctrain.data.training_order import TrainingOrder
 from lctrain.data.vocabulary import check_vocabulary
 from lctrain.distributed import Topology
 from lctrain.limits import check_seed, check_shared_task
@@ -76,7 +76,7 @@ class PackedDataModule(LightningDataModule):
             ValueError: if a setting is out of range.
         """
         super().__init__()
-        _check_names(settings)
+        check_names(settings)
         self.options = DataSettings(**settings)
         check_seed(self.options.seed)
         self.preparation = preparation_of(source, tokenizer, self.options, held_out)
@@ -154,7 +154,7 @@ class PackedDataModule(LightningDataModule):
 
         It is available after `setup()`.
         """
-        return imbalance(self._order(0), self._ready.train_rows.plan.costs())
+        return imbalance(self._order.rows(0), self._order.costs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -167,9 +167,14 @@ class PackedDataModule(LightningDataModule):
         micro-batches directly.
         """
         is_stream = self._ready.stream is not None
-        size = {} if is_stream else {"packs_per_step": self._packs}
-        if is_stream or len(self._ready.train_rows) < self._packs:
+        size: dict[str, Any] = (
+            {} if is_stream else {"packs_per_step": self._world_size * self._accumulated}
+        )
+        stages = self._stages
+        if is_stream or stages is not None or not self._order.fills_a_step:
             size |= {"world_size": self._world_size, "accumulated": self._accumulated}
+        if stages is not None:
+            size["length_stages"] = dict(zip(stages.steps, stages.lengths, strict=True))
         return self._ready.settings | {
             "seed": self.options.seed,
             **size,
@@ -198,7 +203,8 @@ class PackedDataModule(LightningDataModule):
 
         Raises:
             ValueError: if the data cannot be read, holds no text, or fills no row; if a new
-                tokenizer would be trained for a pretrained model; or ranks share masked packs.
+                tokenizer would be trained for a pretrained model; if ranks share masked packs; or
+                a length of LengthSchedule does not divide the rows.
         """
         if self._prepared is None:
             self._check_trainer()
@@ -215,38 +221,37 @@ class PackedDataModule(LightningDataModule):
         is larger than any run is long.
 
         Raises:
-            ValueError: if there are fewer rows than ranks.
+            ValueError: if there are fewer rows than ranks, or LengthSchedule has an endless stream.
         """
         if self._ready.stream is not None:
+            refuse_stages(self._stages)
             return self._stream_loader(self._ready.stream)
-        rows, world_size, rank = self._ready.train_rows, self._world_size, self._rank
-        full = len(rows) // self._packs
-        steps = full * self._accumulated or len(rows) // world_size
-        if steps == 0:
+        rows, order = self._ready.train_rows, self._order
+        if order.steps == 0:
             raise ValueError(
-                f"data must fill at least one row for each rank, got {len(rows)} for {world_size}. "
-                "Use more data, fewer ranks, or a smaller max_tokens."
+                f"data must fill at least one row for each rank, got {len(rows)} for "
+                f"{order.ranks}. Use more data, fewer ranks, or a smaller max_tokens."
             )
+        dataset, stream = training_stream(rows, order, self._rank, self._stages, self.max_tokens)
         return PackLoader(
-            rows,
-            RowStream(lambda epoch: self._order(epoch)[:, rank], steps, endless=True),
-            steps,
+            dataset,
+            stream,
+            order.steps,
             self._position,
             self._cursor,
             num_workers=self.options.num_workers,
             **self._batch_options(),
         )
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Returns the row of every rank at every micro-batch of an epoch: [micro-batches, ranks].
-
-        Rows that do not fill the last optimizer step are left out. If the whole epoch is shorter
-        than one step, only the rows that do not fill a micro-batch are left out.
-        """
-        costs, options = self._ready.train_rows.plan.costs(), self.options
-        packs = self._packs if len(costs) >= self._packs else self._world_size
-        steps = epoch_order(costs, packs, options.seed, epoch, options.balance_window)
-        return micro_batches(steps, costs, self._world_size)
+    @property
+    def _order(self) -> TrainingOrder:
+        return TrainingOrder(
+            self._ready.train_rows.plan.costs(),
+            self._world_size,
+            self._accumulated,
+            self.options.seed,
+            self.options.balance_window,
+        )
 
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
         """Returns the loader of this rank's batches of an endless stream."""
@@ -375,7 +380,9 @@ class PackedDataModule(LightningDataModule):
             check_same_settings(self.settings, then)
 
     def _check_trainer(self) -> None:
-        """Raises ValueError for masked shared packs, or a new tokenizer for a pretrained model."""
+        """Raises ValueError for options that do not fit the trainer or its module."""
+        if (stages := self._stages) is not None:
+            stages.check_rows(self.max_tokens)
         if (fraction := self.options.mask_fraction) is not None:
             check_shared_task(Topology.of(self.trainer).context, f"mask_fraction={fraction}")
         if self.trains_tokenizer:
@@ -386,6 +393,11 @@ class PackedDataModule(LightningDataModule):
         if self._prepared is None:
             raise RuntimeError("setup() must run first: nothing is read before it. Call it.")
         return self._prepared
+
+    @property
+    def _stages(self) -> LengthStages | None:
+        """Packed lengths of the callback LengthSchedule; None without it."""
+        return LengthStages.of(self.trainer)
 
     @property
     def _world_size(self) -> int:
@@ -405,11 +417,6 @@ class PackedDataModule(LightningDataModule):
     def _accumulated(self) -> int:
         """Number of packs per rank in an optimizer step."""
         return int(getattr(self.trainer, "accumulate_grad_batches", 1))
-
-    @property
-    def _packs(self) -> int:
-        """Number of packs of all ranks in an optimizer step."""
-        return self._world_size * self._accumulated
 
     @property
     def _progress(self) -> Any:
@@ -438,13 +445,3 @@ class PackedDataModule(LightningDataModule):
 
 # At run time LightningCLI reads types, defaults and help from DataSettings, not from a TypedDict.
 PackedDataModule.__init__.__annotations__["settings"] = "Any"
-
-
-def _check_names(settings: Mapping[str, Any]) -> None:
-    """Raises TypeError for a setting that does not exist."""
-    known = [field.name for field in fields(DataSettings)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else "Leave it out."
-            raise TypeError(f"settings must be among {', '.join(known)}, got {name}. {remedy}")

@@ -41,10 +41,22 @@ class RowStream(Sampler[int]):
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
-        numbers = itertools.count(self.start) if self._endless else range(self.start, self._steps)
-        for number in numbers:
-            epoch, step = divmod(number, self._steps)
-            yield int(self._epoch_rows(epoch)[step])
+        return map(self.row, self._numbers())
+
+    def row(self, number: int) -> int:
+        """Returns the row with a number, counted over epochs."""
+        epoch, step = divmod(number, self._steps)
+        return int(self._epoch_rows(epoch)[step])
+
+    def epoch_of(self, number: int) -> int:
+        """Returns the epoch to which the row of a batch belongs."""
+        return number // self._steps
+
+    def _numbers(self) -> Iterator[int]:
+        """Yields the numbers of the batches from `start` on."""
+        if self._endless:
+            return itertools.count(self.start)
+        return iter(range(self.start, self._steps))
 
 
 class PlacedBatch(NamedTuple):
@@ -118,7 +130,8 @@ class PackLoader:
         Args:
             rows: Dataset whose items are PackedBatches; or PlacedBatches, whose positions in the
                 stream the cursor stores.
-            stream: Sampler of this rank's rows. Its attribute `start` sets the first batch.
+            stream: Sampler of this rank's rows. Its attribute `start` sets the first batch, and
+                its method `epoch_of` returns the epoch of a batch.
             steps: Steps of an epoch.
             position: Returns the number of the batch that an iterator starts with.
             cursor: Counter that is set to the number of the next batch; None makes one.
@@ -156,7 +169,7 @@ class PackLoader:
         first = self._position()
         for number in range(first, first + self._steps):
             self._cursor.batches = number + 1
-            yield self._masked(self._batch(number), number // self._steps)
+            yield self._masked(self._batch(number), self._stream.epoch_of(number))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns an empty state, since the data module saves the position.

@@ -281,6 +281,10 @@ class StepNumbers(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.start)
 
+    def epoch_of(self, number: int) -> int:
+        """Returns 0: a stream has one epoch."""
+        return 0
+
 
 def _take(
     records: Iterator[Row], recipe: StreamRecipe, before: str

@@ -56,6 +56,7 @@ NEEDED = {
     "adapter=lora": ["model=hf", "model.name_or_path=owner/name"],
     "adapter=dora": ["model=hf", "model.name_or_path=owner/name"],
     "callbacks=attention_schedule": ["callbacks.attention_schedule.stages={0:{attention:flash}}"],
+    "callbacks=length_schedule": ["callbacks.length_schedule.stages={0:512}"],
     "callbacks=best_checkpoint": ["trainer.validate_every_n_steps=5"],
     "callbacks=early_stopping": ["trainer.validate_every_n_steps=5"],
 }
@@ -404,6 +405,18 @@ def test_a_schedule_of_attention_from_overrides():
         (0, {"sliding_window": 64}),
         (5, {}),
     ]
+
+
+def test_a_schedule_of_lengths_from_overrides():
+    stages = "callbacks.length_schedule.stages={0:512,10:1024}"
+    tokens = "callbacks.length_schedule.learning_rate=tokens"
+    plain = to_dataclass(
+        composed("callbacks=[default,length_schedule]", stages, tokens), TrainConfig
+    )
+    schedule = instantiate_all("callbacks", plain.callbacks)["length_schedule"]
+    assert schedule.length_stages.steps == (0, 10)
+    assert schedule.length_stages.lengths == (512, 1024)
+    assert schedule.learning_rate == "tokens"
 
 
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
