@@ -214,7 +214,7 @@ def test_a_step_has_the_same_rows_on_any_number_of_ranks(sources, tokenizer, tmp
             state=SimpleNamespace(fn=None),
         )  # fmt: skip
         orders.append([set(step.ravel().tolist()) for step in
-                       data._order(1).reshape(-1, 4)])  # fmt: skip
+                       data._order.rows(1).reshape(-1, 4)])  # fmt: skip
         assert data.settings["packs_per_step"] == 4
     assert orders[0] == orders[1] == orders[2]
 
