@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from lctrain.allocator import expand_segments
 from lctrain.command import Command
 from lctrain.config import TrainConfig, to_dataclass
 from lctrain.config.adapter import require_packages
@@ -332,6 +333,8 @@ def run(config: DictConfig) -> None:
             print_plan(to_dataclass(config, TrainConfig))
             return
         plain = in_its_folder(config)
+        if plain.memory.name != "none":
+            expand_segments()
 
         from lctrain.process_group import leave_at_exit
 

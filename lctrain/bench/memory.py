@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from lctrain.allocator import has_expandable_segments
 from lctrain.bench.contenders import CONTENDERS, OURS
 from lctrain.bench.memory_peer import POLICIES as PEER_POLICIES
 from lctrain.bench.memory_run import MemoryBench, Steps
@@ -183,6 +184,7 @@ def open_record(options: argparse.Namespace, shape: ModelShape, device: torch.de
         "mlp_tokens": options.mlp_tokens,
         "documents": options.documents,
         "precision": "float32" if options.tiny else f"{weights} weights, bf16-mixed",
+        "expandable_segments": has_expandable_segments(),
         "planned": "without the reserve for CUDA's context and what the allocator cannot use",
         "runs": [],
     }

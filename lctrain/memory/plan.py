@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.allocator import EXPANDABLE, VARIABLES, has_expandable_segments
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
 from lctrain.memory.arena import aligned
@@ -19,7 +20,11 @@ from lctrain.memory.store import MOST_WAITING
 
 GIB = 2**30
 RESERVE = GIB
-"""Device bytes for CUDA's context, its libraries and what the allocator cannot use."""
+"""Device bytes for CUDA's context, its libraries and blocks that are rounded up."""
+FRAGMENTS = (
+    "The allocator reserves more than this with fixed segments. lctrain-train sets "
+    f"{VARIABLES[0]}={EXPANDABLE}; set it yourself in other programs."
+)
 LARGEST = 2**27
 """Most tokens of a pack for which a context length is searched."""
 _STEP = 1024  # tokens; the longest context is given in multiples of it
@@ -69,6 +74,8 @@ class Plan:
         ]
         if self.longest is not None:
             lines.append(f"longest context that fits with these settings: {self.longest:,} tokens")
+        if self.policies and not has_expandable_segments():
+            lines.append(FRAGMENTS)
         return "\n".join([*lines, self.advice()])
 
     def advice(self) -> str:

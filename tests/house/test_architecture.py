@@ -48,6 +48,7 @@ LEVELS = {
     "lctrain.config": 3,
     "lctrain.config_errors": 2,
     "lctrain.dropout_seed": 3,
+    "lctrain.allocator": 1,
     "lctrain.limits": 1,
     "lctrain.unchanged": 1,
     "lctrain.pluralize": 0,
