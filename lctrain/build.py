@@ -90,7 +90,9 @@ def build_model(
     if isinstance(config, ScratchModelConfig):
         model = _from_scratch(config, vocab_size, getattr(torch, dtype), task)
     elif isinstance(config, PretrainedModelConfig):
-        model = load_pretrained(config, dtype, quantization_of(adapter), task)
+        model = load_pretrained(
+            config, dtype, quantization_of(adapter), task, is_whole=adapter is not None
+        )
         require_trainable_weights(model.config, adapter is not None)
     else:
         raise _no_model_config(config)

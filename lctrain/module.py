@@ -21,7 +21,7 @@ from lctrain.config.memory import check_tiles
 from lctrain.data.own_tokenizer import require_own_tokenizer
 from lctrain.data.resume import resume_order
 from lctrain.distributed import Topology
-from lctrain.distributed.sharding import parameters_on_meta, through_root, whole_value
+from lctrain.distributed.sharding import built_to_be_sharded, through_root, whole_value
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.log_steps import at_log_step
@@ -162,13 +162,13 @@ class LongContextModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Builds the model if needed, patches it, applies its memory policy, and shards it.
 
-        With ShardedStrategy only rank 0 needs the memory of the whole model, on the CPU.
+        With ShardedStrategy no rank needs the memory of the whole model if it is pretrained and its
+        weights are safetensors. Otherwise rank 0 does, on the CPU.
         """
         if self.model is None:
             torch.manual_seed(self.seed)
             ranks = Topology.of(self._trainer)
-            is_whole = ranks.is_first or not ranks.is_sharded
-            with nullcontext() if is_whole else parameters_on_meta():
+            with built_to_be_sharded(ranks.is_first) if ranks.is_sharded else nullcontext():
                 self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(

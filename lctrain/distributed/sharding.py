@@ -1,15 +1,17 @@
 """shard_model: divides a model's parameters over ranks with FSDP2, one group per decoder layer.
 
-Only rank 0 needs the model's parameters and buffers. The other ranks build the model with
-parameters on the meta device, and receive their shards from rank 0, one parameter at a time.
-Buffers are copied from rank 0 and are not sharded.
+Parameters that are marked as stored in safetensors files are on the meta device on all ranks, and
+each rank reads its own shards from the files. Only rank 0 needs the other parameters, and the
+buffers. The other ranks build the model with parameters on the meta device, and receive their
+shards from rank 0, one parameter at a time. Buffers are copied from rank 0 and are not sharded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lctrain.distributed.stored import StoredTensor, read_stored, stored_of
+
+_IS_TO_BE_SHARDED = ContextVar("_IS_TO_BE_SHARDED", default=False)
 
 
 class ShardRoot(nn.Module):
@@ -56,6 +62,29 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def built_to_be_sharded(is_first: bool) -> Iterator[None]:
+    """Context manager in which all ranks build a model that `shard_model` divides.
+
+    The model may leave stored weights unread: see `lctrain.distributed.stored`.
+
+    Args:
+        is_first: Whether this is rank 0, which has the parameters that are not stored. On other
+            ranks, modules get all parameters on device meta.
+    """
+    token = _IS_TO_BE_SHARDED.set(True)
+    try:
+        with nullcontext() if is_first else parameters_on_meta():
+            yield
+    finally:
+        _IS_TO_BE_SHARDED.reset(token)
+
+
+def is_to_be_sharded() -> bool:
+    """Whether all ranks are building a model inside `built_to_be_sharded`."""
+    return _IS_TO_BE_SHARDED.get()
 
 
 def has_parameters_on_meta() -> bool:
@@ -138,8 +167,8 @@ def shard_model(
     """Divides a model's parameters over the ranks of a mesh.
 
     Args:
-        model: The model, already patched. Rank 0 has its parameters and buffers; those of other
-            ranks are not read.
+        model: The model, already patched. Rank 0 has its buffers, and its parameters that are not
+            marked as stored; those of other ranks are not read.
         mesh: Mesh of the ranks: one dimension, or two for (replicas, shards).
         device: Device of this rank.
         policy: Dtypes of gathered parameters and of the reduction of gradients.
@@ -148,18 +177,25 @@ def shard_model(
         The ShardRoot that runs every use of the model. The parameters of `model` become DTensors.
     """
     is_first = torch.distributed.get_rank() == 0
+    places = {name: stored_of(parameter) for name, parameter in model.named_parameters()}
     whole = take_parameters(model)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     root = ShardRoot(model)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     _materialize(model, device)
+    unread: dict[StoredTensor, DTensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter.data, DTensor)
         value = whole.pop(name)
+        place = places[name]
+        if place is not None:
+            unread[place] = parameter.data
+            continue
         full = value.to(device) if is_first else torch.empty_like(value, device=device)
         shards = distribute_tensor(full, mesh, parameter.data.placements)
         parameter.data.to_local().copy_(shards.to_local())
+    read_stored(unread)
     return root
 
 

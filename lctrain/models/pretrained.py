@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -10,8 +11,21 @@ from typing import Any
 import torch
 
 from lctrain.config import PretrainedModelConfig
-from lctrain.distributed.sharding import has_parameters_on_meta
+from lctrain.distributed import Topology
+from lctrain.distributed.sharding import (
+    has_parameters_on_meta,
+    is_to_be_sharded,
+    parameters_on_meta,
+)
 from lctrain.model_names import check_model_name
+from lctrain.models.unread import (
+    WholeOnlyError,
+    mark_unread,
+    read_generation_config,
+    safetensors_files,
+)
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -21,20 +35,29 @@ def load_pretrained(
     dtype: str = "auto",
     quantization: Any = None,
     task: str = "causal",
+    is_whole: bool = False,
 ) -> Any:
     """Loads a language model in evaluation mode, straight to torch's default device.
+
+    Inside `built_to_be_sharded`, the parameters of a model in safetensors files are on device meta,
+    and `shard_model` reads them. Other models are loaded on rank 0.
 
     Args:
         config: Config of the pretrained model.
         dtype: Dtype of the weights: auto (as they are stored), float32, bfloat16 or float16.
         quantization: Quantization config of transformers; None loads the weights as they are.
         task: "causal", or "mlm" for a masked language model.
+        is_whole: Whether rank 0 loads all weights even inside `built_to_be_sharded`.
 
     Raises:
         ValueError: if the model does not exist, is damaged or no causal LM, lacks a weight, or the
             dtype is unknown.
     """
     check_dtype(dtype)
+    if is_to_be_sharded() and not is_whole and quantization is None:
+        unread = _load_unread(config, dtype, task)
+        if unread is not None:
+            return unread.eval()
     if has_parameters_on_meta():
         return load_architecture(config, dtype, task).eval()
     with _naming(config):
@@ -47,13 +70,50 @@ def load_pretrained(
             **({} if quantization is None else {"quantization_config": quantization}),
         )
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):
+    _refuse_missing(config, sorted(found["missing_keys"]))
+    return model.eval()
+
+
+def _refuse_missing(config: PretrainedModelConfig, missing: list[str]) -> None:
+    if missing:
         raise ValueError(
             f"model must hold every weight, got {config.name_or_path} without {len(missing)} of "
             f"them, {missing[0]} among them, for which transformers takes random numbers. Restore "
             "its files, or correct its config.json."
         )
-    return model.eval()
+
+
+def _load_unread(config: PretrainedModelConfig, dtype: str, task: str) -> Any:
+    """Returns the model of `load_pretrained` with stored parameters on device meta.
+
+    All ranks call it, and all return a model, or all return None: then the weights can only be
+    loaded whole.
+
+    Raises:
+        ValueError: on all ranks, as in `load_pretrained`.
+    """
+    ranks = Topology.of_process()
+    model = error = reason = None
+    try:
+        with parameters_on_meta():
+            model = load_architecture(config, dtype, task)
+        with _naming(config):
+            files = safetensors_files(config.name_or_path, config.revision)
+            missing = mark_unread(model, files, config.name_or_path)
+            read_generation_config(model, config.name_or_path, config.revision)
+        _refuse_missing(config, missing)
+    except WholeOnlyError as found:
+        reason = str(found)
+    except ValueError as found:
+        error = found
+    outcomes = ranks.gather((None if error is None else str(error), reason))
+    for message, _ in outcomes:
+        if message is not None:
+            raise error or ValueError(message)
+    reasons = [why for _, why in outcomes if why is not None]
+    if reasons and ranks.is_first:
+        log.info("Rank 0 loads all weights of %s: %s.", config.name_or_path, reasons[0])
+    return None if reasons else model
 
 
 def load_architecture(

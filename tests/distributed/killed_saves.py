@@ -1,4 +1,4 @@
-"""Kills ranks with SIGKILL at chosen points of a sharded save; resumed_ranks.py calls it.
+"""Kills ranks with SIGKILL at chosen points of a sharded save; checkpoint_ranks.py calls it.
 
 A rank dies before its n-th operation on the files of the checkpoints, whatever the machine's speed.
 If the operation is a flush, half of the file's bytes are left.

@@ -1,6 +1,8 @@
 """Tests that revision and trust_remote_code apply to a model's weights and to its config."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from lctrain.config import PretrainedModelConfig
+from lctrain.distributed.sharding import built_to_be_sharded
 from lctrain.models.pretrained import load_architecture, load_pretrained
 
 MINE = """
@@ -93,8 +96,9 @@ def a_damaged_pickle(folder):
         (a_damaged_pickle, "hold intact weights .* cannot be loaded: .* Restore its files"),
     ],
 )
-def test_a_damaged_model_is_refused(make_llama, tmp_path, damage, message):
+@pytest.mark.parametrize("context", [nullcontext, partial(built_to_be_sharded, True)])
+def test_a_damaged_model_is_refused(make_llama, tmp_path, damage, message, context):
     make_llama().save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), context():
         load_pretrained(PretrainedModelConfig(name_or_path=str(tmp_path)))

@@ -1,6 +1,6 @@
-"""Saves on some ranks, resumes on others, and kills saves; test_resumed.py starts it.
+"""Saves on some ranks, resumes on others, kills saves, and loads; test_checkpoints.py starts it.
 
-Usage: python -m tests.distributed.resumed_ranks FOLDER
+Usage: python -m tests.distributed.checkpoint_ranks FOLDER
 
 All ranks are forked from one process, which imports torch once.
 """
@@ -21,6 +21,7 @@ from lctrain.distributed.sharding import whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.module import LongContextModule
 from lctrain.run.sharded_checkpoint import AnyCheckpointIO
+from tests.distributed import unread_models
 from tests.distributed.killed_saves import kill_saves
 from tests.distributed.ranks import fork_ranks
 from tests.training import VOCABULARY, make_trainer
@@ -132,8 +133,13 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    root = Path(sys.argv[1])
     for size in dict.fromkeys(run.ranks for run in RUNS.values()):
-        folder = Path(sys.argv[1]) / f"ranks_{size}"
+        folder = root / f"ranks_{size}"
         folder.mkdir()
         fork_ranks(main, size, folder)
-    torch.save(kill_saves(Path(sys.argv[1]) / "killed"), Path(sys.argv[1]) / "killed.pt")
+    torch.save(kill_saves(root / "killed"), root / "killed.pt")
+    folder = root / "pretrained" / "ranks"
+    folder.mkdir(parents=True)
+    unread_models.save(folder.parent)
+    fork_ranks(unread_models.shard_all, unread_models.RANKS, folder)

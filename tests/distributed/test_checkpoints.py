@@ -1,4 +1,4 @@
-"""Tests that a run goes on with other ranks and strategies, and after a save that was killed.
+"""Tests that a run goes on with other ranks, strategies, after killed saves, and from pretrained.
 
 All checks read the results of one process and its forks, since each import of torch takes seconds.
 """
@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lctrain.run.seal import damage_of
+from tests.distributed.checkpoint_ranks import KEPT, PACKS, RUNS, SAVED, STEPS
 from tests.distributed.ranks import ROOT
-from tests.distributed.resumed_ranks import KEPT, PACKS, RUNS, SAVED, STEPS
+from tests.distributed.unread_models import MODELS
 from tests.numerics import near_roundings
 
 LOSS_ROUNDINGS = 16  # of float32: 1e-6 of a loss
@@ -21,7 +23,14 @@ LOSS_ROUNDINGS = 16  # of float32: 1e-6 of a loss
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.resumed_ranks", str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.distributed.checkpoint_ranks",
+        str(folder),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -85,3 +94,32 @@ def test_leftovers_of_killed_saves_are_deleted(folder):
     assert any(name.endswith(".writing") for one in found["kills"] for name in one["names"])
     last = f"step-{found['after']['step']:08d}.ckpt"
     assert found["after"]["names"] == ["last.ckpt", last]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sharded_pretrained_model_has_the_bits_of_the_whole_one(folder, name):
+    files = folder / "pretrained" / name
+    found = torch.load(folder / "pretrained" / "ranks" / "found.pt", weights_only=False)[name]
+    dtype = MODELS[name][1]
+    whole = AutoModelForCausalLM.from_pretrained(files, dtype=dtype)
+    for kind, expected in (
+        ("weights", whole.named_parameters()),
+        ("buffers", whole.named_buffers()),
+    ):
+        expected = dict(expected)
+        assert found[kind].keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[kind][key].dtype == value.dtype, key
+            assert torch.equal(found[kind][key], value), key
+    assert found["configs"] == (whole.config.to_dict(), whole.generation_config.to_dict())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rank_reads_its_own_slices_only(folder, name):
+    """No rank reads or allocates a whole weight of more rows than ranks, and none is read twice."""
+    found = torch.load(folder / "pretrained" / "ranks" / "found.pt", weights_only=False)[name]
+    total = sum(value.numel() for value in found["weights"].values())
+    for rank in found["ranks"]:
+        assert rank["is_meta"]
+        assert sorted(rank["reads"]) == sorted(count for count in rank["shards"] if count)
+    assert sum(sum(rank["reads"]) for rank in found["ranks"]) == total
