@@ -66,8 +66,9 @@ RUNS = {
 class Recorder(LongContextModule):
     """A module that records the documents and the loss of every optimizer step."""
 
-    def __init__(self):
-        super().__init__(lambda _: make_model(), OptimConfig(learning_rate=0.02, schedule="linear"))
+    def __init__(self, make=None):
+        optim = OptimConfig(learning_rate=0.02, schedule="linear")
+        super().__init__(lambda _: (make or make_model)(), optim)
         self.documents, self.steps = [], []
 
     def training_step(self, batch, batch_idx):
@@ -96,13 +97,20 @@ def make_data():
     return PackedDataModule(documents, max_tokens=32, held_out_fraction=0.0)
 
 
-def fit(folder: Path, name: str) -> dict:
-    """Trains, and returns the steps and the weights after the last one."""
-    run = RUNS[name]
+def fit(folder: Path, name: str, run: Run, make=None, **settings) -> dict:
+    """Trains, and returns the steps and the weights after the last one.
+
+    Args:
+        folder: Folder of all runs.
+        name: Name of the run.
+        run: The run.
+        make: Function that builds the model; None for `make_model`.
+        **settings: Further arguments of the Trainer.
+    """
     strategy = run.strategy
     if strategy == "fsdp2":
         strategy = ShardedStrategy(run.replicas, context_parallel=run.context)
-    module = Recorder()
+    module = Recorder(make)
     trainer = make_trainer(
         folder / name,
         [StepCheckpoint(folder / name, every_n_steps=1, keep=KEPT)],
@@ -114,6 +122,7 @@ def fit(folder: Path, name: str) -> dict:
         gradient_clip_val=0.5,
         enable_checkpointing=True,
         plugins=[AnyCheckpointIO()],
+        **settings,
     )
     begin = None if run.resumes is None else folder / run.resumes / f"step-{SAVED:08d}.ckpt"
     trainer.fit(module, make_data(), ckpt_path=begin, weights_only=True)
@@ -127,7 +136,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     runs = folder.parent
     for name, run in RUNS.items():
         if run.ranks == size:
-            found = fit(runs, name)
+            found = fit(runs, name, run)
             if rank == 0:
                 torch.save(found, runs / f"{name}.pt")
 

@@ -29,12 +29,13 @@ Lengths = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Settings:
-    """Heads of queries and keys, head dim, dtype and backend."""
+    """Heads of queries and keys, head dim, dtype, backend and device."""
 
     heads: tuple[int, int] = (8, 4)
     dim: int = 8
     dtype: torch.dtype = torch.float64
     backend: str = "auto"
+    device: str = "cpu"
 
 
 @dataclass
@@ -91,16 +92,20 @@ def make_inputs(case: Case, lengths: Lengths, settings: Settings) -> Inputs:
     tokens = sum(lengths)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return drawn.to(settings.device, dtype)
 
     options, trained = dict(case.options), {}
     if options.get("dropout_p"):
         options["dropout_seed"] = SEED
     if case.function == "dual_chunk":
-        options["inv_freq"] = 10_000.0 ** -(torch.arange(0, dim, 2) / dim)
-        options["logit_scale"] = 1 + torch.rand(len(lengths), generator=generator)
+        frequencies = 10_000.0 ** -(torch.arange(0, dim, 2) / dim)
+        scale = 1 + torch.rand(len(lengths), generator=generator)
+        options |= {"inv_freq": frequencies.to(settings.device)}
+        options |= {"logit_scale": scale.to(settings.device)}
     if case.function == "flash" and case.has_tensors:
-        options["alibi_slopes"] = torch.rand(len(lengths), heads_q, generator=generator)
+        slopes = torch.rand(len(lengths), heads_q, generator=generator)
+        options["alibi_slopes"] = slopes.to(settings.device)
         trained["learnable_sink"] = normal(heads_q)
     if case.function != "diff":
         rows = [normal(tokens, count, dim) for count in (heads_q, heads_k, heads_k)]
@@ -154,7 +159,7 @@ def whole(name: str, lengths: Lengths, settings: Settings) -> Result:
     """Returns the result of one rank."""
     case = CASES[name]
     inputs = make_inputs(case, lengths, settings)
-    pack = SharedPack.of(ContextShard.of(lengths, 1), 0, "cpu").pack
+    pack = SharedPack.of(ContextShard.of(lengths, 1), 0, settings.device).pack
     function = partial(FUNCTIONS[case.function], pack=pack, backend=settings.backend)
     return run(case, function, inputs)
 
@@ -169,7 +174,7 @@ def share(
     """Returns the result of one rank of several."""
     case = CASES[name]
     inputs = make_inputs(case, shard.lengths, settings)
-    shared = SharedPack.of(shard, rank, "cpu", groups)
+    shared = SharedPack.of(shard, rank, settings.device, groups)
     function = getattr(shared_functions, f"{case.function}_attn_shared_func")
     function = partial(function, shared=shared, backend=settings.backend)
     return run(case, function, inputs, torch.from_numpy(shard.indices(rank)))

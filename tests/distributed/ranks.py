@@ -63,12 +63,16 @@ def _wait(processes: list[subprocess.Popen]) -> list[int]:
                 process.wait()
 
 
-def join() -> tuple[int, int, Path, list[str]]:
-    """Joins the other ranks, and returns rank, size, folder and the further arguments."""
+def join(backend: str = "gloo") -> tuple[int, int, Path, list[str]]:
+    """Joins the other ranks, and returns rank, size, folder and the further arguments.
+
+    Args:
+        backend: Backend of torch.distributed.
+    """
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     leave_at_exit()
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
     return rank, size, folder, sys.argv[4:]
 
 
