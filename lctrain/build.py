@@ -151,7 +151,8 @@ def check_model(
     if attention is not None:
         patch_model(model, attention=attention.name, **attention.options())
     if trainer is not None and trainer.context_parallel > 1:
-        heads_group(model, trainer.context_parallel, trainer.context_exchange)
+        on_machine = trainer.devices_per_machine()
+        heads_group(model, trainer.context_parallel, trainer.context_exchange, on_machine)
     if adapter is not None:
         add_adapter(model, adapter)
 

@@ -261,7 +261,9 @@ def check_shared_task(ranks: int, given: str) -> None:
 
 
 def check_machines(ranks: int, devices: int, machines: int) -> None:
-    """Raises ValueError if ranks that share a pack would be on different machines.
+    """Raises ValueError if the ranks that share a pack divide their machines unevenly.
+
+    They must be on one machine, or be all ranks of several machines.
 
     Args:
         ranks: Number of ranks that share a pack.
@@ -269,10 +271,9 @@ def check_machines(ranks: int, devices: int, machines: int) -> None:
         machines: Number of machines.
     """
     require(
-        machines == 1 or devices % ranks == 0,
-        f"trainer.context_parallel must divide the {devices} ranks of a machine, got {ranks}. "
-        "Ranks that share a pack exchange in every layer, so they belong on one machine: change "
-        "trainer.context_parallel or trainer.devices.",
+        machines == 1 or devices % ranks == 0 or ranks % devices == 0,
+        f"trainer.context_parallel must divide the {devices} ranks of a machine, or be a multiple "
+        f"of them, got {ranks}. Change trainer.context_parallel or trainer.devices.",
     )
 
 

@@ -26,6 +26,7 @@ from lctrain.preflight import (
     check_passkey_model,
     check_targets,
 )
+from lctrain.run.launch import check_launch
 from lctrain.run.rank import is_rank_zero
 from lctrain.run.start import folder_to_go_on_in, was_requeued, without_empty_folder
 from lctrain.schemas import register_schemas
@@ -413,6 +414,7 @@ def _say(text: str) -> None:
 
 def check_before_loading(config: TrainConfig) -> None:
     """Raises ValueError if a setting of the run is wrong. It does not import torch."""
+    check_launch(config.trainer.devices_per_machine(), config.trainer.num_nodes)
     check_attention(config.attention)
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)

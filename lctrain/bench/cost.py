@@ -35,9 +35,9 @@ from lctrain_kernels.bench.__main__ import positive
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MODELS = {**SHAPES, llama_8b.name: llama_8b}
-NOT_TRAINED = (
-    "From {:,} GPUs, the ranks that share a pack are on several machines. The model computes this, "
-    "but the trainer refuses it: trainer.context_parallel must divide the ranks of a machine."
+BEYOND = (
+    "From {:,} GPUs, the ranks that share a pack are on several machines: heads are exchanged "
+    "inside a machine, and keys are gathered between machines."
 )
 PARAMETER_BYTES, GRADIENT_BYTES, STATE_BYTES = 2, 4, 2  # gathered, summed, exchanged
 
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [step_cost(cost, assumed, gpus) for gpus in counts]
     print(f"{assumed}\n\n{table(rows)}")
     if beyond := [row["gpus"] for row in rows if row["context"] > assumed.on_machine]:
-        print(f"\n{NOT_TRAINED.format(beyond[0])}")
+        print(f"\n{BEYOND.format(beyond[0])}")
     if options.output:
         record = {"assumptions": asdict(assumed), "rows": rows}
         options.output.write_text(json.dumps(record, indent=1) + "\n")

@@ -38,7 +38,8 @@ class TrainerConfig:
         context_parallel: Number of ranks that share one pack with strategy=fsdp2. Each computes a
             part of the tokens, so a pack may be longer; an optimizer step has fewer packs.
         context_exchange: What these ranks exchange in attention: heads, keys, or auto for heads
-            among as many ranks as divide the key/value heads, and keys between these groups.
+            among as many ranks of a machine as divide the key/value heads, and keys between these
+            groups.
         precision: Lightning's precision: auto (bf16-mixed on a GPU, else 32-true), 32-true,
             bf16-mixed or bf16-true.
         max_steps: Largest number of optimizer steps; -1 for no limit.

@@ -49,12 +49,13 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout: Time after which a collective fails.
         context_parallel: Number of ranks that share one pack.
         context_exchange: What these ranks exchange in attention: heads, keys, or auto for heads
-            among as many ranks as divide the key/value heads, and keys between these groups.
+            among as many ranks of a machine as divide the key/value heads, and keys between these
+            groups.
 
     Raises:
         ValueError: if `context_exchange` is unknown. Once the number of ranks is known: if
-            `replicas` * `context_parallel` does not divide it, or a context group would extend over
-            several machines.
+            `replicas` * `context_parallel` does not divide it, or a context group would have a part
+            of a machine's ranks and ranks of another machine.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def _share_attention(self, model: nn.Module) -> None:
         """Decides which ranks exchange heads, and makes the process groups. All ranks call it."""
         ranks = self.topology
-        heads = heads_group(model, ranks.context, self.context_exchange)
+        heads = heads_group(model, ranks.context, self.context_exchange, self.num_processes)
         whole = None
         for first in range(0, ranks.size, ranks.context):
             group = torch.distributed.new_group(range(first, first + ranks.context))

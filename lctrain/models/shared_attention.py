@@ -19,7 +19,7 @@ from lctrain.models.positions import restarting_positions
 _KEY_HEADS = ("num_key_value_heads", "num_global_key_value_heads")
 
 
-def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
+def heads_group(model: nn.Module, ranks: int, exchange: str, on_machine: int | None = None) -> int:
     """Returns the size of a heads group, for a model whose packs are shared by several ranks.
 
     The ranks of a heads group exchange heads with each other, and gather keys from other groups.
@@ -27,8 +27,9 @@ def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
 
     Args:
         model: A transformers model, which may have PEFT adapters.
-        ranks: Number of ranks that share a pack, all on one machine.
+        ranks: Number of ranks that share a pack.
         exchange: "heads", "keys" or "auto"; see `choose_heads`.
+        on_machine: Number of ranks on a machine; None if all `ranks` are on one machine.
 
     Raises:
         ValueError: if the model pools documents; if its attention is not lctrain's; if keys would
@@ -50,7 +51,7 @@ def heads_group(model: nn.Module, ranks: int, exchange: str) -> int:
             f"trainer.context_exchange=heads, got {ranks} ranks and {count} heads. Set "
             "trainer.context_exchange=auto."
         )
-    heads = choose_heads(exchange, ranks, count, ranks)
+    heads = choose_heads(exchange, ranks, count, on_machine or ranks)
     layers = attention_layers(inner).values()
     if heads != ranks and not all(getattr(layer, "is_causal", True) for layer in layers):
         raise ValueError(

@@ -203,10 +203,10 @@ def test_strategies_that_would_train_wrongly(strategy, reason):
         ),
         (
             [
-                *("trainer.strategy=fsdp2", "trainer.devices=4", "trainer.num_nodes=2"),
-                "trainer.context_parallel=8",
+                *("trainer.strategy=fsdp2", "trainer.devices=4", "trainer.num_nodes=3"),
+                "trainer.context_parallel=6",
             ],
-            "trainer.context_parallel must divide the 4 ranks of a machine, got 8",
+            "must divide the 4 ranks of a machine, or be a multiple of them, got 6",
         ),
         (
             [

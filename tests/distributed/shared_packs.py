@@ -4,6 +4,7 @@ Usage: python -m tests.distributed.shared_packs FOLDER
 """
 
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Case(NamedTuple):
         replicas: Copies of the parameters.
         memory: Policy of memory.
         version: Version of a differential model; None for a Llama.
+        machines: Number of machines that the ranks take themselves to be on.
     """
 
     context: int
@@ -52,6 +54,7 @@ class Case(NamedTuple):
     replicas: int = 1
     memory: str | None = None
     version: int | None = None
+    machines: int = 1
 
 
 WINDOW = {"name": "flash", "sliding_window": 40}
@@ -60,7 +63,8 @@ CASES = {
     "heads": Case(2, "auto", {"name": "flash", "fused": False}),
     "keys": Case(2, "keys", WINDOW, replicas=2),
     "dropout-heads": Case(4, "heads", {"name": "flash", "dropout": 0.1}, memory="checkpoint"),
-    "dropout-keys": Case(4, "keys", {"name": "flash", "dropout": 0.1}),
+    # Four heads could be exchanged by all ranks; two of them are on each machine.
+    "dropout-machines": Case(4, "auto", {"name": "flash", "dropout": 0.1}, machines=2),
     "dual_chunk-heads": Case(4, "heads", DUAL_CHUNK | {"window": 24, "dropout": 0.1}),
     "dual_chunk-keys": Case(2, "keys", DUAL_CHUNK | {"window": 24}),
     # The two pairs of key/value heads make two heads groups, which gather keys from each other.
@@ -159,6 +163,13 @@ def errors(folder, size):
     return found
 
 
+def pretend_machines(rank, on_machine):
+    """Sets what a launcher sets for a rank, of which `on_machine` are on a machine."""
+    machine, local = divmod(rank, on_machine)
+    os.environ |= {"NODE_RANK": str(machine), "LOCAL_RANK": str(local)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_machine)
+
+
 def main(rank, size, folder) -> None:
     """Trains every case, and writes the results of rank 0."""
     found = {}
@@ -169,9 +180,13 @@ def main(rank, size, folder) -> None:
                 case.replicas, context_parallel=case.context, context_exchange=case.exchange
             )
             module = Recorder(make_model(case.version), case, packs)
-            settings = {"devices": size, "accumulate_grad_batches": ACCUMULATED}
+            settings = {"devices": size // case.machines, "num_nodes": case.machines}
+            settings["accumulate_grad_batches"] = ACCUMULATED
+            pretend_machines(rank, size // case.machines)
             callbacks = [IsolationCheck()] if name in ("heads", "keys") else []
             found[name] = fit(folder, module, callbacks, strategy=strategy, **settings)
+            found["heads", name] = strategy.topology.heads
+    pretend_machines(rank, size)
     with built_in_float64():
         found["second"] = fit_second(folder, size)
         found["errors"] = errors(folder, size)

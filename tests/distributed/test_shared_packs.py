@@ -60,6 +60,12 @@ def test_packs_that_differ_after_the_first_are_found(found):
     assert message in found["errors"]["diverging"]
 
 
+def test_heads_are_exchanged_inside_a_machine(found):
+    """And keys between machines: four ranks on two machines make two heads groups."""
+    assert found["heads", "dropout-machines"] == 2
+    assert found["heads", "dropout-heads"] == 4
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_shared_packs_train_like_whole_ones(found, tmp_path, name):
     """Unequal packs, ranks without tokens, accumulation with an incomplete window, clipping."""
