@@ -10,11 +10,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lctrain.distributed.stored import StoredTensor, mark_stored
 
@@ -121,7 +121,8 @@ def _check_convertible(model: Any) -> None:
     from transformers import PreTrainedModel
 
     config = model.config
-    if type(model).from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:
+    own, usual = (getattr_static(x, "from_pretrained") for x in (type(model), PreTrainedModel))
+    if own is not usual:
         raise WholeOnlyError(f"{type(model).__name__} has a way of its own to load")
     if type(model).is_remote_code():
         raise WholeOnlyError("it has code of its own")
@@ -227,7 +228,7 @@ def read_generation_config(model: Any, name: str, revision: str | None) -> None:
     """
     from transformers import GenerationConfig
 
-    if not isinstance(model, nn.Module) or not model.can_generate():
+    if not model.can_generate():
         return
     options: dict[str, Any] = {"revision": revision or "main"}
     try:

@@ -27,7 +27,7 @@ def test_the_command_prints_assumptions_and_rows(tmp_path, capsys, monkeypatch, 
     printed = capsys.readouterr().out
     assert printed.startswith("Computed, not measured. Assumed: Llama-3.1-8B in bf16 on H200, 50%")
     assert "all ranks share a pack" in printed
-    assert "From 16 GPUs, the ranks that share a pack are on several machines." in printed
+    assert "From 16 GPUs, the ranks that share a pack are on several machines:" in printed
     assert main(["cost", "--context", "8"]) == 0
     assert "on several machines" not in capsys.readouterr().out
     record = json.loads(output.read_text())
