@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,8 @@ def _check_convertible(model: Any) -> None:
     from transformers import PreTrainedModel
 
     config = model.config
-    own, usual = (getattr_static(x, "from_pretrained") for x in (type(model), PreTrainedModel))
-    if own is not usual:
+    loaders = [vars(kind).get("from_pretrained") for kind in type(model).__mro__]
+    if next(filter(None, loaders)) is not vars(PreTrainedModel)["from_pretrained"]:
         raise WholeOnlyError(f"{type(model).__name__} has a way of its own to load")
     if type(model).is_remote_code():
         raise WholeOnlyError("it has code of its own")
