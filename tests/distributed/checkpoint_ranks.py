@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import omegaconf  # noqa: F401 (here, so that the forks need not)
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lctrain.callbacks import StepCheckpoint
@@ -126,6 +127,8 @@ def fit(folder: Path, name: str, run: Run, make=None, **settings) -> dict:
     )
     begin = None if run.resumes is None else folder / run.resumes / f"step-{SAVED:08d}.ckpt"
     trainer.fit(module, make_data(), ckpt_path=begin, weights_only=True)
+    is_sharded = all(isinstance(p.data, DTensor) for p in module.model.parameters())
+    assert is_sharded == (run.strategy == "fsdp2"), "one rank must shard, too"
     weights = {n: whole_value(p.data).clone() for n, p in module.model.named_parameters()}
     return {"steps": module.steps, "weights": weights}
 

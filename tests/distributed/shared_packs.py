@@ -6,17 +6,27 @@ Usage: python -m tests.distributed.shared_packs FOLDER
 import copy
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lctrain.callbacks import IsolationCheck, IsolationError
+from lctrain.callbacks import (
+    IsolationCheck,
+    IsolationError,
+    NonFiniteLossError,
+    NonFiniteLossGuard,
+)
 from lctrain.config import OptimConfig
 from lctrain.distributed import Topology, context, shared_pack
-from lctrain.distributed.sharding import whole_value
+from lctrain.distributed.sharding import shard_model, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
+from lctrain.loss import causal_lm_loss
 from lctrain.models.differential import to_differential
 from lctrain.module import LongContextModule
 from tests.distributed.ranks import fork_ranks
@@ -113,6 +123,7 @@ def fit(folder, module, callbacks=(), **settings):
     """Trains one epoch, and returns the records and the weights."""
     trainer = make_trainer(folder, callbacks, gradient_clip_val=CLIP, **settings)
     trainer.fit(module)
+    assert vars(module.model)["_lctrain_output_head"].head is not None, "the loss is not fused"
     return module.records, whole_weights(module)
 
 
@@ -146,19 +157,75 @@ def diverging(data_rank):
     return [first, make_batch(lengths, 100 + torch.distributed.get_rank())]
 
 
+class OneInfinite(Recorder):
+    """A module whose loss is infinite on the last rank, in the second step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        is_last = torch.distributed.get_rank() == RANKS - 1
+        return loss * torch.inf if is_last and batch_idx == 1 else loss
+
+
+def skipped_steps(folder, size):
+    """Returns how many steps each rank leaves out if one rank's loss is not finite."""
+    guard = NonFiniteLossGuard(on_batch="skip")
+    strategy = ShardedStrategy(context_parallel=2)
+    fit(
+        folder,
+        OneInfinite(make_model(), CASES["heads"], packs),
+        [guard],
+        strategy=strategy,
+        devices=size,
+    )
+    return Topology(torch.distributed.get_rank(), size).gather(guard.left_out)
+
+
+class Gathers(TorchDispatchMode):
+    """Context manager that counts all-gathers of tensors.
+
+    Attributes:
+        count: Number of all-gathers.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathers_of_a_forward(size):
+    """Returns how often a sharded model gathers parameters in a loss, by the tokens of the pack."""
+    model = make_model()
+    mesh = init_device_mesh("cpu", (size,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    root = shard_model(model, mesh, torch.device("cpu"), policy)
+    found = {}
+    with torch.no_grad():
+        for tokens in (8, 8, 3000):  # the first pass verifies the head
+            pack = make_batch((tokens,))
+            with Gathers() as gathers:
+                root(partial(causal_lm_loss, model, pack))
+            root.reshard()
+            found[tokens] = gathers.count
+    return found
+
+
 def errors(folder, size):
     """Returns the messages of runs that must fail, by name."""
     found = {}
     for name, batches, callbacks in (
         ("leak", packs, [IsolationCheck()]),
         ("diverging", diverging, []),
+        ("infinite", packs, [NonFiniteLossGuard()]),
     ):
         shared_pack._pack = leaky_pack if name == "leak" else PACK
         strategy = ShardedStrategy(context_parallel=2, context_exchange="heads")
-        module = Recorder(make_model(), CASES["heads"], batches)
+        kind = OneInfinite if name == "infinite" else Recorder
+        module = kind(make_model(), CASES["heads"], batches)
         try:
             fit(folder, module, callbacks, strategy=strategy, devices=size)
-        except (IsolationError, ValueError) as error:
+        except (IsolationError, NonFiniteLossError, ValueError) as error:
             found[name] = str(error)
     return found
 
@@ -190,6 +257,8 @@ def main(rank, size, folder) -> None:
     with built_in_float64():
         found["second"] = fit_second(folder, size)
         found["errors"] = errors(folder, size)
+    found["skipped"] = skipped_steps(folder, size)
+    found["gathers"] = gathers_of_a_forward(size)
     if rank == 0:
         torch.save(found, folder / "found.pt")
 

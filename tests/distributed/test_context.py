@@ -51,6 +51,11 @@ def test_every_token_is_computed_once(name, size, heads):
     assert shard == ContextShard.of(list(lengths), size, heads)
 
 
+def test_chunks_begin_where_tiles_do():
+    """At other multiples of 16 bits are lost, and elsewhere dropout masks, too."""
+    assert BORDER % 128 == 0
+
+
 @pytest.mark.parametrize(("size", "heads"), [(2, 1), (8, 1), (8, 2), (1024, 8)])
 @pytest.mark.parametrize("name", PACKS)
 def test_keys_are_the_document_up_to_the_chunk(name, size, heads):

@@ -60,6 +60,17 @@ def test_packs_that_differ_after_the_first_are_found(found):
     assert message in found["errors"]["diverging"]
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(found):
+    """Rank 0 names the rank, whose peers have finite losses; or all leave out the same step."""
+    assert "on rank 3" in found["errors"]["infinite"]
+    assert found["skipped"] == [1] * RANKS
+
+
+def test_the_head_is_gathered_once_for_all_tokens(found):
+    """One all-gather for each of the two layers, and one for the root, which has the head."""
+    assert found["gathers"] == {8: 3, 3000: 3}
+
+
 def test_heads_are_exchanged_inside_a_machine(found):
     """And keys between machines: four ranks on two machines make two heads groups."""
     assert found["heads", "dropout-machines"] == 2
