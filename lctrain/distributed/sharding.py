@@ -175,9 +175,22 @@ def shard_model(
 
     Returns:
         The ShardRoot that runs every use of the model. The parameters of `model` become DTensors.
+
+    Raises:
+        ValueError: if a parameter has no value on rank 0 and in no file.
     """
     is_first = torch.distributed.get_rank() == 0
     places = {name: stored_of(parameter) for name, parameter in model.named_parameters()}
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and places[name] is None
+    ]
+    if is_first and lost:
+        raise ValueError(
+            f"parameters must have values on rank 0, got {lost[0]} on device meta. Load a "
+            "pretrained model with is_whole=True to change its weights before it is sharded."
+        )
     whole = take_parameters(model)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

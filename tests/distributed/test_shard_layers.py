@@ -60,3 +60,10 @@ def test_layers_that_share_a_parameter_belong_to_the_root(mesh):
     assert decoder_layers(model) == [model.layers[2], model.layers[3]]
     shard_model(model, mesh, torch.device("cpu"), MixedPrecisionPolicy())
     assert model.layers[0].weight is model.layers[1].weight
+
+
+def test_parameters_without_a_value_are_refused(mesh):
+    model = tiny_model("llama", transformers.LlamaForCausalLM)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to("meta"))
+    with pytest.raises(ValueError, match=r"must have values on rank 0, got lm_head.weight on dev"):
+        shard_model(model, mesh, torch.device("cpu"), MixedPrecisionPolicy())
