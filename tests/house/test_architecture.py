@@ -15,6 +15,7 @@ from tests.house.typecheck import ROOT, package_folders
 # Longest matching prefix decides. A package's modules share its level and see each other.
 LEVELS = {
     "lctrain_kernels.autocast": -8,
+    "lctrain_kernels.launch": -8,
     "lctrain_kernels.layout": -8,
     "lctrain_kernels.schedule": -8,  # the layout of the tile lists, which the kernels read
     "lctrain_kernels.pack_checks": -7,

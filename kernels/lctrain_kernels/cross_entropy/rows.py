@@ -135,13 +135,12 @@ def scale_to(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Ten
 
 @implements("scale_gradient", FORWARD, "triton", _refuses)
 def _triton_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    import triton
-
     from lctrain_kernels.cross_entropy.triton_kernels import scale_kernel
+    from lctrain_kernels.launch import cdiv, launch
 
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+        launch(scale_kernel, (cdiv(x.numel(), SCALE_BLOCK),))(
             x, factor, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=True
         )
     return out
@@ -218,12 +217,13 @@ def _triton_row_pass(
 ) -> None:
     from lctrain_kernels.cross_entropy.config import row_config
     from lctrain_kernels.cross_entropy.triton_kernels import RowPointers, row_pass_kernel
+    from lctrain_kernels.launch import launch
 
     if not logits.shape[0]:
         return
     config = row_config(logits.dtype)
     rows = logits.shape[0]
-    row_pass_kernel[(min(rows, config.programs * multiprocessors(logits.device)),)](
+    launch(row_pass_kernel, (min(rows, config.programs * multiprocessors(logits.device)),))(
         RowPointers(logits, bias, labels, statistics, token_grad, lse_grad),
         logits.stride(0),
         statistics.stride(0),

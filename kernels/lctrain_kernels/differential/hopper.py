@@ -27,6 +27,7 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.launch import cdiv, launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -77,7 +78,7 @@ def differential_fwd(
     num_k = 1 if k2 is None else 2
     window_ptr, left, right, has_left, has_right = window_arguments(options)
     threshold, scale_kept, first_head = dropout_arguments(options)
-    differential_fwd_hopper_kernel[(min(items, multiprocessors(q1.device)),)](
+    launch(differential_fwd_hopper_kernel, (min(items, multiprocessors(q1.device)),))(
         ragged_descriptor(q1, run, 64),
         ragged_descriptor(q2, run, 64),
         ragged_descriptor(k1, tile.block_n, columns),
@@ -275,7 +276,7 @@ def differential_bwd(
     stats = torch.empty((4, heads, total_q), dtype=torch.float32, device=device)
     sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
-    differential_prepare_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
+    launch(differential_prepare_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
         PreparePointers(
             out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, sums[0], sums[1], dlam, stats
         ),
@@ -293,7 +294,7 @@ def differential_bwd(
     )
     window_ptr, left, right, has_left, has_right = window_arguments(options)
     tile = backward_tile(columns, value_columns, k2 is None)
-    differential_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
+    launch(differential_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
         ragged_descriptor(q1, tile.block_m, columns),
         ragged_descriptor(q2, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, value_columns),
@@ -332,7 +333,7 @@ def differential_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    differential_round_dq_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
+    launch(differential_round_dq_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
         sums[0],
         sums[1],
         dq1,

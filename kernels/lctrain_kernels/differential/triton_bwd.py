@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lctrain_kernels.differential.triton_dkv import DkvPointers, DkvStrides, differential_dkv_kernel
 from lctrain_kernels.differential.triton_dq import DqPointers, DqStrides, differential_dq_kernel
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -90,7 +91,7 @@ def differential_bwd(
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] > 0:
-        differential_dq_kernel[grid](
+        launch(differential_dq_kernel, grid)(
             DqPointers(
                 q1,
                 q2,
@@ -128,7 +129,7 @@ def differential_bwd(
     config = tile_config("diff_dkv", q1, group, options.has_dropout, value_dim, k2 is None)
     grid = (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
-        differential_dkv_kernel[grid](
+        launch(differential_dkv_kernel, grid)(
             DkvPointers(
                 q1,
                 q2,

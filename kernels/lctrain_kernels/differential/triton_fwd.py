@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -339,7 +340,7 @@ def differential_fwd(
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, out1, out2, lse1, lse2
-    differential_fwd_kernel[grid](
+    launch(differential_fwd_kernel, grid)(
         ForwardPointers(
             q1,
             q2,

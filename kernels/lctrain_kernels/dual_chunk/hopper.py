@@ -39,6 +39,7 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -90,7 +91,7 @@ def dual_chunk_fwd(
     )
     run = min(64, positions)
     threshold, scale_kept, first_head = dropout_arguments(options)
-    dual_chunk_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
+    launch(dual_chunk_fwd_hopper_kernel, (min(items, multiprocessors(q.device)),))(
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
         ragged_descriptor(k_succ, tile.block_n, columns),
@@ -285,8 +286,8 @@ def dual_chunk_bwd(
     columns = padded_columns(head_dim)
     tile = backward_tile(columns)
 
-    def launch(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
-        dual_chunk_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
+    def run(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
+        launch(dual_chunk_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
             ragged_descriptor(q, tile.block_m, columns),
             ragged_descriptor(dout, tile.block_m, columns),
             ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -319,9 +320,12 @@ def dual_chunk_bwd(
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_M": rows}
     if rotation.succ_length > 0:
         k_succ = rotated_keys(k, pack.cu_seqlens_k, pack.k_tiles, rotation=rotation)
-        launch(SUCC.value, q, k_succ, None, None)
+        run(SUCC.value, q, k_succ, None, None)
         del k_succ  # dk may lie there
-        dual_chunk_rotate_dk_kernel[(heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+        launch(
+            dual_chunk_rotate_dk_kernel,
+            (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // rows),),
+        )(
             dk_sum,
             pack.cu_seqlens_k,
             pack.k_tiles,
@@ -336,7 +340,7 @@ def dual_chunk_bwd(
         )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    launch(INTRA.value, q, k, dk, dv)
+    run(INTRA.value, q, k, dk, dv)
     # INTER adds the gradient of rotated queries, so the sum is rotated before that launch.
     dual_chunk_rotate(
         dq_sum,
@@ -347,8 +351,8 @@ def dual_chunk_bwd(
         is_query=True,
         rotation=rotation,
     )
-    launch(INTER.value, dq, k, dk, dv)
-    dual_chunk_round_dq_kernel[(heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),)](
+    run(INTER.value, dq, k, dk, dv)
+    launch(dual_chunk_round_dq_kernel, (heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),))(
         dq_sum,
         dq,
         pack.cu_seqlens_q,

@@ -10,6 +10,7 @@ from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.triton_dkv import DkvPointers, DkvStrides, dual_chunk_dkv_kernel
 from lctrain_kernels.dual_chunk.triton_dq import DqPointers, DqStrides, dual_chunk_dq_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_keys
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -84,7 +85,7 @@ def dual_chunk_bwd(
         grid = (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
         if grid[0] == 0:
             continue
-        dual_chunk_dkv_kernel[grid](
+        launch(dual_chunk_dkv_kernel, grid)(
             DkvPointers(
                 q,
                 dq,
@@ -123,7 +124,7 @@ def dual_chunk_bwd(
         grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
         if grid[0] == 0:
             continue
-        dual_chunk_dq_kernel[grid](
+        launch(dual_chunk_dq_kernel, grid)(
             DqPointers(
                 q,
                 k,

@@ -10,6 +10,7 @@ from torch import Tensor
 from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.ranges import INTER, SUCC, keys_of_query, keys_of_tile
 from lctrain_kernels.dual_chunk.triton_rotate import dual_chunk_rotate, rotated_keys
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -270,7 +271,7 @@ def dual_chunk_fwd(
     dual_chunk_rotate(
         q, out, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.q_tiles, is_query=True, rotation=rotation
     )
-    dual_chunk_fwd_kernel[grid](
+    launch(dual_chunk_fwd_kernel, grid)(
         ForwardPointers(
             q,
             k,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lctrain_kernels.dual_chunk.operands import Rotation
 from lctrain_kernels.dual_chunk.ranges import inter_delta, inter_end
+from lctrain_kernels.launch import launch
 from lctrain_kernels.schedule import SCHEDULE_ROWS
 from lctrain_kernels.tile.arguments import RUNTIME_INTEGERS, token_head_strides
 from lctrain_kernels.tile.config import TileConfig
@@ -214,7 +215,7 @@ def dual_chunk_rotate(
     tokens, heads, head_dim = x.shape
     grid = (heads * tiles.shape[0] * (SCHEDULE_ROWS // ROTATE_CONFIG.block_m),)
     if grid[0] > 0:
-        dual_chunk_rotate_kernel[grid](
+        launch(dual_chunk_rotate_kernel, grid)(
             RotatePointers(
                 x,
                 rotated,

@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lctrain_kernels.gluon.coordinates import RAGGED
+from lctrain_kernels.launch import KEYED_TYPES
 from lctrain_kernels.tile.arguments import padded_head_dim
 
 _OUTER = 0x7FFF0000
@@ -43,7 +44,11 @@ def ragged_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescript
     descriptor.strides = [_STRIDE - stride_t, stride_t, stride_t, stride_h, 1]
     descriptor.block_shape = [1, 1, rows, 1, columns]
     descriptor.layout = _layout(rows, columns, tensor.dtype)
+    descriptor.launch_key = ("ragged", rows, columns, tensor.dtype)
     return descriptor
+
+
+KEYED_TYPES.add(TensorDescriptor)
 
 
 @functools.cache

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from lctrain_kernels.launch import cdiv, launch, next_power_of_2
 from lctrain_kernels.multiprocessors import multiprocessors
 from lctrain_kernels.norm.launch import column_sum
 from lctrain_kernels.rotary.options import RotaryOptions
@@ -90,12 +90,12 @@ def rotate(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(0 if k is None else k.shape, dtype=q.dtype, device=q.device)
     shape = rotary_shape(cos, head_dim, options)
-    block_q, block_k = triton.next_power_of_2(q_heads), triton.next_power_of_2(k_heads)
+    block_q, block_k = next_power_of_2(q_heads), next_power_of_2(k_heads)
     numbers = block_q * shape.block_half
     config = forward_config(numbers, q_weight is not None)
     size = config.tokens(numbers)
     if tokens:
-        rotary_kernel[(triton.cdiv(tokens, size),)](
+        launch(rotary_kernel, (cdiv(tokens, size),))(
             RotaryPointers(
                 q,
                 k,
@@ -147,15 +147,15 @@ def norm_rotary_bwd(
     """
     tokens, heads, head_dim = x.shape
     shape = rotary_shape(cos, head_dim, options)
-    block = triton.next_power_of_2(heads)
+    block = next_power_of_2(heads)
     numbers = block * shape.block_half
     config = backward_config(numbers)
     size = config.tokens(numbers)
     programs = config.programs * multiprocessors(x.device)
-    programs = max(min(triton.cdiv(tokens, size), programs), 1)
+    programs = max(min(cdiv(tokens, size), programs), 1)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(programs, head_dim, dtype=torch.float32, device=x.device)
-    norm_rotary_bwd_kernel[(programs,)](
+    launch(norm_rotary_bwd_kernel, (programs,))(
         BackwardPointers(dout, x, dx, weight, parts, cos, sin, positions),
         tokens,
         cos.shape[0],
@@ -186,8 +186,8 @@ def rotary_shape(cos: Tensor, head_dim: int, options: RotaryOptions) -> RotarySh
     return RotaryShape(
         head_dim=head_dim,
         half=rotary // 2,
-        block_half=triton.next_power_of_2(rotary // 2),
-        block_rest=triton.next_power_of_2(rest) if rest else 0,
+        block_half=next_power_of_2(rotary // 2),
+        block_rest=next_power_of_2(rest) if rest else 0,
         full_table=options.full_table,
         interleaved=options.interleaved,
     )

@@ -18,9 +18,9 @@ A kernel's docstring describes its tensors and its own arguments. All kernels ta
 - PRECISION: Precision of matrix products, for tl.dot.
 """
 
-import triton
 from torch import Tensor
 
+from lctrain_kernels.launch import next_power_of_2
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.tile.mask import UNBOUNDED
@@ -61,7 +61,7 @@ def padded_head_dim(head_dim: int) -> int:
 
     Triton's tiles have powers of two as sizes; tl.dot needs at least 16 columns.
     """
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def window_arguments(options: AttentionOptions) -> tuple[Tensor | None, int, int, bool, bool]:

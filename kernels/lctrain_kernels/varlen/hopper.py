@@ -19,6 +19,7 @@ from lctrain_kernels.gluon.config import (
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
+from lctrain_kernels.launch import cdiv, launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -61,15 +62,13 @@ def varlen_fwd(
     columns = padded_columns(head_dim)
     tile = forward_tile(columns, heads_per_tile, options.has_dropout)
     positions = tile.consumers * 64 // heads_per_tile
-    items = (
-        pack.q_tiles.shape[0] * triton.cdiv(SCHEDULE_ROWS, positions) * (heads // heads_per_tile)
-    )
+    items = pack.q_tiles.shape[0] * cdiv(SCHEDULE_ROWS, positions) * (heads // heads_per_tile)
     if items == 0:
         return out, lse
     run = min(64, positions)
     window_ptr, left, right, has_left, has_right = window_arguments(options)
     threshold, scale_kept, first_head = dropout_arguments(options)
-    varlen_fwd_hopper_kernel[(min(items, multiprocessors(q.device)),)](
+    launch(varlen_fwd_hopper_kernel, (min(items, multiprocessors(q.device)),))(
         ragged_descriptor(q, run, 64),
         ragged_descriptor(k, tile.block_n, columns),
         ragged_descriptor(v, tile.block_n, columns),
@@ -292,7 +291,7 @@ def varlen_bwd(
         per_head = total_q // tile.block_m + documents  # semaphores
         semaphores = torch.zeros((heads, per_head), dtype=torch.int32, device=q.device)
         dq_sum = torch.empty((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
-    varlen_prepare_kernel[(triton.cdiv(total_q, PREPARE_ROWS), heads)](
+    launch(varlen_prepare_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
         out,
         dout,
         lse,
@@ -315,7 +314,7 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    varlen_bwd_hopper_kernel[(heads_kv * pack.k_tiles.shape[0],)](
+    launch(varlen_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -361,7 +360,7 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     if tile.reduce_from_registers:
-        varlen_round_dq_kernel[(triton.cdiv(per_head * 16, PREPARE_ROWS), heads)](
+        launch(varlen_round_dq_kernel, (cdiv(per_head * 16, PREPARE_ROWS), heads))(
             dq_sum,
             dq,
             pack.cu_seqlens_q,

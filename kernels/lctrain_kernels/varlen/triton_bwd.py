@@ -6,6 +6,7 @@ No program adds to results of another program, so every run gives the same bits.
 import torch
 from torch import Tensor
 
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -83,7 +84,7 @@ def varlen_bwd(
     parts = SCHEDULE_ROWS // config.positions * (group // config.pack)
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] > 0:
-        varlen_dq_kernel[grid](
+        launch(varlen_dq_kernel, grid)(
             DqPointers(
                 q,
                 k,
@@ -114,7 +115,7 @@ def varlen_bwd(
     config = tile_config("varlen_dkv", q, group, options.has_dropout)
     grid = (heads_kv * pack.k_tiles.shape[0] * (SCHEDULE_ROWS // config.block_n),)
     if grid[0] > 0:
-        varlen_dkv_kernel[grid](
+        launch(varlen_dkv_kernel, grid)(
             DkvPointers(
                 q,
                 k,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lctrain_kernels.launch import launch
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import TiledPack
 from lctrain_kernels.schedule import SCHEDULE_ROWS
@@ -275,7 +276,7 @@ def varlen_fwd(
     grid = (heads_kv * pack.q_tiles.shape[0] * parts,)
     if grid[0] == 0:
         return out, lse
-    varlen_fwd_kernel[grid](
+    launch(varlen_fwd_kernel, grid)(
         ForwardPointers(
             q,
             k,
