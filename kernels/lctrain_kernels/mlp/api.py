@@ -132,7 +132,7 @@ def bias_gelu(
             "Pass one value per column of x."
         )
     chosen = fused_backend("bias_gelu", FusedCall(x.device, x.dtype), backend)
-    return operators.bias_activation(_flat(x, x.shape[-1]), bias, activation, chosen).view(x.shape)
+    return operators.bias_activation(x, bias, activation, chosen)
 
 
 def _gated(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:

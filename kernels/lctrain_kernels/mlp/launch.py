@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import triton
 from torch import Tensor
 
+from lctrain_kernels.launch import cdiv, launch
 from lctrain_kernels.mlp.triton_kernels import (
     bias_gelu_bwd_kernel,
     bias_gelu_fwd_kernel,
@@ -20,7 +22,7 @@ BIAS_ROWS, BIAS_BLOCK, BIAS_PARTS = 16, 256, 64
 
 
 def _grid(rows: int, columns: int, block: int) -> tuple[int]:
-    return (rows * triton.cdiv(columns, block),)
+    return (rows * cdiv(columns, block),)
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -31,7 +33,7 @@ def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     rows, columns = gate.shape
     out = torch.empty(rows, columns, dtype=gate.dtype, device=gate.device)
     if out.numel():
-        gated_fwd_kernel[_grid(rows, columns, FORWARD_BLOCK)](
+        launch(gated_fwd_kernel, _grid(rows, columns, FORWARD_BLOCK))(
             gate,
             up,
             out,
@@ -71,7 +73,7 @@ def gated_bwd(
     rows, columns = gate.shape
     if not gate.numel():
         return
-    gated_bwd_kernel[_grid(rows, columns, BACKWARD_BLOCK)](
+    launch(gated_bwd_kernel, _grid(rows, columns, BACKWARD_BLOCK))(
         dout,
         gate,
         up,
@@ -92,16 +94,20 @@ def gated_bwd(
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Returns activation(x + bias), [T, I], for x [T, I] and bias [I] or None."""
-    rows, columns = x.shape
-    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    """Returns activation(x + bias), in the shape of x, for a bias [I] or None.
+
+    x is [T, I] with column stride 1, or [..., I] in contiguous memory.
+    """
+    columns = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        bias_gelu_fwd_kernel[_grid(rows, columns, FORWARD_BLOCK)](
+        launch(bias_gelu_fwd_kernel, _grid(rows, columns, FORWARD_BLOCK))(
             x,
             bias,
             out,
             columns,
-            x.stride(0),
+            x.stride(-2),
             BLOCK=FORWARD_BLOCK,
             ACTIVATION=ACTIVATION_NUMBERS[activation],
             num_warps=NUM_WARPS,
@@ -113,16 +119,18 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x [T, I] and of the bias [I]; the second is empty without a bias.
+    """Returns the gradients of x and of the bias [I]; the second is empty without a bias.
 
-    dout [T, I] is the gradient of activation(x + bias).
+    x and dout, the gradient of activation(x + bias), are [T, I] with column stride 1, or [..., I]
+    in contiguous memory.
     """
-    rows, columns = x.shape
-    dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    parts = min(triton.cdiv(rows, BIAS_ROWS), BIAS_PARTS)
+    columns = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = min(cdiv(rows, BIAS_ROWS), BIAS_PARTS)
     dbias = torch.zeros(max(parts, 1), columns, dtype=torch.float32, device=x.device)
     if parts and columns:
-        bias_gelu_bwd_kernel[(parts, triton.cdiv(columns, BIAS_BLOCK))](
+        launch(bias_gelu_bwd_kernel, (parts, cdiv(columns, BIAS_BLOCK)))(
             dout,
             x,
             bias,
@@ -130,8 +138,8 @@ def bias_gelu_bwd(
             None if bias is None else dbias,
             rows,
             columns,
-            dout.stride(0),
-            x.stride(0),
+            dout.stride(-2),
+            x.stride(-2),
             ROWS=BIAS_ROWS,
             BLOCK=BIAS_BLOCK,
             ACTIVATION=ACTIVATION_NUMBERS[activation],

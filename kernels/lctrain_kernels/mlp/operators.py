@@ -15,6 +15,7 @@ from torch import Tensor
 from lctrain_kernels.fused_backend import triton_refuses
 from lctrain_kernels.fused_operator import define_autograd, define_operator
 from lctrain_kernels.mlp import reference
+from lctrain_kernels.norm.operators import flat_rows, like, rows_of
 from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implements
 
 _refuses = triton_refuses()
@@ -58,7 +59,7 @@ def _pytorch_gated_backward(
 def _triton_bias_gelu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     from lctrain_kernels.mlp import launch
 
-    return launch.bias_gelu_fwd(x, bias, activation)
+    return launch.bias_gelu_fwd(rows_of(x), bias, activation)
 
 
 @implements("bias_gelu", BACKWARD, "triton", _refuses)
@@ -67,12 +68,18 @@ def _triton_bias_gelu_backward(
 ) -> tuple[Tensor, Tensor]:
     from lctrain_kernels.mlp import launch
 
-    return launch.bias_gelu_bwd(_rows(dout), x, bias, activation)
+    return launch.bias_gelu_bwd(rows_of(dout), rows_of(x), bias, activation)
 
 
 implements("gated", FORWARD, "pytorch")(reference.gated_fwd)
 implements("bias_gelu", FORWARD, "pytorch")(reference.bias_gelu_fwd)
-implements("bias_gelu", BACKWARD, "pytorch")(reference.bias_gelu_bwd)
+
+
+@implements("bias_gelu", BACKWARD, "pytorch")
+def _pytorch_bias_gelu_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    return reference.bias_gelu_bwd(flat_rows(dout), flat_rows(x), bias, activation)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
@@ -120,13 +127,16 @@ def _gated_linear_backward(
 
 
 def _bias_gelu(x: Tensor, bias: Tensor | None, activation: str, backend: str) -> Tensor:
-    return implementation("bias_gelu", FORWARD, backend)(x, bias, activation)
+    """Returns activation(x + bias), [..., I]."""
+    return like(implementation("bias_gelu", FORWARD, backend)(x, bias, activation), x)
 
 
 def _bias_gelu_backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return implementation("bias_gelu", BACKWARD, backend)(dout, x, bias, activation)
+    """Returns the gradients of x [..., I] and of the bias [I], which is empty without a bias."""
+    dx, dbias = implementation("bias_gelu", BACKWARD, backend)(dout, x, bias, activation)
+    return like(dx, x), dbias
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -70,16 +70,20 @@ def backward_variant(columns: int, norm: str, dtype: str = "bf16") -> KernelVari
     )
 
 
-def column_sum_variant(columns: int, dtype: str = "bf16") -> KernelVariant:
-    """Describes one compilation of column_sum_kernel, which adds partial gradients of a weight.
+def column_sum_variant(columns: int, groups: int = 1, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of column_sum_kernel, which adds partial gradients of parameters.
 
     Args:
         columns: Number of columns to add, the hidden size.
-        dtype: Triton's name of the weight's dtype, such as "bf16".
+        groups: Number of parameters, 1 or 2.
+        dtype: Triton's name of the parameters' dtype, such as "bf16".
     """
     constants = {"COLUMNS": columns, "BLOCK": SUM_BLOCK, "PARTS": SUM_PARTS}
-    label = f"column_sum-H{columns}"
-    return fused_variant(label, column_sum_kernel, dtype, {"parts_ptr": "*fp32"}, constants, 4)
+    others: dict[str, str | None] = {"parts_ptr": "*fp32"}
+    if groups == 1:
+        others["second_ptr"] = None
+    label = f"column_sum-H{columns}-groups{groups}"
+    return fused_variant(label, column_sum_kernel, dtype, others, constants, 4)
 
 
 def cases() -> tuple[tuple[int, str], ...]:
@@ -96,3 +100,4 @@ def kernel_variants() -> Iterator[KernelVariant]:
     yield forward_variant(1024, "add_rms", "fp32")
     yield backward_variant(1024, "add_rms", "fp32")
     yield column_sum_variant(2048)
+    yield column_sum_variant(2048, groups=2)

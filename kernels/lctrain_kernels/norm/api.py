@@ -42,11 +42,8 @@ def rms_norm(
         ValueError: if shapes or dtypes do not fit.
     """
     _check(x, weight, eps)
-    flat = x.reshape(-1, x.shape[-1])
-    y, _, _, _ = norm(
-        flat, None, weight, None, *_options(x, eps, weight_offset, float32_product, backend)
-    )
-    return y.view(x.shape)
+    options = _options(x, eps, weight_offset, float32_product, backend)
+    return norm(x, None, weight, None, *options)[0]
 
 
 def fused_add_rms_norm(
@@ -83,15 +80,8 @@ def fused_add_rms_norm(
             f"residual must be floating point of shape {tuple(x.shape)}, got {residual.dtype} of "
             f"shape {tuple(residual.shape)}. Pass the tensor that x is added to."
         )
-    columns = x.shape[-1]
-    y, total, _, _ = norm(
-        x.reshape(-1, columns),
-        residual.reshape(-1, columns),
-        weight,
-        None,
-        *_options(x, eps, weight_offset, float32_product, backend),
-    )
-    return y.view(x.shape), total.view(x.shape)
+    options = _options(x, eps, weight_offset, float32_product, backend)
+    return norm(x, residual, weight, None, *options)[:2]
 
 
 def rms_norm_residual(
@@ -158,10 +148,8 @@ def layer_norm(
     """
     _check(x, weight, eps)
     _check_bias(bias, weight)
-    flat = x.reshape(-1, x.shape[-1])
-    rest = _options(x, eps, 0.0, False, backend)
-    y, _, _, _ = norm(flat, None, weight, bias, *rest[:3], True, rest[-1])
-    return y.view(x.shape)
+    options = _options(x, eps, 0.0, False, backend, centered=True)
+    return norm(x, None, weight, bias, *options)[0]
 
 
 def fused_add_layer_norm(
@@ -196,10 +184,8 @@ def fused_add_layer_norm(
             f"residual must be {x.dtype} of shape {tuple(x.shape)}, got {residual.dtype} of shape "
             f"{tuple(residual.shape)}. Pass the tensor that x is added to."
         )
-    rows = [tensor.reshape(-1, x.shape[-1]) for tensor in (x, residual)]
-    rest = _options(x, eps, 0.0, False, backend)
-    y, total, _, _ = norm(*rows, weight, bias, *rest[:3], True, rest[-1])
-    return y.view(x.shape), total.view(x.shape)
+    options = _options(x, eps, 0.0, False, backend, centered=True)
+    return norm(x, residual, weight, bias, *options)[:2]
 
 
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
@@ -211,11 +197,16 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _options(
-    x: Tensor, eps: float, weight_offset: float, float32_product: bool, backend: str
+    x: Tensor,
+    eps: float,
+    weight_offset: float,
+    float32_product: bool,
+    backend: str,
+    centered: bool = False,
 ) -> tuple[float, float, bool, bool, str]:
     """Returns the fields of NormOptions and the backend, in the operator's order of arguments."""
     chosen = fused_backend("norm", FusedCall(x.device, x.dtype, x.shape[-1]), backend)
-    return float(eps), float(weight_offset), bool(float32_product), False, chosen
+    return float(eps), float(weight_offset), bool(float32_product), centered, chosen
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -55,4 +55,7 @@ def norm_config(table: dict[int, NormConfig], block: int) -> NormConfig:
 
     It is that of the smallest hidden size in `table` that is >= `block`.
     """
-    return next(config for size, config in table.items() if block <= size)
+    for size, config in table.items():
+        if block <= size:
+            return config
+    raise ValueError(f"columns must be at most {MAX_COLUMNS}, got {block}.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
+from lctrain_kernels.launch import cdiv, launch, next_power_of_2
 from lctrain_kernels.multiprocessors import multiprocessors
 from lctrain_kernels.norm.config import BACKWARD, FORWARD, NormConfig, norm_config
 from lctrain_kernels.norm.options import NormOptions
@@ -27,27 +27,29 @@ def norm_fwd(
     """Normalises the rows of x, or of x + residual.
 
     Args:
-        x: Hidden states [T, H]; any row stride, column stride 1.
-        residual: Residual stream [T, H], any row stride, column stride 1; or None.
+        x: Hidden states [T, H], any row stride, column stride 1; or [..., H], contiguous.
+        residual: Residual stream, in the same form as x; or None.
         weight: Weight of the norm, [H].
         bias: Bias of the norm, [H], or None.
         options: Epsilon and kind of the norm.
         config: Launch configuration that replaces the table's.
 
     Returns:
-        The normalised rows [T, H]; the sum x + residual [T, H] (an empty tensor without a
-        residual); the mean [T] (empty for RMSNorm) and 1 / standard deviation [T], float32.
+        The normalised rows, in the shape of x; the sum x + residual in this shape (an empty tensor
+        without a residual); the mean [T] (empty for RMSNorm) and 1 / standard deviation [T],
+        float32.
     """
-    rows, columns = x.shape
-    block = triton.next_power_of_2(columns)
+    columns = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    block = next_power_of_2(columns)
     config = norm_config(FORWARD, block) if config is None else config
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(rows, columns, dtype=options.out_dtype(dtype, weight.dtype), device=x.device)
-    total = x.new_empty(0 if residual is None else (rows, columns), dtype=dtype)
+    y = torch.empty(x.shape, dtype=options.out_dtype(dtype, weight.dtype), device=x.device)
+    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
     mean = x.new_empty(rows if options.centered else 0, dtype=torch.float32)
     rstd = x.new_empty(rows, dtype=torch.float32)
     if rows:
-        norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
+        launch(norm_fwd_kernel, (cdiv(rows, config.rows),))(
             x,
             residual,
             weight,
@@ -57,8 +59,8 @@ def norm_fwd(
             mean,
             rstd,
             rows,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
+            x.stride(-2),
+            0 if residual is None else residual.stride(-2),
             options.eps,
             options.weight_offset,
             COLUMNS=columns,
@@ -86,17 +88,18 @@ def norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of norm_fwd's x, weight and bias.
 
-    Arguments and results are those of `reference.norm_bwd`. `config` replaces the table's launch
-    configuration.
+    Arguments and results are those of `reference.norm_bwd`, but rows may be [..., H], contiguous.
+    `config` replaces the table's launch configuration.
     """
-    rows, columns = x.shape
-    block = triton.next_power_of_2(columns)
+    columns = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    block = next_power_of_2(columns)
     config = norm_config(BACKWARD, block) if config is None else config
-    groups = triton.cdiv(rows, config.rows)
+    groups = cdiv(rows, config.rows)
     programs = max(min(groups, config.programs * multiprocessors(x.device)), 1)
-    dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(1 + needs_bias, programs, columns, dtype=torch.float32, device=x.device)
-    norm_bwd_kernel[(programs,)](
+    launch(norm_bwd_kernel, (programs,))(
         dy,
         dsum,
         x,
@@ -107,9 +110,9 @@ def norm_bwd(
         parts[0],
         parts[1] if needs_bias else None,
         rows,
-        dy.stride(0),
-        0 if dsum is None else dsum.stride(0),
-        x.stride(0),
+        dy.stride(-2),
+        0 if dsum is None else dsum.stride(-2),
+        x.stride(-2),
         options.weight_offset,
         COLUMNS=columns,
         BLOCK=block,
@@ -119,6 +122,9 @@ def norm_bwd(
         num_warps=config.num_warps,
         enable_fp_fusion=True,
     )
+    if needs_weight and needs_bias:
+        dweight, dbias = column_sums(parts, weight.dtype)
+        return dx, dweight, dbias
     empty = weight.new_empty(0)
     dweight = column_sum(parts[0], weight.dtype) if needs_weight else empty
     return dx, dweight, column_sum(parts[1], weight.dtype) if needs_bias else empty
@@ -129,11 +135,20 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
     `parts` is float32 and contiguous.
     """
-    num_parts, columns = parts.shape
-    out = torch.empty(columns, dtype=dtype, device=parts.device)
-    column_sum_kernel[(triton.cdiv(columns, SUM_BLOCK),)](
+    return column_sums(parts[None], dtype)[0]
+
+
+def column_sums(parts: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Returns the sums of one or two groups over the second dimension, each [N] in `dtype`.
+
+    `parts` [groups, P, N] is float32 and contiguous.
+    """
+    groups, num_parts, columns = parts.shape
+    sums = [torch.empty(columns, dtype=dtype, device=parts.device) for _ in range(groups)]
+    launch(column_sum_kernel, (cdiv(columns, SUM_BLOCK), groups))(
         parts,
-        out,
+        sums[0],
+        sums[1] if groups > 1 else None,
         num_parts,
         COLUMNS=columns,
         BLOCK=SUM_BLOCK,
@@ -141,10 +156,4 @@ def column_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return out
-
-
-def rows_of(tensor: Tensor, columns: int) -> Tensor:
-    """Returns a tensor [..., columns] as [T, columns] with column stride 1; copies if needed."""
-    flat = tensor.reshape(math.prod(tensor.shape[:-1]), columns)
-    return flat if flat.stride(1) == 1 or columns == 1 else flat.contiguous()
+    return sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -34,14 +36,45 @@ Backward = tuple[Tensor, Tensor, Tensor]
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> Forward:
-    """Runs the forward operator: normalises the rows of x [T, H], or of x + residual.
+    """Runs the forward operator: normalises the rows of x [..., H], or of x + residual.
+
+    Autograd would record each reshaping outside the operator, which costs more host time than one
+    inside.
 
     Returns:
         The results of launch.norm_fwd: normalised rows, sum x + residual (empty without a
-        residual), mean and 1 / standard deviation.
+        residual), mean and 1 / standard deviation. The first two have the shape of x.
     """
     run = implementation("norm", FORWARD, rest[-1])
-    return run(x, residual, weight, bias, NormOptions(*rest[:-1]))
+    y, total, mean, rstd = run(x, residual, weight, bias, _norm_options(*rest[:-1]))
+    if y.dim() != x.dim():
+        y, total = like(y, x), total if residual is None else like(total, x)
+    return y, total, mean, rstd
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+_norm_options = functools.lru_cache(maxsize=64)(NormOptions)
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """Returns a tensor [..., H] as rows [T, H]."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Returns a tensor [..., H] in a form that the kernels read; copies if needed.
+
+    That is [T, H] with column stride 1, or [..., H] in contiguous memory.
+    """
+    if tensor.dim() > 1 and tensor.is_contiguous():
+        return tensor
+    flat = flat_rows(tensor)
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """Returns a new tensor [T, H] in the shape of x [..., H]; autograd sees no view in it."""
+    return rows if rows.dim() == x.dim() else _unsafe_view(rows, x.shape)
 
 
 @implements("norm", FORWARD, "triton", _refuses)
@@ -50,8 +83,8 @@ def _triton_forward(
 ) -> Forward:
     from lctrain_kernels.norm import launch
 
-    residual = None if residual is None else launch.rows_of(residual, x.shape[-1])
-    return launch.norm_fwd(launch.rows_of(x, x.shape[-1]), residual, weight, bias, options)
+    residual = None if residual is None else rows_of(residual)
+    return launch.norm_fwd(rows_of(x), residual, weight, bias, options)
 
 
 @implements("norm", FORWARD, "pytorch")
@@ -61,6 +94,7 @@ def _pytorch_forward(
     total = x.new_empty(0)
     if residual is not None:
         x = total = x + residual
+    x = flat_rows(x)
     y, mean, rstd = reference.norm_fwd(x, weight, bias, **vars(options))
     return y, total, mean, rstd
 
@@ -69,7 +103,7 @@ def _norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> Forward:
     options = NormOptions(*rest[:-1])
-    rows, dtype = x.shape[0], sum_dtype(x, residual)
+    rows, dtype = math.prod(x.shape[:-1]), sum_dtype(x, residual)
     total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
     statistics = torch.promote_types(dtype, torch.float32)
     return (
@@ -81,22 +115,23 @@ def _norm_fake(
 
 
 def _norm_backward(*arguments: Any) -> Backward:
-    """Runs the backward operator: gradients of x [T, H], weight [H] and bias [H].
+    """Runs the backward operator: gradients of x [..., H], weight [H] and bias [H].
 
     The last two are empty tensors if not needed.
     """
-    *tensors, needs_weight, needs_bias = arguments[:8]
+    dy, dsum, x, weight, mean, rstd, needs_weight, needs_bias = arguments[:8]
     run = implementation("norm", BACKWARD, arguments[-1])
-    return run(*tensors, NormOptions(*arguments[8:-1]), needs_weight, needs_bias)
+    options = _norm_options(*arguments[8:-1])
+    dx, dweight, dbias = run(dy, dsum, x, weight, mean, rstd, options, needs_weight, needs_bias)
+    return like(dx, x), dweight, dbias
 
 
 @implements("norm", BACKWARD, "triton", _refuses)
 def _triton_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, *rest: Any) -> Backward:
     from lctrain_kernels.norm import launch
 
-    columns = x.shape[-1]
-    dsum = None if dsum is None else launch.rows_of(dsum, columns)
-    return launch.norm_bwd(launch.rows_of(dy, columns), dsum, launch.rows_of(x, columns), *rest)
+    dsum = None if dsum is None else rows_of(dsum)
+    return launch.norm_bwd(rows_of(dy), dsum, rows_of(x), *rest)
 
 
 @implements("norm", BACKWARD, "pytorch")
@@ -112,9 +147,9 @@ def _pytorch_backward(
     needs_bias: bool,
 ) -> Backward:
     return reference.norm_bwd(
-        dy,
-        dsum,
-        x,
+        flat_rows(dy),
+        None if dsum is None else flat_rows(dsum),
+        flat_rows(x),
         weight,
         mean,
         rstd,
@@ -169,7 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:4]
+    needs = ctx.needs_input_grad
     dsum = dsum if ctx.has_residual else None
     dweight = dbias = None
     dx = dsum
@@ -179,12 +214,17 @@ def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *unused: Any) ->
         )
     dtype, residual_dtype = ctx.dtypes
     return (
-        dx.to(dtype) if needs[0] and dx is not None else None,
-        dx.to(residual_dtype) if needs[1] and dx is not None else None,
+        _cast(dx, dtype) if needs[0] else None,
+        _cast(dx, residual_dtype) if needs[1] else None,
         dweight if needs[2] else None,
         dbias if needs[3] else None,
-        *(None for _ in ctx.rest),
+        *_NO_GRADIENTS,
     )
 
 
+def _cast(dx: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return dx if dx is None or dx.dtype == dtype else dx.to(dtype)
+
+
+_NO_GRADIENTS = (None,) * 5  # of the options and the backend
 define_autograd(norm, _setup_context, _backward)

@@ -157,13 +157,23 @@ def norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=["num_parts"])
 def column_sum_kernel(
-    parts_ptr, out_ptr, num_parts, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+    parts_ptr,
+    out_ptr,
+    second_ptr,
+    num_parts,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Stores the sum of the rows of parts [num_parts, COLUMNS] float32 in out [COLUMNS].
+    """Stores the sums of the rows of parts [groups, num_parts, COLUMNS] float32, each [COLUMNS].
 
-    A program sums BLOCK columns, and loads PARTS rows at a time. Grid: (cdiv(COLUMNS, BLOCK),).
+    The sum of the first group goes to out, and that of the second to second, which is None if there
+    is one group. A program sums BLOCK columns of a group, and loads PARTS rows at a time. Grid:
+    (cdiv(COLUMNS, BLOCK), groups).
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1)
+    parts_ptr += group * num_parts * COLUMNS
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, num_parts, PARTS):
         parts = start + tl.arange(0, PARTS)
@@ -172,4 +182,7 @@ def column_sum_kernel(
             parts_ptr + parts[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0
         )
     out = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + columns, out, mask=columns < COLUMNS)
+    if group == 0:
+        tl.store(out_ptr + columns, out, mask=columns < COLUMNS)
+    elif second_ptr is not None:
+        tl.store(second_ptr + columns, out, mask=columns < COLUMNS)

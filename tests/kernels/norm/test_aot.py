@@ -25,10 +25,12 @@ def test_variants_are_what_is_launched(columns, norm, dtype, monkeypatch):
     dsum = total if added else None
     launch.norm_bwd(y, dsum, x, weight, mean, rstd, options, True, layer)
     launches["norm_bwd_kernel"].assert_described_by(aot.backward_variant(columns, norm, dtype))
-    launches["column_sum_kernel"].assert_described_by(aot.column_sum_variant(columns, dtype))
+    launches["column_sum_kernel"].assert_described_by(
+        aot.column_sum_variant(columns, 1 + layer, dtype)
+    )
 
 
 @pytest.mark.parametrize("table", [FORWARD, BACKWARD], ids=["forward", "backward"])
 def test_every_tile_is_listed(table):
-    blocks = [launch.triton.next_power_of_2(columns) for columns, _ in aot.cases()]
+    blocks = [launch.next_power_of_2(columns) for columns, _ in aot.cases()]
     assert {norm_config(table, block) for block in blocks} == set(table.values())
