@@ -66,6 +66,21 @@ def fused_backend(operation: str, call: FusedCall, backend: str = "auto") -> str
     Raises:
         ValueError: if the name is unknown, or the named implementation does not support the call.
     """
+    if torch.compiler.is_compiling():
+        return _choose(operation, call, backend)
+    if call.device.type != "cuda":  # the choice depends on TRITON_INTERPRET
+        return _choose(operation, call, backend)
+    key = (operation, call, backend, TRITON_INSTALLED)
+    known = _CHOSEN.get(key)
+    if known is None:
+        known = _CHOSEN[key] = _choose(operation, call, backend)
+    return known
+
+
+_CHOSEN: dict[tuple[str, FusedCall, str, bool], str] = {}
+
+
+def _choose(operation: str, call: FusedCall, backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "pytorch":

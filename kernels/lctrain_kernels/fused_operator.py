@@ -4,6 +4,10 @@
 kernel takes on the GPU. The operators here return new tensors only, so they need no such check and
 are registered with the dispatcher directly.
 
+In eager mode an Operation leaves out the dispatcher too: it calls the implementation, through an
+autograd function if a gradient is needed. torch.compile, fake tensors, dispatch modes, functorch,
+tensor subclasses and profilers see the operator.
+
 Dynamo never traces into an implementation: after a graph break it would compile the launches of the
 kernels, and some versions of torch fail at a number that varies.
 """
@@ -11,18 +15,79 @@ kernels, and some versions of torch fail at a number that varies.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 _LIBRARY = torch.library.Library("lctrain", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Operation:
+    """An operator of torch.library that leaves out the dispatcher where nothing watches it.
+
+    Args:
+        operator: The operator.
+        implementation: The operator's implementation.
+
+    Attributes:
+        operator: The operator.
+    """
+
+    def __init__(self, operator: Any, implementation: Callable[..., Any]) -> None:
+        self.operator = operator
+        self._implementation = implementation
+        self._apply: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Returns the operator's results for its arguments."""
+        if torch.compiler.is_compiling() or not is_unwatched(arguments):
+            return self.operator(*arguments)
+        if self._apply is not None and torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    return self._apply(*arguments)
+        return self._implementation(*arguments)
+
+    def differentiate(self, function: Any) -> None:
+        """Sets the autograd function that calls the implementation.
+
+        `Function.apply` looks for functorch in every argument; `is_unwatched` has done that.
+        """
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def is_unwatched(arguments: Sequence[Any]) -> bool:
+    """Returns whether only eager PyTorch would see an operator called with these arguments.
+
+    False if the operator must pass the dispatcher: while Dynamo is at work, under a dispatch or
+    function mode, functorch, a tracer or a profiler, for tensor subclasses such as fake tensors,
+    and on devices other than CPU and GPU.
+    """
+    if (
+        get_eval_frame_callback() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for argument in arguments:
+        if type(argument) in _PLAIN:
+            if not (argument.is_cuda or argument.is_cpu):
+                return False
+        elif isinstance(argument, torch.Tensor):
+            return False
+    return True
 
 
 def define_operator(
     schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> Operation:
     """Defines `lctrain::<schema>` for every device.
 
     Args:
@@ -31,13 +96,13 @@ def define_operator(
         fake: Function that returns empty results with the right shapes and dtypes.
 
     Returns:
-        The operator.
+        The operation; `define_autograd` makes it differentiable.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lctrain::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.lctrain, name).default
+    return Operation(getattr(torch.ops.lctrain, name).default, implementation)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -97,44 +162,45 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define_autograd(
-    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
+    operation: Operation, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Registers the backward of an operator.
+    """Registers the backward of an operation.
 
     `torch.library.register_autograd` does the same, but takes twice the host time per call.
 
     Args:
-        operator: Operator that define_operator returned.
+        operation: Operation that define_operator returned.
         setup_context: Function of (ctx, inputs, output) that saves tensors for the backward, as in
             torch.autograd.Function.
         backward: Function of (ctx, *gradients of the results) that returns the gradients of the
             inputs. Differentiating it again is an error of torch.
     """
+    operator = operation.operator
+    name = operator.name().partition("::")[2]
+    backward = first_derivative_only(backward)
 
-    def forward(*arguments: Any) -> Any:
+    def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    def forward_and_save(ctx: Any, *arguments: Any) -> Any:
-        output = forward(*arguments)
-        setup_context(ctx, arguments, output)
-        return output
+    def function_of(compute: Callable[..., Any]) -> Any:
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = compute(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
 
-    # A Function with a setup_context of its own would inspect the signature of forward per call.
-    function: Any = type(
-        operator.name().partition("::")[2],
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward_and_save),
-            "backward": staticmethod(first_derivative_only(backward)),
-        },
-    )
+        # A Function with a setup_context of its own would inspect forward's signature per call.
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(name, (torch.autograd.Function,), methods)
+
+    dispatched = function_of(below_autograd)
 
     def autograd(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments
         ):
-            return function.apply(*arguments)
-        return forward(*arguments)
+            return dispatched.apply(*arguments)
+        return below_autograd(*arguments)
 
-    _LIBRARY.impl(operator.name().partition("::")[2], torch._disable_dynamo(autograd), "Autograd")
+    _LIBRARY.impl(name, torch._disable_dynamo(autograd), "Autograd")
+    operation.differentiate(function_of(operation._implementation))

@@ -89,15 +89,20 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
     gradients = ["Tensor dout", *(f"Tensor? d{name}" for name in lse)]
     saved = [f"Tensor {name}" for name in attention.saved]
     tensors = [position for position, kind in enumerate(fields.values()) if _is_tensor(kind)]
+    places = {name: attention.results.index(name) for name in attention.saved}
+    hidden = [
+        place for place, name in enumerate(attention.results) if name != "out" and name not in lse
+    ]
+
+    size = len(attention.operands._fields)  # type: ignore[attr-defined]
+    end = size + len(PackTensors._fields)
 
     def arguments(values: Sequence[Any]) -> Arguments:
-        rest = list(values)
-        taken = []
-        for noun in nouns:
-            size = len(noun._fields)  # type: ignore[attr-defined]
-            taken.append(noun(*rest[:size]))
-            rest = rest[size:]
-        return Arguments(*taken)
+        return Arguments(
+            attention.operands(*values[:size]),
+            PackTensors(*values[size:end]),
+            AttentionOptions(*values[end:]),
+        )
 
     def forward(*values: Any) -> tuple[Tensor, ...]:
         operands, pack, options = arguments(values)
@@ -131,15 +136,15 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        named = dict(zip(attention.results, output, strict=True))
         ctx.set_materialize_grads(False)
-        hidden = [x for name, x in named.items() if name != "out" and name not in lse]
-        ctx.mark_non_differentiable(*hidden)
+        if hidden:
+            ctx.mark_non_differentiable(*[output[place] for place in hidden])
         ctx.save_for_backward(
-            *(inputs[position] for position in tensors),
-            *(named[name] for name in attention.saved),
+            *[inputs[place] for place in tensors], *[output[place] for place in places.values()]
         )
-        ctx.constants = [None if position in tensors else x for position, x in enumerate(inputs)]
+        ctx.constants = list(inputs)
+        for place in tensors:
+            ctx.constants[place] = None
 
     def autograd(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         values = list(ctx.constants)

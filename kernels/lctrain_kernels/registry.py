@@ -103,8 +103,11 @@ def choose(
     The arguments are those of refusals.
     """
     found = _IMPLEMENTATIONS[operation, direction]
-    candidates = [found[name] for name in PREFERENCES[options.backend] if name in found]
-    return next(one for one in candidates if one.refuses(operands, options, dout) is None)
+    for name in PREFERENCES[options.backend]:
+        one = found.get(name)
+        if one is not None and one.refuses(operands, options, dout) is None:
+            return one
+    raise ValueError(f"no implementation of {operation} serves backend={options.backend!r}.")
 
 
 def require_backend(operation: str, operands: Any, options: Any, trained: Iterable[Tensor]) -> None:

@@ -26,6 +26,7 @@ from lctrain.models.architectures import (
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters, strings, unwrapped
 from lctrain.models.holes import refuse_holes
+from lctrain_kernels.schedule import make_schedule
 
 _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
 
@@ -129,8 +130,8 @@ def why_padded(model: Any) -> str | None:
 def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Boundaries | None:
     """Returns the Boundaries of rows with padding, from their mask.
 
-    Lengths are counted on the CPU. So a mask on a GPU costs one synchronisation, and a mask on the
-    CPU none.
+    Lengths are counted on the CPU, and the tile schedule that all layers share is built there. So a
+    mask on a GPU costs one synchronisation, and a mask on the CPU none.
 
     Args:
         mask: [B, S], 0 at padding and 1 elsewhere, on any device.
@@ -154,8 +155,13 @@ def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Bo
         refuse_holes(found, windows)
     if device.type == "cpu":
         return found
-    ends, tokens = (_moved(x, device) for x in (found.pack.cu_seqlens_q, found.indices_q))
-    pack = found.pack._replace(cu_seqlens_q=ends, cu_seqlens_k=ends)
+    ends, tokens = found.pack.cu_seqlens_q, found.indices_q
+    schedule = make_schedule(ends.diff().tolist())
+    schedule = schedule._replace(
+        q_tiles=_moved(schedule.q_tiles, device), k_tiles=_moved(schedule.k_tiles, device)
+    )
+    ends, tokens = _moved(ends, device), _moved(tokens, device)
+    pack = found.pack._replace(cu_seqlens_q=ends, cu_seqlens_k=ends, schedule=schedule)
     return Boundaries(pack, found.queries, found.keys, tokens, tokens)
 
 

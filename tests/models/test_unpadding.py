@@ -377,3 +377,20 @@ def test_a_forward_inspects_no_code(family, monkeypatch):
     monkeypatch.setattr("lctrain.models.code.methods", refuse)
     monkeypatch.setattr("lctrain.models.architectures.methods", refuse)
     model(tokens, attention_mask=mask)
+
+
+def test_layers_share_a_schedule_that_the_cpu_built(monkeypatch):
+    """On a GPU the pack of a padded batch carries its tile schedule, so no layer builds one."""
+    from lctrain.kernels import make_schedule
+    from lctrain.models import unpadding
+
+    monkeypatch.setattr(unpadding, "_moved", lambda values, device: values)
+    mask = torch.zeros(3, 300, dtype=torch.int64)
+    lengths = [300, 1, 129]
+    for row, length in zip(mask, lengths, strict=True):
+        row[:length] = 1
+    found = unpadding.find_unpadded(mask, torch.device("cuda"), None)
+    schedule, wanted = found.pack.schedule, make_schedule(lengths)
+    assert torch.equal(schedule.q_tiles, wanted.q_tiles)
+    assert torch.equal(schedule.k_tiles, wanted.k_tiles)
+    assert schedule[2:] == wanted[2:]

@@ -3,9 +3,8 @@
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 MAX_ROWS = 1 << 30  # of a descriptor's row dimension
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Properties of a varlen or dual chunk call that decide whether the Hopper kernels support it.
 
     Attributes:
@@ -43,13 +41,11 @@ def unaligned(tensor: Tensor) -> bool:
 
     TMA needs strides that are positive multiples of 16 bytes, and an address aligned to 16 bytes.
     """
-    if tensor.numel() == 0:
-        return False
     size = tensor.element_size()
-    strides = tensor.stride()[:-1]
-    return (
-        any(stride * size % 16 or stride <= 0 for stride in strides) or tensor.data_ptr() % 16 != 0
-    )
+    for stride in tensor.stride()[:-1]:
+        if stride * size % 16 or stride <= 0:
+            return tensor.numel() > 0
+    return tensor.data_ptr() % 16 != 0 and tensor.numel() > 0
 
 
 _Call = TypeVar("_Call")
@@ -62,7 +58,7 @@ FORWARD_LIMITS: tuple[Limit, ...] = (
     ("ALiBi slopes", lambda c: c.alibi),
     ("more than 2^30 tokens", lambda c: max(c.q.shape[0], c.k.shape[0]) > MAX_ROWS),
     ("strides or addresses that are no multiples of 16 bytes",
-     lambda c: any(unaligned(x) for x in (c.q, c.k, c.v))),
+     lambda c: unaligned(c.q) or unaligned(c.k) or unaligned(c.v)),
 )  # fmt: skip
 DOUT_LIMIT: tuple[str, Callable[[Any], bool]] = (
     "a gradient of out whose strides are no multiples of 16 bytes",
@@ -91,7 +87,10 @@ def refusal(call: _Call, limits: tuple[tuple[str, Callable[[_Call], bool]], ...]
         call: Properties of the call.
         limits: Pairs of a property's name and a function that returns whether a call has it.
     """
-    return next((name for name, exceeds in limits if exceeds(call)), None)
+    for name, exceeds in limits:
+        if exceeds(call):
+            return name
+    return None
 
 
 def _installed_triton() -> tuple[int, int] | None:
