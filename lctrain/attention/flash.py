@@ -15,6 +15,7 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
+from lctrain.attention.paged import attend_paged, paged_cache
 from lctrain.attention.prefixes import add_prefixes, require_whole_groups
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import FlashSpec
@@ -67,21 +68,29 @@ def flash_attention_forward(
     """
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
-    refuse_unknown(kwargs)
     spec = spec_of(module, FlashSpec)
+    if paged_cache(kwargs) is not None:
+        window = narrower_window(spec, sliding_window)
+        options: dict[str, Any] = {
+            "softmax_scale": scale_of(query, scaling),
+            "softcap": softcap or 0.0,
+            "window_size": window_of(window, True),
+            "learnable_sink": s_aux,
+            "backend": "auto" if spec is None else spec.backend,
+        }
+        return attend_paged(module, query, key, value, kwargs, options), None
+    refuse_unknown(kwargs)
     causal = is_causal_layer(module, is_causal)
     drop = causal or sliding_window is not None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
     )
     spec = spec if spec is not None else FlashSpec()
-    if spec.sliding_window is not None:
-        sliding_window = min(spec.sliding_window, sliding_window or spec.sliding_window)
-
+    sliding_window = narrower_window(spec, sliding_window)
     prefixes = boundaries.prefixes
     if prefixes is not None:
         require_whole_groups(prefixes, causal, sliding_window)
-    options: dict[str, Any] = {
+    options = {
         "dropout_p": dropout_of(module, spec, dropout),
         "softmax_scale": scale_of(query, scaling),
         "softcap": softcap or 0.0,
@@ -107,3 +116,15 @@ def flash_attention_forward(
     dropout_p = options["dropout_p"]
     out = attend(kernel, query, key, value, boundaries, dropout_p=dropout_p, causal=causal)
     return out, None
+
+
+def narrower_window(spec: FlashSpec | None, sliding_window: int | None) -> int | None:
+    """Returns the smaller of the windows of a layer's spec and of its model; None without any.
+
+    Args:
+        spec: Spec of the layer; None if it has none.
+        sliding_window: Window of the model's layer; None without one.
+    """
+    if spec is None or spec.sliding_window is None:
+        return sliding_window
+    return min(spec.sliding_window, sliding_window or spec.sliding_window)

@@ -39,6 +39,7 @@ def register() -> None:
         AttentionInterface.register(ATTENTION_NAMES[kind], function)
         AttentionMaskInterface.register(ATTENTION_NAMES[kind], flash_attention_mask)
     _accept_names(PreTrainedModel)
+    _give_block_tables()
 
 
 def register_families_on_demand() -> None:
@@ -119,3 +120,31 @@ def _accept_names(model_class: Any) -> None:
     model_class._check_and_adjust_attn_implementation = check
     model_class.get_correct_attn_implementation = check_part
     model_class.post_init = check_when_complete
+
+
+def _give_block_tables() -> None:
+    """Makes transformers' continuous batching give block tables to lctrain's flash attention.
+
+    transformers gives them to builds of FlashAttention 2 and 3 on a GPU only, and finds their
+    kernels by name. Without block tables each step gathers the keys of all requests. A release
+    without these names is left as it is, and gathers.
+    """
+    try:
+        from transformers.generation.continuous_batching import initialization
+    except ImportError:
+        return
+    original = getattr(initialization, "ensure_decode_fast_path_is_available", None)
+    group_layers = getattr(initialization, "group_layers_by_attn_type", None)
+    allocators = getattr(initialization, "ATTN_TYPE_TO_ALLOCATOR", None)
+    if original is None or group_layers is None or allocators is None or hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def ensure(config: Any, cb_config: Any, *args: Any, **kwargs: Any) -> None:
+        kinds = [allocators[kind] for kind in group_layers(config)]
+        served = all(getattr(kind, "supports_block_table", False) for kind in kinds)
+        if config._attn_implementation != ATTENTION_NAMES["flash"] or not served:
+            original(config, cb_config, *args, **kwargs)
+
+    setattr(ensure, _MARK, True)
+    initialization.ensure_decode_fast_path_is_available = ensure
