@@ -23,6 +23,7 @@ from lctrain.attention.boundaries import (
     from_segments,
     is_packed,
 )
+from lctrain.attention.cached import cached_rows
 from lctrain.attention.mask import UNPATCH
 
 # Arguments by which other libraries describe documents, and which lctrain does not read.
@@ -219,7 +220,7 @@ def find_documents_of_layer(
                 queries, keys, device, real=real, numbers=numbers, drop_queries=drop_queries
             )
 
-        return _remember(mask, find, (queries, keys, drop_queries))
+        return remember(mask, find, (queries, keys, drop_queries))
     position_ids = arguments.get("position_ids")
     if position_ids is None or queries != keys or queries[1] == 1:
         return find_documents(queries, keys, device)
@@ -228,7 +229,19 @@ def find_documents_of_layer(
         numbers = number_documents(position_ids, queries[0])
         return find_documents(queries, keys, device, numbers=numbers)
 
-    return _remember(position_ids, find_restarts, (queries, keys))
+    return remember(position_ids, find_restarts, (queries, keys))
+
+
+def rows_of_mask(mask: Tensor, keys: int) -> Tensor | None:
+    """Returns `cached_rows` of a mask over all keys, computed once for all layers of a call.
+
+    Args:
+        mask: [B, Sk] bool, True at keys that are not padding.
+        keys: Number of keys Sk.
+    """
+    return remember(
+        mask, lambda: cached_rows(mask, mask.shape[0], keys, mask.device), ("cached_rows", keys)
+    )
 
 
 def refuse_mask_of_pack(mask: Any) -> None:
@@ -267,14 +280,14 @@ def refuse_index_of_cache(arguments: dict[str, Any]) -> None:
 
 
 @torch.compiler.disable
-def _remember(tensor: Any, find: Callable[[], Boundaries], options: tuple[Any, ...]) -> Boundaries:
+def remember(tensor: Any, find: Callable[[], Any], options: tuple[Any, ...]) -> Any:
     """Returns find(), which runs once per tensor: the result is stored as an attribute of `tensor`.
 
     All layers of a model get the same tensor.
 
     Args:
         tensor: The mask or position ids that find() reads.
-        find: Function that computes the boundaries.
+        find: Function that computes the result.
         options: All other inputs of the computation; a part of the cache key.
     """
     if tensor.is_inference():

@@ -5,11 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cached import attend_cached, is_cached_rows
+from lctrain.attention.documents import rows_of_mask
 from lctrain.attention.forward import (
     attend,
     dropout_of,
     is_causal_layer,
     read_documents,
+    reads_cache,
     refuse_unknown,
     scale_of,
     spec_of,
@@ -69,24 +72,30 @@ def flash_attention_forward(
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
     spec = spec_of(module, FlashSpec)
+    sliding_window = narrower_window(spec, sliding_window)
+    options: dict[str, Any] = {
+        "softmax_scale": scale_of(query, scaling),
+        "softcap": softcap or 0.0,
+        "window_size": window_of(sliding_window, True),
+        "learnable_sink": s_aux,
+        "backend": "auto" if spec is None else spec.backend,
+    }
     if paged_cache(kwargs) is not None:
-        window = narrower_window(spec, sliding_window)
-        options: dict[str, Any] = {
-            "softmax_scale": scale_of(query, scaling),
-            "softcap": softcap or 0.0,
-            "window_size": window_of(window, True),
-            "learnable_sink": s_aux,
-            "backend": "auto" if spec is None else spec.backend,
-        }
         return attend_paged(module, query, key, value, kwargs, options), None
     refuse_unknown(kwargs)
     causal = is_causal_layer(module, is_causal)
+    if causal and spec is not None and spec.backend != "hopper":
+        rows = attention_mask if is_cached_rows(attention_mask) else None
+        exact = rows is None and reads_cache(module, query, key, value, attention_mask, kwargs)
+        if exact and attention_mask is not None:
+            rows = rows_of_mask(attention_mask, key.shape[2])
+        if rows is not None or (exact and attention_mask is None):
+            return attend_cached(query, key, value, rows, exact, options), None
     drop = causal or sliding_window is not None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
     )
     spec = spec if spec is not None else FlashSpec()
-    sliding_window = narrower_window(spec, sliding_window)
     prefixes = boundaries.prefixes
     if prefixes is not None:
         require_whole_groups(prefixes, causal, sliding_window)

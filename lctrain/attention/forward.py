@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.boundaries import Boundaries, is_packed
+from lctrain.attention.cached import MOST_QUERIES, is_cached_rows
 from lctrain.attention.documents import find_documents_of_layer
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.shared import Kernel, Part, Split, attend_shared
@@ -92,6 +93,50 @@ def lost_boundaries(module: nn.Module) -> ValueError:
     )
 
 
+def refuse_fixed_size(mask: Tensor | None) -> None:
+    """Raises a ValueError if the mask of a layer is a result of cached_rows.
+
+    Args:
+        mask: Mask of a layer whose attention reads no cache of fixed size.
+    """
+    if is_cached_rows(mask):
+        raise ValueError(
+            "the key/value cache must hold exactly the tokens seen so far, got one of fixed size. "
+            f"Use a DynamicCache. {UNPATCH}"
+        )
+
+
+def reads_cache(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    arguments: dict[str, Any],
+) -> bool:
+    """Returns whether the decode kernels compute a layer's call on top of a filled DynamicCache.
+
+    Args:
+        module: The attention layer; `training` is read.
+        query: [B, H, S, D].
+        key: [B, Hk, Sk, D].
+        value: [B, Hk, Sk, Dv].
+        mask: The result of flash_attention_mask.
+        arguments: Keyword arguments of the layer.
+    """
+    return (
+        query.shape[2] < key.shape[2]
+        and query.shape[2] <= MOST_QUERIES
+        and not torch.is_grad_enabled()
+        and not module.training
+        and key.dtype == value.dtype
+        and query.shape[3] == key.shape[3] == value.shape[3]
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == key.shape[2]))
+        and not is_packed(arguments)
+        and arguments.get("seq_idx") is None
+    )
+
+
 def require_rows(
     module: nn.Module, boundaries: Boundaries, queries: tuple[int, int], keys: tuple[int, int]
 ) -> None:
@@ -147,6 +192,7 @@ def read_documents(
             f"which check the model, got {type(module).__name__} of a model that was not checked: "
             "its config was changed. Call lctrain.patch_model(model)."
         )
+    refuse_fixed_size(mask)
     queries, keys = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
     if given is None:
         if spec is not None and queries == keys:

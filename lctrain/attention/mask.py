@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lctrain.attention.cached import cached_rows
+
 UNPATCH = (
     "Call unpatch() on the handle of patch_model first, or load the model with another "
     "attn_implementation."
@@ -106,12 +108,21 @@ def flash_attention_mask(
     Returns:
         None if each row is one document without padding; [B, Sk] bool, True at keys that are not
         padding, for padded rows; [B, S] int64, the number of each token's document from 1, for
-        packed rows.
+        packed rows; the result of `cached_rows` for a cache of fixed size.
 
     Raises:
-        ValueError: if boundaries of documents cannot express the mask, or the cache has a fixed
-            size.
+        ValueError: if boundaries of documents cannot express the mask, or a cache of fixed size has
+            a window or padding after a token.
     """
+    longer = isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length
+    if longer and not use_vmap and _is_causal(mask_function):
+        rows = cached_rows(attention_mask, batch_size, q_offset + q_length, device)
+        if rows is None:
+            raise ValueError(
+                "padding must be on the left with a cache of fixed size, got padding after a "
+                "token. Set the tokenizer's padding_side to 'left', or use a DynamicCache."
+            )
+        return rows
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if use_vmap or (attention_mask is not None and not plain and not isinstance(q_offset, Tensor)):
         raise ValueError(
@@ -132,6 +143,13 @@ def flash_attention_mask(
     if plain or mask_function is None:
         return None
     return _packed_segments(mask_function, batch_size, q_length, device)
+
+
+def _is_causal(mask_function: Callable | None) -> bool:
+    """Returns whether a mask function of transformers is the plain causal one, without a window."""
+    from transformers.masking_utils import causal_mask_function
+
+    return mask_function is causal_mask_function
 
 
 def _packed_segments(

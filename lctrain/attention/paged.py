@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lctrain.attention.cached import is_cached_rows
 from lctrain.attention.spec import ATTENTION_NAMES
 
 PAGED_CACHE = "PagedAttentionCache"
@@ -23,20 +24,33 @@ def paged_cache(arguments: Mapping[str, Any]) -> Any:
     return cache if type(cache).__name__ == PAGED_CACHE else None
 
 
-def require_flash(model: nn.Module, implementation: str, by_length: bool) -> None:
-    """Raises a ValueError unless a model's attention can read a paged cache.
+def layers_read_cache(
+    model: nn.Module, inputs: Mapping[str, Any], implementation: str, by_length: bool
+) -> bool:
+    """Returns whether the layers find the keys of a call themselves.
+
+    They do with a paged cache, and if the mask says where the keys lie in a cache of fixed size.
 
     Args:
         model: The model, named in the message.
+        inputs: Keyword arguments of the model.
         implementation: Name of its attention in transformers.
         by_length: Whether its RoPE frequencies depend on the lengths of the documents.
+
+    Raises:
+        ValueError: if the attention or the frequencies do not fit such a cache.
     """
+    paged, mask = paged_cache(inputs) is not None, inputs.get("attention_mask")
+    if not paged and not (isinstance(mask, Tensor) and is_cached_rows(mask)):
+        return False
     if implementation != ATTENTION_NAMES["flash"] or by_length:
+        what = "continuous batching" if paged else "a cache of fixed size"
         raise ValueError(
-            "continuous batching must run with attention='flash' and RoPE frequencies that do not "
-            f"depend on lengths, got {implementation} in {type(model).__name__}. Call generate() "
-            "instead."
+            f"{what} must come with attention='flash' and RoPE frequencies that do not depend on "
+            f"lengths, got {implementation} in {type(model).__name__}. Call generate() with a "
+            "DynamicCache instead."
         )
+    return True
 
 
 def attend_paged(

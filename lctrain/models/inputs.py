@@ -23,7 +23,7 @@ from lctrain.attention.documents import (
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
 from lctrain.attention.mask import read_mask
-from lctrain.attention.paged import paged_cache, require_flash
+from lctrain.attention.paged import layers_read_cache
 from lctrain.attention.prefixes import admit_groups, longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
@@ -118,9 +118,8 @@ class InputHook:
             packs = is_padded(given) and is_packable(model, inputs)
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
-        if paged_cache(inputs) is not None:
-            require_flash(model, self.implementation, bool(self.rotaries))
-            return None  # the layers read the cache's own boundaries
+        if layers_read_cache(model, inputs, self.implementation, bool(self.rotaries)):
+            return None
         admit_groups(inputs, is_packed(inputs))
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)

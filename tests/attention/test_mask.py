@@ -8,6 +8,7 @@ from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    sliding_window_causal_mask_function,
 )
 
 from lctrain.attention.mask import flash_attention_mask
@@ -97,13 +98,16 @@ def test_blocks_that_see_the_future_are_refused(mask_of, attention_mask):
 
 @pytest.mark.parametrize("q_offset", [0, torch.tensor(0)])
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(1, 5).bool()])
-def test_caches_of_fixed_size_are_refused(q_offset, attention_mask):
-    with pytest.raises(ValueError, match=r"got one of fixed size. Use a DynamicCache"):
+def test_caches_of_fixed_size(q_offset, attention_mask):
+    arguments = (1, 5, 8, q_offset)
+    rows = flash_attention_mask(
+        *arguments, mask_function=causal_mask_function, attention_mask=attention_mask
+    )
+    assert rows.dtype == torch.int32
+    assert rows.flatten().tolist() == [0, 5]
+    with pytest.raises(ValueError, match=r"got one of fixed size|pattern of its own"):
         flash_attention_mask(
-            1,
-            5,
-            8,
-            q_offset,
-            mask_function=causal_mask_function,
+            *arguments,
+            mask_function=sliding_window_causal_mask_function(3),
             attention_mask=attention_mask,
         )

@@ -65,8 +65,13 @@ def test_dual_chunk_attention_says_that_it_cannot(make_llama, batching):
     ("implementation", "by_length"), [("lctrain_dual_chunk", False), ("lctrain_flash", True)]
 )
 def test_a_paged_cache_needs_flash_attention(implementation, by_length):
-    with pytest.raises(ValueError, match="must run with attention='flash' and RoPE"):
-        paged.require_flash(torch.nn.Linear(1, 1), implementation, by_length)
+    class PagedAttentionCache:
+        pass
+
+    inputs = {"cache": PagedAttentionCache()}
+    with pytest.raises(ValueError, match="continuous batching must come with attention='flash'"):
+        paged.layers_read_cache(torch.nn.Linear(1, 1), inputs, implementation, by_length)
+    assert not paged.layers_read_cache(torch.nn.Linear(1, 1), {}, implementation, by_length)
 
 
 def test_values_of_another_width_are_refused(make_llama):

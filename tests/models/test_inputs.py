@@ -170,13 +170,6 @@ def test_contradictions(inputs, message):
         model(**inputs())
 
 
-def test_a_cache_of_fixed_size_is_refused():
-    model = make_model("llama")
-    prompt = make_documents([5])[0][None]
-    with patch_model(model), pytest.raises(ValueError, match=r"one of fixed size.*unpatch\(\)"):
-        model.generate(prompt, max_new_tokens=4, cache_implementation="static")
-
-
 def test_restarting_positions_on_top_of_a_cache_are_refused():
     model, rows = make_model("llama"), make_documents([9])[0][None]
     with patch_model(model), torch.no_grad():

@@ -1,0 +1,87 @@
+"""Tests generation of patched models on filled caches, which the decode kernels read."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from lctrain import patch_model
+from lctrain.attention import flash
+from tests.numerics import assert_error_at_most_twice
+
+OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls that the decode kernels compute."""
+    counted = []
+    attend = flash.attend_cached
+
+    def count(*arguments):
+        counted.append(arguments)
+        return attend(*arguments)
+
+    monkeypatch.setattr(flash, "attend_cached", count)
+    return counted
+
+
+@pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
+@pytest.mark.parametrize("padded", [False, True], ids=["rows", "padded"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_returns_the_tokens_of_transformers(make_llama, calls, cache, padded, window):
+    model, tokens = make_llama(), torch.randint(3, 97, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 1 - padded
+    options = OPTIONS | {"attention_mask": mask}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    with patch_model(model, sliding_window=window):
+        found = model.generate(tokens, **options)
+    # Two layers; the first of five calls fills a DynamicCache, and is computed as a pack.
+    assert len(calls) == 2 * (4 if cache == "dynamic" else 5)
+    if window is None:
+        assert torch.equal(found, model.generate(tokens, **options))
+    else:
+        calls.clear()
+        with patch_model(model, sliding_window=window):
+            logits = model(found[:, :-1], attention_mask=torch.cat((mask, mask[:, :4] | 1), 1))
+        assert torch.equal(logits.logits[:, 8:].argmax(-1), found[:, 9:])
+        assert not calls
+
+
+def test_several_queries_and_padding_between_tokens(make_llama, calls):
+    """Padding between tokens is computed as before, without the decode kernels."""
+    model, tokens = make_llama(), torch.randint(3, 97, (2, 12))
+    for hole, expected in ((slice(0, 3), 2), (slice(2, 5), 0)):
+        mask = torch.ones_like(tokens)
+        mask[1, hole] = 0
+
+        def continued(model, mask=mask):
+            cache = DynamicCache(config=model.config)
+            model(tokens[:, :8], mask[:, :8], past_key_values=cache)
+            return model(tokens[:, 8:], mask, past_key_values=cache).logits
+
+        with torch.no_grad():
+            plain, exact = continued(model), continued(make_llama().double())
+            calls.clear()
+            with patch_model(model):
+                found = continued(model)
+        assert len(calls) == expected
+        assert_error_at_most_twice(found, plain, exact)
+
+
+def test_a_cache_of_fixed_size_needs_flash_attention(make_llama):
+    model, prompt = make_llama(), torch.tensor([[3, 4, 5]])
+    with patch_model(model, attention="dual_chunk", chunk_size=32, local_size=8):
+        with pytest.raises(ValueError, match="a cache of fixed size must come with attention"):
+            model.generate(prompt, **OPTIONS, cache_implementation="static")
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with pytest.raises(ValueError, match=r"got one of fixed size.*unpatch\(\)"):
+            model(prompt, past_key_values=cache)
+
+
+def test_padding_after_a_token_is_refused_with_a_cache_of_fixed_size(make_llama):
+    model, tokens = make_llama(), torch.tensor([[3, 4, 5], [3, 4, 5]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with patch_model(model), pytest.raises(ValueError, match="padding must be on the left"):
+        model.generate(tokens, attention_mask=mask, cache_implementation="static", **OPTIONS)
