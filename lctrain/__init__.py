@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lctrain.attention import AttentionSpec
     from lctrain.batch import PackedBatch
     from lctrain.data import PackedDataModule
+    from lctrain.generation import generate
     from lctrain.models import PatchHandle, patch_model, patch_models
     from lctrain.module import LongContextModule
 
@@ -29,6 +30,7 @@ __all__ = [
     "PatchHandle",
     "callbacks",
     "data",
+    "generate",
     "kernels",
     "patch_model",
     "patch_models",
@@ -40,6 +42,7 @@ _HOMES = {
     "PackedBatch": "lctrain.batch",
     "PackedDataModule": "lctrain.data",
     "PatchHandle": "lctrain.models",
+    "generate": "lctrain.generation",
     "patch_model": "lctrain.models",
     "patch_models": "lctrain.models",
 }

@@ -1,0 +1,205 @@
+"""generate: completes prompts with a model in the middle of its training."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.generation.options import Completion, SamplingOptions
+from lctrain.generation.sampler import Finish, Sampler
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int] | Tensor | str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seeds: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 64,
+) -> list[Completion]:
+    """Completes prompts, in batches of left-padded rows, by transformers' generation loop.
+
+    The model's training mode, torch's random state and the model's generation config are as before
+    when the call returns or raises. The cache is freed. Defaults of the model's generation config,
+    such as a temperature, are not used.
+
+    Args:
+        model: A causal LM of transformers, a model of PEFT, or a module whose attribute `model` is
+            one, such as a LongContextModule. Patched or not.
+        prompts: Token ids of each prompt, or texts, if there is a tokenizer.
+        max_new_tokens: Most tokens of a completion.
+        temperature: Divisor of the logits; 0 chooses the most probable token.
+        top_k: Number of most probable tokens that may be drawn; 0 for all.
+        top_p: The fewest most probable tokens whose probabilities sum to this may be drawn.
+        min_p: Tokens with less than this share of the highest probability are not drawn.
+        repetition_penalty: Divisor of positive logits of tokens that have occurred; 1 for none.
+        seeds: Seed of each prompt, or one number, to which the index of the prompt is added. A
+            prompt draws the same noise in every batch.
+        stop: Strings that end a completion; they are part of it. They need a tokenizer.
+        eos_token_id: Tokens that end a completion; by default those of the model.
+        tokenizer: Tokenizer of transformers, for prompts of text and for the completions' text.
+        batch_size: Prompts that are completed together.
+
+    Returns:
+        One Completion per prompt, in the order of the prompts.
+
+    Raises:
+        TypeError: if the model cannot generate.
+        ValueError: if an argument does not fit.
+    """
+    causal_lm = model if hasattr(model, "generate") else getattr(model, "model", None)
+    if not hasattr(causal_lm, "generate"):
+        raise TypeError(
+            f"model must have transformers' generate(), got {type(model).__name__}. Pass the "
+            "causal language model."
+        )
+    assert isinstance(causal_lm, nn.Module)
+    options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+    if stop and tokenizer is None:
+        raise ValueError("tokenizer must be given with stop strings, got None. Pass the model's.")
+    rows = [_token_ids(prompt, tokenizer) for prompt in prompts]
+    numbers = _seeds(seeds, len(rows))
+    end = _end_tokens(causal_lm, eos_token_id)
+    completions: list[Completion] = []
+    with _as_before(causal_lm):
+        for first in range(0, len(rows), batch_size):
+            batch = slice(first, first + batch_size)
+            completions += _complete(
+                causal_lm,
+                rows[batch],
+                numbers[batch],
+                options,
+                max_new_tokens,
+                end,
+                stop,
+                tokenizer,
+            )
+    return completions
+
+
+def _complete(
+    model: Any,
+    rows: Sequence[list[int]],
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    max_new_tokens: int,
+    end: Sequence[int],
+    stop: Sequence[str],
+    tokenizer: Any,
+) -> list[Completion]:
+    """Returns the completions of one batch of prompts."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+
+    device = next(model.parameters()).device
+    longest = max(map(len, rows))
+    pad = end[0] if end else 0
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    real = torch.arange(longest, device=device) >= torch.tensor(
+        [[longest - len(row)] for row in rows], device=device
+    )
+    sampler = Sampler(options, real, seeds)
+    stops = StopStringCriteria(tokenizer, list(stop)) if stop else None
+    finish = Finish(longest, torch.tensor(end, dtype=torch.int64, device=device), stops)
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=real.long(),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([finish]),
+    )
+    tokens = found[:, longest:].tolist()
+    log_probs = torch.stack(sampler.log_probs, 1).tolist()
+    assert finish.lengths is not None
+    results = []
+    for index, (row, length) in enumerate(zip(rows, finish.lengths.tolist(), strict=True)):
+        count = length or len(tokens[index])
+        made = tokens[index][:count]
+        results.append(
+            Completion(
+                prompt_ids=row,
+                token_ids=made,
+                log_probs=log_probs[index][:count],
+                finish="stop" if length else "length",
+                text=None if tokenizer is None else tokenizer.decode(made),
+            )
+        )
+    return results
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and restores what a generation changes."""
+    from transformers import GenerationConfig
+
+    training = {name: module.training for name, module in model.named_modules()}
+    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = owner.generation_config
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    try:
+        owner.generation_config = GenerationConfig()
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []):
+            yield
+    finally:
+        owner.generation_config = config
+        for name, module in model.named_modules():
+            module.training = training[name]
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """Returns the ids of a prompt; raises a ValueError if it is empty or needs a tokenizer."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given with prompts of text, got None. Pass one.")
+        prompt = tokenizer(prompt)["input_ids"]
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if not ids or not all(isinstance(token, int) for token in ids):
+        raise ValueError(
+            f"prompts must be lists of at least one token id, got {str(ids)[:60]}. Begin an empty "
+            "prompt with the begin token."
+        )
+    return ids
+
+
+def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seeds, int):
+        return [seeds + index for index in range(count)]
+    if len(seeds) != count:
+        raise ValueError(
+            f"seeds must have one number per prompt ({count}), got {len(seeds)}. Pass one int to "
+            "number the prompts from."
+        )
+    return list(seeds)
+
+
+def _end_tokens(model: Any, given: int | Sequence[int] | None) -> list[int]:
+    """Returns the tokens that end a completion: the given ones, else those of the model."""
+    if given is None:
+        given = model.generation_config.eos_token_id
+    if given is None:
+        given = getattr(model.config, "eos_token_id", None)
+    if given is None:
+        return []
+    return [given] if isinstance(given, int) else list(given)

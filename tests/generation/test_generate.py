@@ -1,0 +1,186 @@
+"""Tests lctrain.generate: tokens, log-probabilities, seeds, stops, and what it leaves as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import lctrain
+from lctrain.generation import SamplingOptions
+from lctrain.generation.sampler import Finish, Sampler
+from lctrain.loss import token_log_probs
+from tests.numerics import assert_error_at_most_twice
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3], [4, 4, 9]]
+
+
+@pytest.fixture
+def model(make_llama):
+    model = make_llama()
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    return model
+
+
+def tokens(completions) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def test_greedy_is_transformers_greedy(model):
+    found = lctrain.generate(model, PROMPTS, temperature=0, max_new_tokens=6)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        row = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        assert completion.token_ids == row[0, len(prompt) :].tolist()
+        assert completion.prompt_ids == prompt
+        assert (completion.finish, completion.text) == ("length", None)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.7])
+def test_rollouts_have_the_log_probs_of_a_packed_training_forward(model, make_llama, temperature):
+    with lctrain.patch_model(model):
+        found = lctrain.generate(model, PROMPTS, temperature=temperature, max_new_tokens=6)
+        documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in found]
+        labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in found]
+        batch = lctrain.PackedBatch.from_documents(documents, labels=labels)
+        trained = token_log_probs(model, batch, temperature=temperature or 1.0)
+    exact = make_llama().double()
+    expected = []
+    for document, label in zip(documents, labels, strict=True):
+        logits = exact(document[None]).logits[0, :-1] / (temperature or 1.0)
+        chosen = logits.log_softmax(-1).gather(-1, document[1:, None])[:, 0]
+        expected.append(chosen[label[1:] >= 0])
+    rollout = torch.tensor([x for completion in found for x in completion.log_probs])
+    assert_error_at_most_twice(rollout, trained.log_probs, torch.cat(expected).detach())
+
+
+def test_a_seed_gives_the_same_tokens_in_every_batch(model):
+    seeds = [3, 1, 4, 1]
+    together = lctrain.generate(model, PROMPTS, seeds=seeds, max_new_tokens=8)
+    for size in (1, 3):
+        found = lctrain.generate(model, PROMPTS, seeds=seeds, max_new_tokens=8, batch_size=size)
+        assert tokens(found) == tokens(together)
+    alone = lctrain.generate(model, PROMPTS[2:3], seeds=[4], max_new_tokens=8)
+    assert tokens(alone) == tokens(together)[2:3]
+    numbered = lctrain.generate(model, PROMPTS[:1] * 3, seeds=7, max_new_tokens=8)
+    assert tokens(numbered) == tokens(
+        lctrain.generate(model, PROMPTS[:1] * 3, seeds=[7, 8, 9], max_new_tokens=8)
+    )
+    assert tokens(numbered)[0] != tokens(numbered)[1]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}])
+def test_filters_that_leave_one_token_are_greedy(model, options):
+    greedy = lctrain.generate(model, PROMPTS, temperature=0, max_new_tokens=4)
+    found = lctrain.generate(model, PROMPTS, max_new_tokens=4, **options)
+    assert tokens(found) == tokens(greedy)
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([0.5, 1.5, -1.0, 0.0, -4.0])
+    rows = 3000
+    real = torch.ones(rows, 1, dtype=torch.bool)
+    sampler = Sampler(SamplingOptions(temperature=0.8, top_k=4), real, range(rows))
+    chosen = sampler(torch.zeros(rows, 1, dtype=torch.int64), logits.expand(rows, -1)).argmax(-1)
+    shares = torch.softmax(logits / 0.8, -1)
+    shares[4] = 0
+    shares /= shares.sum()
+    deviation = (shares * (1 - shares) / rows).sqrt()
+    counts = torch.bincount(chosen, minlength=5) / rows
+    assert ((counts - shares).abs() <= 4 * deviation).all()
+
+
+def test_the_penalty_does_not_count_padding():
+    """Rows are padded with token 1, which occurs in neither prompt."""
+    real = torch.tensor([[False, True], [True, True]])
+    sampler = Sampler(SamplingOptions(temperature=0, repetition_penalty=2.0), real, ())
+    scores = torch.tensor([[0.0, 1.0, 0.9, 1.5]] * 2)
+    chosen = sampler(torch.tensor([[1, 3], [2, 3]]), scores).argmax(-1)
+    assert chosen.tolist() == [1, 1]
+    assert sampler.log_probs[0].tolist() == scores.log_softmax(-1)[:, 1].tolist()
+
+
+def test_end_tokens_end_a_completion(model):
+    free = lctrain.generate(model, PROMPTS, temperature=0, max_new_tokens=6)
+    end = free[0].token_ids[2]
+    found = lctrain.generate(model, PROMPTS, temperature=0, max_new_tokens=6, eos_token_id=[end, 0])
+    assert found[0].token_ids == free[0].token_ids[:3]
+    assert len(found[0].log_probs) == 3
+    for ended, whole in zip(found, free, strict=True):
+        stopped = {end, 0} & set(whole.token_ids)
+        assert ended.finish == ("stop" if stopped else "length")
+        assert ended.token_ids == whole.token_ids[: len(ended.token_ids)]
+
+
+def test_stop_strings_and_texts(model):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(33 + index) for index in range(94)] + ["\u0120", "\u00a1", "\u00a2"]
+    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(characters)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    options = {"temperature": 0, "max_new_tokens": 6, "tokenizer": tokenizer}
+    free = lctrain.generate(model, ["&'()"], **options)[0]
+    assert free.prompt_ids == PROMPTS[0]
+    assert free.text == tokenizer.decode(free.token_ids)
+    stop = free.text[1:3]
+    found = lctrain.generate(model, PROMPTS[:1], stop=[stop], **options)[0]
+    assert (found.finish, free.finish) == ("stop", "length")
+    assert found.text == free.text[: free.text.index(stop) + 2]
+    assert len(found.log_probs) == len(found.token_ids) == len(found.text)
+
+
+def test_the_training_is_as_before(model):
+    module = nn.Module()
+    module.model = model.train()
+    model.model.layers[0].eval()
+    model.generation_config.temperature = 0.1
+    before = [part.training for part in model.modules()], torch.get_rng_state()
+    config = model.generation_config
+    found = lctrain.generate(module, PROMPTS, max_new_tokens=3)
+    with pytest.raises(IndexError):
+        lctrain.generate(module, [[1, 2, 10**6]], max_new_tokens=3)
+    assert [part.training for part in model.modules()] == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert model.generation_config is config
+    config.temperature = 1.0
+    assert tokens(found) == tokens(lctrain.generate(model, PROMPTS, max_new_tokens=3))
+
+
+def test_no_prompts(model):
+    assert lctrain.generate(model, []) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
+        ({"top_k": -1}, "top_k must be an int of at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"min_p": 2.0}, "min_p must be from 0 to 1, got 2.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0, got 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
+        ({"seeds": [1]}, r"seeds must have one number per prompt \(4\), got 1"),
+        ({"stop": ["x"]}, "tokenizer must be given with stop strings"),
+        ({"prompts": ["text"]}, "tokenizer must be given with prompts of text"),
+        ({"prompts": [[]]}, "prompts must be lists of at least one token id"),
+        ({"prompts": [[1.5]]}, "prompts must be lists of at least one token id"),
+    ],
+)
+def test_bad_arguments(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lctrain.generate(model, **{"prompts": PROMPTS, **arguments})
+
+
+def test_a_model_that_cannot_generate():
+    with pytest.raises(TypeError, match=r"must have transformers' generate\(\), got Linear"):
+        lctrain.generate(nn.Linear(1, 1), PROMPTS)
+
+
+def test_a_row_ends_once():
+    finish = Finish(2, torch.tensor([7]), None)
+    for step, ids in enumerate(([1, 1, 7], [1, 1, 7, 7]), 1):
+        done = finish(torch.tensor([ids, [1, 1, *range(2, 2 + step)]]), None)
+        assert done.tolist() == [True, False]
+    assert finish.lengths.tolist() == [1, 0]
