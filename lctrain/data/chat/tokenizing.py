@@ -166,7 +166,10 @@ class ChatTokenizing:
                 verbose=False,  # longer than the model's length
             )
         return [
-            (np.array(ids, np.int32), np.array(places, np.int64).reshape(-1, 2))
+            (
+                np.array(ids, np.int32),
+                np.fromiter(chain.from_iterable(places), np.int64).reshape(-1, 2),
+            )
             for ids, places in zip(found["input_ids"], found["offset_mapping"], strict=True)
         ]
 
