@@ -7,8 +7,9 @@ lctrain is compared with encoders that compute padding, and with encoders that r
 layer. The lengths of the rows' texts rise evenly from 0.2 to 1 times the row's length, so they
 average 0.6 of it. All contenders have the same weights and rows; on a GPU they run in bfloat16.
 Kernel launches limit the speed of small batches. In `graph` cases every contender therefore replays
-a CUDA graph of the step, and lctrain gets rows that a collator has already packed. The record is
-written after every case.
+a CUDA graph of the step. There lctrain gets rows that a collator has already packed, and
+FlashAttention-4 gets the places of the tokens, which it finds in each layer otherwise: reading them
+from the mask synchronises. The record is written after every case.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lctrain.batch import PackedBatch
+from lctrain.bench.fa4_rows import FA4_NAME, fa4_mask, fa4_rows, known_padding
 from lctrain.models import patch_model
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.measure import Timer, graph_timer, peak_bytes_of
@@ -34,7 +36,6 @@ from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.run import new_record
 
-FA4_NAME = "bench_fa4_rows"
 BERT: dict[str, Any] = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12}
 MODERNBERT: dict[str, Any] = {"vocab_size": 50_368, "hidden_size": 768, "num_hidden_layers": 22}
 TINY: dict[str, Any] = {
@@ -145,64 +146,10 @@ def build_fa4(case: EncoderCase, device: torch.device, tiny: bool) -> Any:
     """Returns the encoder with FlashAttention-4, where every layer removes and restores padding."""
     import flash_attn.cute  # noqa: F401  (raises if it is not installed)
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(FA4_NAME, fa4_rows)
-    AttentionMaskInterface.register(FA4_NAME, flash_attention_mask)
+    AttentionMaskInterface.register(FA4_NAME, fa4_mask)
     return case.build(FA4_NAME, device, tiny)
-
-
-def fa4_rows(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention function for transformers: FlashAttention-4 on the tokens without padding.
-
-    Args:
-        module: The attention layer.
-        query: [B, H, S, D].
-        key: [B, H, S, D].
-        value: [B, H, S, D].
-        attention_mask: [B, S], 0 at padding; None without padding.
-        scaling: Factor of q.k; None means D^-0.5.
-        sliding_window: Number of keys that a query sees on each side, its own key included; None
-            for all.
-
-    Returns:
-        The output [B, S, H, D], 0 at padding; and None in place of attention weights.
-    """
-    from flash_attn.cute import flash_attn_varlen_func
-
-    from lctrain.kernels import pad_input, unpad_input
-
-    states = [x.transpose(1, 2) for x in (query, key, value)]
-    rows, tokens = states[0].shape[:2]
-    mask = attention_mask
-    if mask is None:
-        mask = torch.ones((rows, tokens), dtype=torch.bool, device=query.device)
-    indices, ends, longest = unpad_input(states[0][..., 0, 0], mask)[1:4]
-    q, k, v = (x.flatten(0, 1).index_select(0, indices) for x in states)
-    side = None if sliding_window is None else sliding_window - 1
-    out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scaling,
-        causal=False,
-        window_size=(side, side),
-    )
-    out = out[0] if isinstance(out, tuple) else out
-    return pad_input(out, indices, rows, tokens), None
 
 
 CONTENDERS: dict[str, Callable[[EncoderCase, torch.device, bool], Any]] = {
@@ -287,7 +234,8 @@ def _time(
         gradient = rows.gradient
         if name == "lctrain":
             arguments, gradient = rows.pack()
-        return graph_timer(milliseconds)(step_of(model, arguments, gradient)), None
+        with known_padding(rows.mask):
+            return graph_timer(milliseconds)(step_of(model, arguments, gradient)), None
 
 
 def step_of(model: Any, arguments: dict[str, Any], gradient: Tensor) -> Callable[[], None]:

@@ -1,10 +1,15 @@
 """Tests the benchmark of encoders on tiny models: its record, its rows, and what it refuses."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import lctrain.kernels
+from lctrain.bench import fa4_rows
 from lctrain.bench.__main__ import main
-from lctrain.bench.encoder import CASES, EncoderCase, run_case
+from lctrain.bench.encoder import CASES, TINY_CASES, EncoderCase, Rows, build_fa4, run_case
 from lctrain_kernels.bench.record import BenchmarkRecord
 from lctrain_kernels.bench.run import new_record
 
@@ -44,3 +49,44 @@ def test_unknown_cases_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["encoder", "--cases", "bert_b1_s1"])
     assert "cases must be among bert_b64_s512, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def fa4(monkeypatch):
+    """Stands for FlashAttention-4's package; returns the lengths of its calls."""
+    calls = []
+
+    def flash_attn_varlen_func(q, k, v, *, max_seqlen_q, window_size, **options):
+        calls.append(max_seqlen_q)
+        left, right = (-1 if side is None else side for side in window_size)
+        return lctrain.kernels.flash_attn_varlen_func(
+            q, k, v, max_seqlen_q=max_seqlen_q, window_size=(left, right), **options
+        )
+
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=module))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    return calls
+
+
+@pytest.mark.parametrize("case", TINY_CASES, ids=lambda case: case.name)
+def test_the_peer_computes_the_same(case, fa4):
+    device = torch.device("cpu")
+    record = new_record([], device, 1, 1)
+    run_case(record, case, ["sdpa", "fa4"], device, 1, tiny=True)
+    assert [result.status for result in record.results] == ["ok", "ok"]
+    difference = record.workloads[case.name]["differences"]["fa4"]
+    assert difference < torch.finfo(torch.float32).eps * 100
+    assert max(fa4) == case.tokens
+
+
+def test_the_peer_reads_no_mask_in_a_graph(fa4, monkeypatch):
+    """A CUDA graph cannot read a mask, so the places of the tokens are found before it."""
+    case, device = TINY_CASES[0], torch.device("cpu")
+    model = build_fa4(case, device, True)
+    rows = Rows.of(case, model)
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.mask}
+    expected = model(**inputs)[0]
+    with fa4_rows.known_padding(rows.mask):
+        monkeypatch.setattr(fa4_rows, "unpad_input", lambda *_: pytest.fail("it read a mask"))
+        assert torch.equal(model(**inputs)[0], expected)
