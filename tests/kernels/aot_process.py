@@ -28,6 +28,7 @@ Selection = tuple[str, tuple[str, ...], tuple[int, ...], tuple[int, ...]]
 TUNED = "sm_90"
 TARGETS = ("sm_80", TUNED, "sm_100", "gfx942", "gfx950")
 _DIMS = (64, 128, 256)
+_HOPPER_DIMS = (64, 96, 128, 256)
 
 
 def _selections(version: str) -> tuple[Selection, ...]:
@@ -41,7 +42,7 @@ def _selections(version: str) -> tuple[Selection, ...]:
     )
     return (
         *portable,
-        ("hopper", ("causal", "deterministic"), _DIMS, (1, 2, 4) if oldest else (4,)),
+        ("hopper", ("causal", "deterministic"), _HOPPER_DIMS, (1, 2, 4) if oldest else (4,)),
         ("hopper", ("all",), _DIMS if oldest else (64,), (4,)),
         ("hopper", ("offset_dropout",), (128,), (4,)),
     )

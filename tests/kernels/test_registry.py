@@ -44,17 +44,20 @@ def test_a_refused_call_goes_to_the_next_implementation():
 
 
 def test_passes_are_chosen_by_themselves():
-    wide = operands(256)
-    assert choose("varlen", FORWARD, wide, options()).backend == "hopper"
-    assert choose("varlen", BACKWARD, wide, options()).backend == "triton"
+    wide, fixed = operands(256), options(deterministic=True)
+    assert choose("varlen", FORWARD, wide, fixed).backend == "hopper"
+    assert choose("varlen", BACKWARD, wide, fixed).backend == "triton"
+    assert choose("varlen", BACKWARD, wide, options()).backend == "hopper"
 
 
 def test_a_named_backend_refuses_what_a_gradient_will_ask_for():
-    require_backend("varlen", operands(256), options(), operands(256))
+    fixed = options(deterministic=True)
+    require_backend("varlen", operands(256), fixed, operands(256))
     trained = operands(256, requires_grad=True)
-    message = "does not serve the backward of head dims above 128"
+    require_backend("varlen", trained, options(), trained)
+    message = "does not serve a deterministic backward of head dims above 128"
     with pytest.raises(ValueError, match=message):
-        require_backend("varlen", trained, options(), trained)
+        require_backend("varlen", trained, fixed, trained)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -77,8 +80,9 @@ def test_what_a_model_of_dual_chunk_attention_is_told():
 
 def test_what_a_model_is_told():
     assert serving("varlen", 128, torch.bfloat16) == "hopper"
-    told = serving("varlen", 256, torch.bfloat16)
-    assert told == "hopper, and triton for the backward of head dims above 128"
+    assert serving("varlen", 256, torch.bfloat16) == "hopper"
+    told = serving("varlen", 256, torch.bfloat16, deterministic=True)
+    assert told == "hopper, and triton for a deterministic backward of head dims above 128"
     told = serving("varlen", 320, torch.bfloat16)
     assert told == "triton (not hopper: head dims above 256)"
     assert serving("varlen", 128, torch.bfloat16, deterministic=True) == "hopper"

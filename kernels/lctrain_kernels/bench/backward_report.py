@@ -7,8 +7,8 @@ from typing import Any
 
 from lctrain_kernels.bench.newest import origin
 
-LANDED = ("q128_f1", "d128_f1")  # the forms in use at D = 64 and D = 128
-BEFORE, PEER = "base", "fa4"
+LANDED = ("q128_f1", "d96", "d128_f1", "wide")  # the forms in use at D = 64, 96, 128 and 256
+BEFORE, PEER = ("base", "portable"), "fa4"
 
 
 def backward_table(record: Mapping[str, Any]) -> str:
@@ -37,9 +37,11 @@ def backward_table(record: Mapping[str, Any]) -> str:
             if found is None or PEER not in found["ms"]:
                 continue
             ours = next(form for form in LANDED if form in found["ms"])
-            times = [found["ms"][form] for form in (BEFORE, ours, PEER)]
-            cells = [f"`{name}`", str(turn["round"]), *(f"{time:.2f}" for time in times)]
-            cells.append(f"{times[2] / times[1]:.2f}")
+            olds = (found["ms"][form] for form in BEFORE if form in found["ms"])
+            before = next((f"{time:.2f}" for time in olds), "-")
+            times = [found["ms"][form] for form in (ours, PEER)]
+            cells = [f"`{name}`", str(turn["round"]), before, *(f"{time:.2f}" for time in times)]
+            cells.append(f"{times[1] / times[0]:.2f}")
             kernels = found.get("kernels_us")
             if kernels is None:
                 cells += ["-"] * 3

@@ -141,22 +141,23 @@ def allocate_partial_dq(BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(desc, buffers, first, ready, rows):
-    """Starts the TMA loads of a program's tile of keys or values, in two halves of its rows.
+def load_rows(desc, buffers, first, ready, rows, PARTS: gl.constexpr = 2):
+    """Starts the TMA loads of a program's tile of keys or values, in parts of 64 rows.
 
     The caller sets the number of bytes that the mbarrier expects.
 
     Args:
         desc: TMA descriptor of a tensor [T, H, D], in blocks of a buffer's shape.
-        buffers: Shared memory [n, rows, columns], with half of the tile's rows in each buffer.
-        first: Index of the buffer of the first half; the second half goes to the next buffer.
+        buffers: Shared memory [n, 64, columns], with a part of the tile's rows in each buffer.
+        first: Index of the buffer of the first part; the second part goes to the next buffer.
         ready: mbarrier that the loads complete.
         rows: Coordinates of the tile's rows, a Rows.
+        PARTS: Number of parts, 1 or 2.
     """
     dtype: gl.constexpr = desc.dtype
     ROWS: gl.constexpr = buffers.shape[1]
     COLUMNS: gl.constexpr = buffers.shape[2]
-    for i in gl.static_range(2):
+    for i in gl.static_range(PARTS):
         tma_load(
             desc,
             [RAGGED, rows.end, rows.row + i * ROWS, rows.head, 0],

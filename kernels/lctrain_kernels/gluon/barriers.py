@@ -26,7 +26,8 @@ class Barrier(IntEnum):
     with three warpgroups also 3.
     """
 
-    DS_FULL = 3  # both halves of dS are in shared memory
+    DS_FULL = 3  # dS, or both halves of it, is in shared memory
+    P_READY = 4  # weights are in shared memory
     DQ_EMPTY = 4  # the dQ warp has read a half of partial dq
     DQ_READY = 6  # a half of partial dq is in shared memory
     V_EMPTY = 8  # all consumers have read a stage of values
@@ -44,6 +45,7 @@ _STAGED = ("V_EMPTY", "K_EMPTY", "Q_EMPTY", "DOUT_EMPTY", "BLOCK_EMPTY")
 _USED = {
     "forward": ("V_EMPTY", "K_EMPTY"),
     "varlen_bwd": ("DQ_EMPTY", "DQ_READY", "BLOCK_EMPTY", "DS_READY"),
+    "varlen_bwd_wide": ("DS_FULL", "P_READY", "BLOCK_EMPTY"),
     "dual_chunk_bwd": ("DS_FULL", "DQ_EMPTY", "DQ_READY", "DOUT_EMPTY", "Q_EMPTY"),
     "differential_bwd": (
         "DS_FULL",
@@ -61,7 +63,7 @@ def barrier_numbers(kernel: str, stages: int) -> dict[str, range]:
     """Returns the hardware numbers of each named barrier of a kernel.
 
     Args:
-        kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
+        kernel: "forward", "varlen_bwd", "varlen_bwd_wide", "dual_chunk_bwd" or "differential_bwd".
         stages: Number of pipeline stages.
     """
     counts = _COUNTS | dict.fromkeys(_STAGED, stages)
@@ -74,7 +76,7 @@ def barriers_fit(kernel: str, stages: int) -> bool:
     """Returns whether the hardware's 16 named barriers suffice for a kernel with these stages.
 
     Args:
-        kernel: "forward", "varlen_bwd", "dual_chunk_bwd" or "differential_bwd".
+        kernel: "forward", "varlen_bwd", "varlen_bwd_wide", "dual_chunk_bwd" or "differential_bwd".
         stages: Number of pipeline stages.
     """
     numbers = barrier_numbers(kernel, stages)
@@ -90,6 +92,7 @@ def most_stages(kernel: str) -> int:
 # Kernels assert these at compile time.
 FORWARD_STAGES = gl.constexpr(most_stages("forward"))
 VARLEN_BWD_STAGES = gl.constexpr(most_stages("varlen_bwd"))
+VARLEN_BWD_WIDE_STAGES = gl.constexpr(most_stages("varlen_bwd_wide"))
 DUAL_CHUNK_BWD_STAGES = gl.constexpr(most_stages("dual_chunk_bwd"))
 DIFFERENTIAL_BWD_STAGES = gl.constexpr(most_stages("differential_bwd"))
 DS_FULL = gl.constexpr(Barrier.DS_FULL.value)
@@ -102,6 +105,7 @@ DS_READ_0 = gl.constexpr(Barrier.DS_READ_0.value)
 K_EMPTY = gl.constexpr(Barrier.K_EMPTY.value)
 Q_EMPTY = gl.constexpr(Barrier.Q_EMPTY.value)
 DS_READY = gl.constexpr(Barrier.DS_READY.value)
+P_READY = gl.constexpr(Barrier.P_READY.value)
 DS_READ_1 = gl.constexpr(Barrier.DS_READ_1.value)
 # Number of threads that a barrier counts: two consumer warpgroups, with or without single warps.
 CONSUMERS = gl.constexpr(256)

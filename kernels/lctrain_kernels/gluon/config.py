@@ -59,10 +59,18 @@ _FORWARD = {
     256: ForwardTile(64, 2, 1),
 }
 _FORWARD_OF_ONE_HEAD = {64: ForwardTile(64, 4, 2, consumers=3)}
-_BACKWARD = {64: BackwardTile(64, 4, reduce_from_registers=True), 128: BackwardTile(64, 2)}
+_BACKWARD = {
+    64: BackwardTile(64, 4, reduce_from_registers=True),
+    128: BackwardTile(64, 2),
+    256: BackwardTile(64, 2, reduce_from_registers=True),
+}
 # The same without dropout, softcap and determinism, where it differs.
-_BACKWARD_PLAIN = {64: BackwardTile(128, 2, reduce_from_registers=True)}
+_BACKWARD_PLAIN = {
+    64: BackwardTile(128, 2, reduce_from_registers=True),
+    96: BackwardTile(64, 2, reduce_from_registers=True),
+}
 BLOCK_N_BACKWARD = 128  # a block of the schedule
+SLAB_ROWS = 16  # queries that a warp holds after a product
 
 
 def forward_shape(
@@ -110,6 +118,7 @@ def backward_shape(
     value_dim: int = 0,
     value_columns: int = 0,
     num_k: int = 1,
+    slab_rows: int = SLAB_ROWS,
 ) -> BackwardShape:
     """Returns the compile-time constants of a Hopper backward kernel.
 
@@ -123,13 +132,14 @@ def backward_shape(
         value_dim: Head dim Dv of the values in differential attention.
         value_columns: Columns of a tile of values; given for differential attention only.
         num_k: Number of key tensors, 2 for differential attention with one k per branch.
+        slab_rows: Queries of a slab of the float32 buffer of dq, as slab_rows returns.
     """
     return BackwardShape(
         group=group,
         heads_kv=heads_kv,
         head_dim=head_dim,
         block_m=tile.block_m,
-        block_n=BLOCK_N_BACKWARD,
+        block_n=BLOCK_N_BACKWARD if columns <= 128 else BLOCK_N_BACKWARD // 2,
         block_d=columns,
         stages=tile.stages,
         dq_from_registers=tile.reduce_from_registers,
@@ -137,7 +147,21 @@ def backward_shape(
         value_dim=value_dim,
         block_dv=value_columns,
         num_k=num_k,
+        slab_rows=slab_rows,
     )
+
+
+def slab_rows(total_q: int, documents: int) -> int:
+    """Returns the queries of a slab of the float32 buffer to which dq is added from registers.
+
+    Slabs of 16 queries of one document need fewer instructions. With less than 16 queries per
+    document on average, most of their rows would be empty, so a slab is one query.
+
+    Args:
+        total_q: Number of packed queries.
+        documents: Number of documents.
+    """
+    return SLAB_ROWS if total_q >= SLAB_ROWS * documents else 1
 
 
 def pack_heads(group: int) -> int:
@@ -177,18 +201,22 @@ def entry_registers(consumers: int) -> int:
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
-def backward_tile(columns: int, deterministic: bool, plain: bool) -> BackwardTile:
+def backward_tile(head_dim: int, deterministic: bool, plain: bool) -> BackwardTile:
     """Returns the tile configuration of varlen attention's Hopper backward.
 
     Args:
-        columns: Columns of a tile of queries and keys: 64 or 128.
+        head_dim: Head dim D of queries and keys. Above 128 there is one form, which is not
+            deterministic.
         deterministic: Whether dq must have the same bits in every run. The dQ warp then adds
             partial dq of blocks of 64 queries, even if override_tiles asks for another form.
         plain: Whether the call has neither dropout nor a softcap. With them, 128 queries need too
             many registers, even if override_tiles asks for them.
     """
     table = _BACKWARD | _BACKWARD_PLAIN if plain and not deterministic else _BACKWARD
-    tile = _backward_override or table[columns]
+    in_table = table[min(columns for columns in table if columns >= head_dim)]
+    if head_dim > 128:
+        return in_table
+    tile = _backward_override or in_table
     if deterministic:
         return tile._replace(block_m=64, reduce_from_registers=False)
     return tile if plain else tile._replace(block_m=64)

@@ -228,6 +228,27 @@ def red_add_v4(pointers, left, x0, x1, x2, x3):
 
 
 @gluon.jit
+def red_add_v2(pointers, left, x0, x1):
+    """Atomically adds two float32 per thread to global memory; see red_add_v4.
+
+    Args:
+        pointers: Address of the first of two float32, a multiple of 8 bytes.
+        left: Nothing is added where this number is 0 or less.
+        x0: Number to add to the first float32.
+        x1: Number to add to the second float32.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; "
+        "@some red.relaxed.gpu.global.add.v2.f32 [$1], {$3, $4}; mov.b32 $0, 0; }",
+        "=r,l,r,f,f",
+        [pointers.to(gl.int64), left, x0, x1],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_scalar(buffer, warps: gl.constexpr):
     """Returns the element of a [1] buffer in shared memory, which `warps` warps read together."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])

@@ -62,6 +62,7 @@ class BackwardShape(NamedTuple):
         block_d: Columns of a tile of queries and keys.
         stages: Number of pipeline stages of queries.
         dq_from_registers: Whether the consumer warpgroups add partial dq to global memory.
+        slab_rows: Queries of a slab of the float32 buffer to which they add it, 16 or 1.
         deterministic: Whether partial dq must be added in the order of the keys.
         value_dim: Head dim Dv of the values in differential attention.
         block_dv: Columns of a tile of values, of differential attention.
@@ -80,6 +81,7 @@ class BackwardShape(NamedTuple):
     value_dim: int = 0
     block_dv: int = 0
     num_k: int = 1
+    slab_rows: int = 16
 
 
 class Pipeline(NamedTuple):
@@ -389,7 +391,8 @@ class Factors(NamedTuple):
 class DqSlabs(NamedTuple):
     """The float32 buffer to which consumer warpgroups add partial dq from their registers.
 
-    A slab holds dq of 16 queries; `first_slab` in varlen/hopper_bwd_dq.py describes the layout.
+    A slab holds dq of 16 queries, or of one. `first_slab` in varlen/hopper_bwd_dq.py describes the
+    layout.
 
     Attributes:
         pointer: Pointer to the slab of the first head and of the first block of queries that the

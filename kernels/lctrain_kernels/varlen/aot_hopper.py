@@ -8,6 +8,7 @@ import torch
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     REGISTERS,
+    SLAB_ROWS,
     backward_shape,
     backward_tile,
     entry_registers,
@@ -33,6 +34,7 @@ from lctrain_kernels.varlen.hopper import (
     varlen_round_dq_kernel,
 )
 from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
+from lctrain_kernels.varlen.hopper_bwd_wide import varlen_bwd_wide_hopper_kernel
 from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
 
 
@@ -73,28 +75,41 @@ def forward_variant(
 
 
 def backward_variant(
-    head_dim: int, *, features: str = "causal", dtype: str = "bf16", group: int = 4
+    head_dim: int,
+    *,
+    features: str = "causal",
+    dtype: str = "bf16",
+    group: int = 4,
+    short_documents: bool = False,
 ) -> KernelVariant:
-    """Describes one compilation of varlen_bwd_hopper_kernel.
+    """Describes one compilation of varlen_bwd_hopper_kernel, or of the kernel above D = 128.
 
-    The arguments are those of forward_variant. The kernel itself has no sinks: their gradient
-    follows from lse and delta.
+    The kernel itself has no sinks: their gradient follows from lse and delta.
+
+    Args:
+        head_dim: Head dim D.
+        features: As in forward_variant.
+        dtype: As in forward_variant.
+        group: As in forward_variant.
+        short_documents: Whether a slab of the float32 dq is one query; see config.slab_rows.
     """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
     flags = attention_flags(features)
     plain = not (flags.has_dropout or flags.has_softcap)
-    tile = backward_tile(columns, deterministic, plain)
+    tile = backward_tile(head_dim, deterministic, plain)
+    kernel = varlen_bwd_hopper_kernel if columns <= 128 else varlen_bwd_wide_hopper_kernel
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, columns // 2)
-    constants = {
-        "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim, deterministic),
-        "FLAGS": flags,
-    }
+    shape = backward_shape(
+        *(tile, columns, group, HEADS_KV, head_dim, deterministic),
+        slab_rows=1 if short_documents else SLAB_ROWS,
+    )
+    constants = {"TILE": shape, "FLAGS": flags}
     from_registers = tile.reduce_from_registers
     types = argument_types(
-        varlen_bwd_hopper_kernel,
+        kernel,
         features,
         dtype,
         ("semaphores", "dq") if from_registers else (),
@@ -105,9 +120,10 @@ def backward_variant(
         dq_desc=None if from_registers else dq,
     )
     options = OPTIONS | {"maxnreg": REGISTERS}
-    size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
+    size = f"{tile.block_m}x{shape.block_n}"
     label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    return describe_variant(label, varlen_bwd_hopper_kernel, types, constants, options, False)
+    label += "-short" if short_documents else ""
+    return describe_variant(label, kernel, types, constants, options, False)
 
 
 def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVariant:
@@ -126,7 +142,7 @@ def prepare_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVar
         ("lse_ptr", "dlse_ptr", "delta_ptr", "lse2_ptr", "kept_delta_ptr"), "*fp32"
     )
     columns = padded_columns(head_dim)
-    if backward_tile(columns, False, True).reduce_from_registers:
+    if backward_tile(head_dim, False, plain=False).reduce_from_registers:
         others["dq_ptr"] = None
     constants = {
         "HEADS": heads,
@@ -181,8 +197,9 @@ def kernel_variants(
                 yield backward_variant(head_dim, features=name, group=groups[-1])
         if "causal" in features and refusal(Call(x, x, x), BACKWARD_LIMITS) is None:
             yield prepare_variant(head_dim, HEADS_KV * groups[-1])
-            if backward_tile(columns, False, True).reduce_from_registers:
+            if backward_tile(head_dim, False, True).reduce_from_registers:
                 yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
+                yield backward_variant(head_dim, group=groups[-1], short_documents=True)
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])

@@ -11,12 +11,14 @@ from torch import Tensor
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     REGISTERS,
+    SLAB_ROWS,
     backward_shape,
     backward_tile,
     entry_registers,
     forward_shape,
     forward_tile,
     pack_heads,
+    slab_rows,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain_kernels.launch import cdiv, launch
@@ -36,6 +38,7 @@ from lctrain_kernels.varlen.hopper_bwd import (
     BackwardStrides,
     varlen_bwd_hopper_kernel,
 )
+from lctrain_kernels.varlen.hopper_bwd_wide import varlen_bwd_wide_hopper_kernel
 from lctrain_kernels.varlen.hopper_fwd import ForwardPointers, varlen_fwd_hopper_kernel
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -262,8 +265,8 @@ def varlen_bwd(
     float32. Unless options.deterministic is set, the order of additions depends on timing, so the
     last bits of dq differ from run to run; those of dk and dv do not.
 
-    Scratch memory: dq in float32 (with up to 16 more rows per document if it is added from
-    registers), and two or three float32 per query and head.
+    Scratch memory: dq in float32 (at most twice as many rows if it is added from registers), and
+    two or three float32 per query and head.
     """
     total_q, heads, head_dim = q.shape
     heads_kv = k.shape[1]
@@ -280,12 +283,13 @@ def varlen_bwd(
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
     plain = not (options.has_dropout or options.softcap > 0)
-    tile = backward_tile(columns, options.deterministic, plain)
+    tile = backward_tile(head_dim, options.deterministic, plain)
     documents = pack.cu_seqlens_q.shape[0] - 1
+    rows = slab_rows(total_q, documents) if tile.reduce_from_registers else SLAB_ROWS
     if tile.reduce_from_registers:
-        per_head = total_q // 16 + documents  # slabs
-        shape = (heads, per_head, 16 * head_dim)
-        dq_sum = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        per_head = total_q // rows + (documents if rows > 1 else 0)  # slabs
+        slabs = (heads, per_head, rows * head_dim)
+        dq_sum = torch.zeros(slabs, dtype=torch.float32, device=q.device)
         semaphores = None
     else:
         per_head = total_q // tile.block_m + documents  # semaphores
@@ -314,7 +318,13 @@ def varlen_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    launch(varlen_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
+    shape = backward_shape(
+        *(tile, columns, heads // heads_kv, heads_kv, head_dim, options.deterministic),
+        slab_rows=rows,
+    )
+    programs = heads_kv * pack.k_tiles.shape[0] * (BLOCK_N_BACKWARD // shape.block_n)
+    kernel = varlen_bwd_hopper_kernel if columns <= 128 else varlen_bwd_wide_hopper_kernel
+    launch(kernel, (programs,))(
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
         ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
@@ -346,9 +356,7 @@ def varlen_bwd(
         threshold,
         scale_kept,
         first_head,
-        TILE=backward_shape(
-            tile, columns, heads // heads_kv, heads_kv, head_dim, options.deterministic
-        ),
+        TILE=shape,
         FLAGS=Flags(
             has_left=has_left,
             has_right=has_right,
@@ -359,7 +367,10 @@ def varlen_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
-    if tile.reduce_from_registers:
+    scale = options.softmax_scale * scale_kept
+    if tile.reduce_from_registers and rows == 1:
+        dq.copy_(dq_sum.mul_(scale).transpose(0, 1))
+    elif tile.reduce_from_registers:
         launch(varlen_round_dq_kernel, (cdiv(per_head * 16, PREPARE_ROWS), heads))(
             dq_sum,
             dq,
@@ -367,7 +378,7 @@ def varlen_bwd(
             documents,
             documents.bit_length(),
             per_head,
-            options.softmax_scale * scale_kept,
+            scale,
             HEADS=heads,
             HEAD_DIM=head_dim,
             BLOCK_D=columns,

@@ -44,10 +44,11 @@ from lctrain_kernels.varlen.hopper_bwd_dq import add_partial_dq, first_slab, rou
 
 
 @gluon.jit
-def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
+def locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
     """Returns the index of this program's document, and its tile of keys, a KeyTile.
 
-    An empty slot of the schedule gives document 0, with no queries and no keys.
+    A slot of the schedule is a tile of 128 keys. With 64 keys, a slot has twice as many programs as
+    key/value heads. An empty slot, or a program without a tile, gets no queries and no keys.
 
     Args:
         pointers: Tensors of the call, a BackwardPointers.
@@ -55,9 +56,17 @@ def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
         FLAGS: Features beyond plain attention, a tile.structures.Flags.
     """
+    PER_HEAD: gl.constexpr = 128 // TILE.block_n
     slot = read_slot(
-        pointers.cu_seqlens_q, pointers.cu_seqlens_k, pointers.tiles, TILE.heads_kv, TILE.block_n
+        pointers.cu_seqlens_q,
+        pointers.cu_seqlens_k,
+        pointers.tiles,
+        PER_HEAD * TILE.heads_kv,
+        TILE.block_n,
     )
+    empty = slot.document < 0
+    if PER_HEAD > 1:  # the last slot of a document may have fewer tiles
+        empty = empty | (slot.head_kv >= TILE.heads_kv)
     low, high = query_blocks(
         slot.first,
         TILE.block_n,
@@ -69,8 +78,8 @@ def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
         FLAGS.has_right,
         TILE.block_m,
     )
-    high = gl.where(slot.document < 0, low, high)
-    length_k = gl.where(slot.document < 0, 0, slot.length_k)
+    high = gl.where(empty, low, high)
+    length_k = gl.where(empty, 0, slot.length_k)
     tile = KeyTile(
         slot.head_kv,
         slot.begin_q,
@@ -85,7 +94,7 @@ def _locate(pointers, window, TILE: gl.constexpr, FLAGS: gl.constexpr):
 
 
 @gluon.jit
-def _load(
+def load_tensors(
     q_desc,
     do_desc,
     k_desc,
@@ -114,8 +123,8 @@ def _load(
     STAGES: gl.constexpr = TILE.stages
     keys = Rows(tile.begin_k + tile.length_k, RAGGED - tile.length_k + tile.first, tile.head_kv)
     mbarrier.expect(shared.kv_ready, 2 * TILE.block_n * TILE.block_d * 2)
-    load_rows(k_desc, shared.k, 0, shared.kv_ready, keys)
-    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
+    load_rows(k_desc, shared.k, 0, shared.kv_ready, keys, TILE.block_n // 64)
+    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys, TILE.block_n // 64)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
     visit = first_visit(tile, TILE.dq_from_registers)
@@ -231,7 +240,7 @@ def varlen_bwd_hopper_kernel(
     HALF: gl.constexpr = TILE.block_n // 2
     left, right = load_window(pointers.window, window_left, window_right)
     window = Bounds(left, right)
-    document, tile = _locate(pointers, window, TILE, FLAGS)
+    document, tile = locate(pointers, window, TILE, FLAGS)
 
     vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -274,7 +283,7 @@ def varlen_bwd_hopper_kernel(
             [
                 (compute, (inputs, TILE, FLAGS, 0)),
                 (compute, (inputs, TILE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
+                (load_tensors, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
             ],
             [4, 1],
             [240, 24],
@@ -284,7 +293,7 @@ def varlen_bwd_hopper_kernel(
             [
                 (compute, (inputs, TILE, FLAGS, 0)),
                 (compute, (inputs, TILE, FLAGS, 1)),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
+                (load_tensors, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
                 (add_partial_dq, (dq_desc, dq_out, semaphores, tile, window, TILE)),
             ],
             [4, 1, 1],
@@ -294,7 +303,7 @@ def varlen_bwd_hopper_kernel(
         # The tile is computed again, so that the loops above hold none of its fields in registers.
         left, right = load_window(pointers.window, window_left, window_right)
         window = Bounds(left, right)
-        document, tile = _locate(pointers, window, TILE, FLAGS)
+        document, tile = locate(pointers, window, TILE, FLAGS)
         round_dq(
             pointers.dq_sum,
             pointers.dq,

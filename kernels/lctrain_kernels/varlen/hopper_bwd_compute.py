@@ -34,20 +34,20 @@ from lctrain_kernels.gluon.barriers import (
 )
 from lctrain_kernels.gluon.coordinates import KeyBounds, OutputKeys
 from lctrain_kernels.gluon.primitives import (
-    draw_bits,
-    dropout_head,
     is_kept,
-    load_key,
     rounded,
     scheduling_fence,
     tanh,
 )
-from lctrain_kernels.gluon.structures import SeedWords
 from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.varlen.hopper_bwd_narrow import narrow_steps
 from lctrain_kernels.varlen.hopper_bwd_plain import plain_steps
 from lctrain_kernels.varlen.hopper_bwd_products import (
+    draw_block_bits,
     emit_dq,
     gradient_of_logits,
+    kept_weights,
+    seed_words,
     start_product,
 )
 
@@ -55,37 +55,7 @@ _LOG2_E = gl.constexpr(LOG2_E)
 
 
 @gluon.jit
-def _draw_bits(random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr):
-    """Draws one random 32-bit word per weight of a block, [keys, queries] uint32.
-
-    Without dropout the result is 0. The caller has started the block's product S, with which the
-    drawing overlaps.
-
-    Args:
-        random: Inputs of the dropout RNG, a SeedWords.
-        head: Index of the query head in the call.
-        query: Position in the document of the block's first query.
-        first_key: Position in the document of the warpgroup's first key.
-        s_layout: Layout of S.
-        HAS_DROPOUT: Whether attention weights are dropped.
-    """
-    bits = 0
-    if HAS_DROPOUT:
-        bits = draw_bits(
-            random.key_0,
-            random.key_1,
-            random.document,
-            dropout_head(head, random.first_head).to(gl.uint32),
-            query + random.query_offset,
-            gl.arange(0, 64, gl.SliceLayout(0, s_layout))[None, :],
-            first_key,
-            gl.arange(0, 64, gl.SliceLayout(1, s_layout))[:, None],
-        )
-    return bits
-
-
-@gluon.jit
-def _weights(
+def block_weights(
     s,
     bits,
     lse,
@@ -105,7 +75,7 @@ def _weights(
 
     Args:
         s: Scores k q^T, [keys, queries] float32.
-        bits: Random words that _draw_bits returned.
+        bits: Random words that draw_block_bits returned.
         lse: Base-2 log-sum-exp of the queries, [queries] float32.
         query: Position in the document of the block's first query.
         bounds: Window and document end relative to the warpgroup's first key, a KeyBounds.
@@ -134,14 +104,6 @@ def _weights(
 
 
 @gluon.jit
-def _kept_weights(p, HAS_DROPOUT: gl.constexpr):
-    """Returns the weights p that _weights returned, with dropped (negative) ones set to 0."""
-    if HAS_DROPOUT:
-        p = gl.where(p < 0.0, gl.zeros_like(p), p)
-    return p
-
-
-@gluon.jit
 def _accumulate(
     shared,
     ds_bufs,
@@ -166,8 +128,8 @@ def _accumulate(
         shared: Shared memory of the kernel, a BackwardBuffers.
         ds_bufs: dS of two steps and both warpgroups, [4, keys, queries].
         step: Index of the step.
-        p: Weights from _weights, [keys, queries].
-        weights: p times the softcap's derivative, from _weights.
+        p: Weights from block_weights, [keys, queries].
+        weights: p times the softcap's derivative, from block_weights.
         zero: Accumulator of zeros, [keys, queries] float32.
         dk: Accumulator of dk, [keys, columns] float32.
         dv: Accumulator of dv, [keys, columns] float32.
@@ -186,7 +148,7 @@ def _accumulate(
     stage = step % STAGES
     mbarrier.wait(shared.dout_ready.index(stage), (step // STAGES) & 1)
     dp = start_product(shared.v, shared.dout, stage, zero, opaque_false, HALF_INDEX)
-    seen = gl.convert_layout(_kept_weights(p, FLAGS.has_dropout), p_layout)
+    seen = gl.convert_layout(kept_weights(p, FLAGS.has_dropout), p_layout)
     dv = warpgroup_mma(seen, shared.dout.index(stage), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
     dtype: gl.constexpr = shared.k.dtype
@@ -265,15 +227,7 @@ def _overlapped_steps(
     DQ_COLUMNS: gl.constexpr = dq_layout.instr_shape[1]
     dtype: gl.constexpr = shared.k.dtype
     column_s: gl.constexpr = gl.SliceLayout(0, s_layout)
-    key_0 = 0
-    key_1 = 0
-    document_key = 0
-    query_offset = 0
-    if HAS_DROPOUT:
-        key_0, key_1, document_key, query_offset = load_key(
-            dropout.seed, dropout.document_ids, dropout.query_offsets, dropout.document
-        )
-    random = SeedWords(key_0, key_1, document_key, query_offset, dropout.first_head)
+    random = seed_words(dropout, HAS_DROPOUT)
     zero_s = gl.zeros([TILE.block_n // 2, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     steps = GROUP * (tile.high - tile.low)
@@ -283,9 +237,9 @@ def _overlapped_steps(
     mbarrier.wait(shared.q_ready.index(0), 0)
     s = start_product(shared.k, shared.q, 0, zero_s, opaque_false, HALF_INDEX)
     lse = shared.lse.index(0).load(column_s)
-    bits = _draw_bits(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
+    bits = draw_block_bits(random, tile.head_kv * GROUP, query, first_key, s_layout, HAS_DROPOUT)
     s = warpgroup_mma_wait(0, deps=[s])
-    p, weights = _weights(
+    p, weights = block_weights(
         s,
         bits,
         lse,
@@ -325,8 +279,8 @@ def _overlapped_steps(
         then = next_visit(visit, tile, GROUP, BY_HEAD)
         query = then.block * BLOCK_M
         head = tile.head_kv * GROUP + then.member
-        bits = _draw_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
-        p, weights = _weights(
+        bits = draw_block_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
+        p, weights = block_weights(
             s,
             bits,
             lse,
@@ -387,8 +341,9 @@ def compute(
     BLOCK_D: gl.constexpr = TILE.block_d
     HALF: gl.constexpr = TILE.block_n // 2
     COLUMNS: gl.constexpr = BLOCK_D if BLOCK_M == 128 else BLOCK_D // 2
-    PLAIN: gl.constexpr = not (FLAGS.has_dropout or FLAGS.has_softcap)
-    gl.static_assert(BLOCK_M == 64 or PLAIN, "dropout and softcap have blocks of 64 queries")
+    MASKED: gl.constexpr = FLAGS.has_dropout or FLAGS.has_softcap
+    gl.static_assert(BLOCK_M == 64 or not MASKED, "dropout and softcap have blocks of 64 queries")
+    PLAIN: gl.constexpr = not FLAGS.has_softcap and (BLOCK_D == 64 or not FLAGS.has_dropout)
     dtype: gl.constexpr = inputs.shared.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -403,38 +358,42 @@ def compute(
         keys_here - tile.length_q + inputs.window.right,
         keys_here - tile.length_q - inputs.window.left,
     )
-    dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
-    dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
-    steps = TILE.group * (tile.high - tile.low)
-    mbarrier.wait(inputs.shared.kv_ready, 0)
-    if PLAIN:
-        dk, dv = plain_steps(
-            *(inputs, bounds, dk, dv),
-            TILE,
-            FLAGS,
-            s_layout,
-            o_layout,
-            dq_layout,
-            HALF_INDEX,
-            TRANSPOSED,
-        )
-    elif steps > 0:
-        dk, dv = _overlapped_steps(
-            *(inputs, bounds, dk, dv, first_key),
-            TILE,
-            FLAGS,
-            s_layout,
-            o_layout,
-            dq_layout,
-            HALF_INDEX,
-            TRANSPOSED,
-        )
-    if not TILE.dq_from_registers:
-        drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)
-    offsets, inside = key_offsets(
-        keys, results.token, results.head, TILE.head_dim, o_layout, HALF, BLOCK_D
-    )
-    gl.store(results.dv + offsets, (dv * factors.keep_scale).to(dtype), mask=inside)
-    dk = dk * (factors.scale * factors.keep_scale)
-    gl.store(results.dk + offsets, dk.to(dtype), mask=inside)
+    NARROW: gl.constexpr = BLOCK_D == 128 and TILE.head_dim <= 96
+    mbarrier.wait(inputs.shared.kv_ready, 0)
+    if PLAIN and NARROW and TILE.dq_from_registers:
+        narrow_steps(inputs, bounds, keys, TILE, FLAGS, HALF_INDEX)
+    else:
+        dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+        dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
+        steps = TILE.group * (tile.high - tile.low)
+        if PLAIN:
+            dk, dv = plain_steps(
+                *(inputs, bounds, dk, dv, first_key),
+                TILE,
+                FLAGS,
+                s_layout,
+                o_layout,
+                dq_layout,
+                HALF_INDEX,
+                TRANSPOSED,
+            )
+        elif steps > 0:
+            dk, dv = _overlapped_steps(
+                *(inputs, bounds, dk, dv, first_key),
+                TILE,
+                FLAGS,
+                s_layout,
+                o_layout,
+                dq_layout,
+                HALF_INDEX,
+                TRANSPOSED,
+            )
+        if not TILE.dq_from_registers:
+            drain_partial_dq(steps, HALF_INDEX)
+        offsets, inside = key_offsets(
+            keys, results.token, results.head, TILE.head_dim, o_layout, HALF, BLOCK_D
+        )
+        gl.store(results.dv + offsets, (dv * factors.keep_scale).to(dtype), mask=inside)
+        dk = dk * (factors.scale * factors.keep_scale)
+        gl.store(results.dk + offsets, dk.to(dtype), mask=inside)

@@ -13,6 +13,7 @@ from lctrain_kernels.gluon.coordinates import RAGGED
 from lctrain_kernels.gluon.primitives import (
     fence_release,
     query_blocks,
+    red_add_v2,
     red_add_v4,
     wait_bulk_writes,
 )
@@ -163,6 +164,8 @@ def first_slab(
     D / 8 groups of eight columns, 32 threads, and four numbers per thread. Thread t holds columns
     2 * (t % 4) and 2 * (t % 4) + 1 of its group, first for row t // 4, then for row t // 4 + 8.
 
+    With TILE.slab_rows = 1, the buffer is [heads, queries, D], and the slabs are its rows.
+
     Args:
         dq_sum_ptr: Pointer to the buffer.
         slabs_per_head: Number of slabs per head.
@@ -171,23 +174,58 @@ def first_slab(
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
     """
     slab = (tile.head_kv * TILE.group).to(gl.int64) * slabs_per_head
-    slab += tile.begin_q // 16 + document + (tile.high - 1) * (TILE.block_m // 16)
-    return dq_sum_ptr + slab * (16 * TILE.head_dim)
+    slab += tile.begin_q // TILE.slab_rows + (tile.high - 1) * (TILE.block_m // TILE.slab_rows)
+    if TILE.slab_rows > 1:  # slabs do not cross documents
+        slab += document
+    return dq_sum_ptr + slab * (TILE.slab_rows * TILE.head_dim)
 
 
 @gluon.jit
-def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Adds a warpgroup's columns of a block of dq from registers to the float32 buffer.
-
-    Each instruction of a warp adds to 512 contiguous bytes.
+def add_dq_of_step(
+    dq,
+    slabs,
+    visit,
+    tile,
+    wanted,
+    ROW: gl.constexpr,
+    COLUMN: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Adds a warpgroup's part of a step's partial dq from registers to the float32 buffer.
 
     Args:
-        dq: Half of the columns of the block's partial dq, [BLOCK_M, COLUMNS].
-        dq_ptr: The block's first slab; see first_slab.
-        rows: Number of queries of the document from the block's first query on.
-        HALF_INDEX: Index of the half of the columns, 0 or 1.
-        HEAD_DIM: Head dim; columns from HEAD_DIM on are padding.
+        dq: The part, 64 rows and some columns of the block's partial dq, float32.
+        slabs: The buffer of the program's heads, a DqSlabs.
+        visit: Query head and block of the step, a Visit.
+        tile: The program's tile of keys, a KeyTile.
+        wanted: False adds nothing.
+        ROW: First row of the part.
+        COLUMN: First column of the part.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
     """
+    ROWS: gl.constexpr = TILE.slab_rows
+    SLABS: gl.constexpr = TILE.block_m // ROWS
+    rows = tile.length_q - visit.block * TILE.block_m - ROW
+    slab = visit.member * slabs.per_head - (tile.high - 1 - visit.block) * SLABS + ROW // ROWS
+    slab_ptr = slabs.pointer + slab.to(gl.int64) * (ROWS * TILE.head_dim)
+    _add_from_registers(dq, slab_ptr, gl.where(wanted, rows, 0), COLUMN, TILE)
+
+
+@gluon.jit
+def _add_from_registers(dq, dq_ptr, rows, COLUMN: gl.constexpr, TILE: gl.constexpr):
+    """Adds some columns of 64 rows of dq from registers to slabs of the float32 buffer.
+
+    Each instruction of a warp adds to 512 contiguous bytes. With slabs of one query it adds to 32
+    bytes of each of eight rows.
+
+    Args:
+        dq: Partial dq, [64, columns] float32.
+        dq_ptr: The first row's slab; see first_slab.
+        rows: Number of queries of the document from the first row on; nothing is added to others.
+        COLUMN: First column.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+    """
+    HEAD_DIM: gl.constexpr = TILE.head_dim
     EIGHTS: gl.constexpr = dq.shape[1] // 8
     fours: gl.constexpr = gl.BlockedLayout(
         [1, EIGHTS, 2, 2], [32, 1, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0]
@@ -201,11 +239,19 @@ def add_dq_from_registers(dq, dq_ptr, rows, HALF_INDEX: gl.constexpr, HEAD_DIM: 
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     thread = gl.arange(0, 128, gl.SliceLayout(1, layout))
-    eight = HALF_INDEX * EIGHTS + gl.arange(0, EIGHTS, gl.SliceLayout(0, layout))
-    to = dq_ptr + (thread // 32 * (16 * HEAD_DIM) + thread % 32 * 4)
-    to = to[:, None] + (eight * 128)[None, :]
-    left = gl.where((eight * 8 < HEAD_DIM)[None, :], (rows - thread // 32 * 16)[:, None], 0)
-    red_add_v4(to, left, x0, x1, x2, x3)
+    eight = COLUMN // 8 + gl.arange(0, EIGHTS, gl.SliceLayout(0, layout))
+    inside = (eight * 8 < HEAD_DIM)[None, :]
+    if TILE.slab_rows == 1:
+        row = thread // 32 * 16 + thread % 32 // 4
+        to = dq_ptr + (row * HEAD_DIM + thread % 4 * 2)
+        to = to[:, None] + (eight * 8)[None, :]
+        red_add_v2(to, gl.where(inside, (rows - row)[:, None], 0), x0, x1)
+        red_add_v2(to + 8 * HEAD_DIM, gl.where(inside, (rows - row - 8)[:, None], 0), x2, x3)
+    else:
+        to = dq_ptr + (thread // 32 * (16 * HEAD_DIM) + thread % 32 * 4)
+        to = to[:, None] + (eight * 128)[None, :]
+        left = gl.where(inside, (rows - thread // 32 * 16)[:, None], 0)
+        red_add_v4(to, left, x0, x1, x2, x3)
 
 
 @gluon.jit

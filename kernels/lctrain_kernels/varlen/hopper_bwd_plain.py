@@ -1,4 +1,4 @@
-"""Steps of the Hopper backward of varlen attention without dropout and softcap."""
+"""Steps of the Hopper backward of varlen attention without softcap and, above D = 64, dropout."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,11 +19,14 @@ from lctrain_kernels.gluon.barriers import (
     barrier_wait,
     release_stage,
 )
-from lctrain_kernels.gluon.primitives import computed, rounded
+from lctrain_kernels.gluon.primitives import computed, is_kept, rounded
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.varlen.hopper_bwd_products import (
+    draw_block_bits,
     emit_dq,
     gradient_of_logits,
+    kept_weights,
+    seed_words,
     start_half_of_dq,
     start_product,
 )
@@ -37,6 +40,7 @@ def plain_steps(
     bounds,
     dk,
     dv,
+    first_key,
     TILE: gl.constexpr,
     FLAGS: gl.constexpr,
     s_layout: gl.constexpr,
@@ -56,6 +60,7 @@ def plain_steps(
         bounds: Window and document end relative to the warpgroup's first key, a KeyBounds.
         dk: Accumulator of dk, zeros [keys, columns] float32, in o_layout.
         dv: Accumulator of dv, zeros [keys, columns] float32, in o_layout.
+        first_key: Position in the document of the warpgroup's first key.
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
         FLAGS: Features beyond plain attention, a tile.structures.Flags.
         s_layout: Layout of S and dP, [keys, queries].
@@ -80,6 +85,9 @@ def plain_steps(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     zero_s = gl.zeros([TILE.block_n // 2, BLOCK_M], gl.float32, s_layout)
     zero_q = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
+    HAS_DROPOUT: gl.constexpr = FLAGS.has_dropout
+    dropout = inputs.dropout
+    random = seed_words(dropout, HAS_DROPOUT)
     multiplier = inputs.factors.scale * _LOG2_E
     visit = first_visit(tile, BY_HEAD)
     for step in range(GROUP * (tile.high - tile.low)):
@@ -90,16 +98,21 @@ def plain_steps(
         s = start_product(shared.k, shared.q, stage, zero_s, opaque_false, HALF_INDEX)
         mbarrier.wait(shared.dout_ready.index(stage), phase)
         dp = start_product(shared.v, shared.dout, stage, zero_s, opaque_false, HALF_INDEX)
+        query = visit.block * BLOCK_M
+        head = tile.head_kv * GROUP + visit.member
+        bits = draw_block_bits(random, head, query, first_key, s_layout, HAS_DROPOUT)
         s = warpgroup_mma_wait(1, deps=[s])
         lse = shared.lse.index(stage).load(gl.SliceLayout(0, s_layout))
-        query = visit.block * BLOCK_M
         p = keys_weights(s, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
+        if HAS_DROPOUT:
+            local_key = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+            p = gl.where(is_kept(bits, local_key[:, None], dropout.threshold), p, -p)
         p = computed(p, opaque_false)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = gradient_of_logits(dp, p, shared, stage, dtype, s_layout, False)
+        ds = gradient_of_logits(dp, p, shared, stage, dtype, s_layout, HAS_DROPOUT)
         # dS has two buffers. The other warpgroup read this one before it stored its last dS.
         ds_bufs.index((step & 1) * 2 + HALF_INDEX).store(ds)
-        seen = gl.convert_layout(rounded(p, dtype), p_layout)
+        seen = gl.convert_layout(rounded(kept_weights(p, HAS_DROPOUT), dtype), p_layout)
         dv = warpgroup_mma(seen, shared.dout.index(stage), dv, is_async=True)
         fence_async_shared()
         barrier_arrive(DS_READY + 2 * (step & 1) + HALF_INDEX, CONSUMERS, 4)

@@ -5,8 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from lctrain_kernels.gluon.backward_pipeline import start_dq, store_partial_dq
-from lctrain_kernels.gluon.primitives import rematerialised
-from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_from_registers
+from lctrain_kernels.gluon.primitives import draw_bits, dropout_head, load_key, rematerialised
+from lctrain_kernels.gluon.structures import SeedWords
+from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_of_step
 
 
 @gluon.jit
@@ -28,6 +29,68 @@ def start_product(of_keys, of_queries, stage, zero, opaque_false, HALF_INDEX: gl
         use_acc=False,
         is_async=True,
     )
+
+
+@gluon.jit
+def seed_words(dropout, HAS_DROPOUT: gl.constexpr):
+    """Returns the SeedWords of the program's document. Without dropout, nothing reads its fields.
+
+    Args:
+        dropout: Seed, document and threshold of dropout, a DropoutInputs.
+        HAS_DROPOUT: Whether attention weights are dropped.
+    """
+    key_0 = 0
+    key_1 = 0
+    document_key = 0
+    query_offset = 0
+    if HAS_DROPOUT:
+        key_0, key_1, document_key, query_offset = load_key(
+            dropout.seed, dropout.document_ids, dropout.query_offsets, dropout.document
+        )
+    first_head = 0  # a function cannot return None
+    if dropout.first_head is not None:
+        first_head = dropout.first_head
+    return SeedWords(key_0, key_1, document_key, query_offset, first_head)
+
+
+@gluon.jit
+def draw_block_bits(
+    random, head, query, first_key, s_layout: gl.constexpr, HAS_DROPOUT: gl.constexpr
+):
+    """Draws one random 32-bit word per weight of a block, [keys, queries] uint32.
+
+    Without dropout the result is 0. The caller has started the block's product S, with which the
+    drawing overlaps.
+
+    Args:
+        random: Inputs of the dropout RNG, a SeedWords.
+        head: Index of the query head in the call.
+        query: Position in the document of the block's first query.
+        first_key: Position in the document of the warpgroup's first key.
+        s_layout: Layout of S.
+        HAS_DROPOUT: Whether attention weights are dropped.
+    """
+    bits = 0
+    if HAS_DROPOUT:
+        bits = draw_bits(
+            random.key_0,
+            random.key_1,
+            random.document,
+            dropout_head(head, random.first_head).to(gl.uint32),
+            query + random.query_offset,
+            gl.arange(0, 64, gl.SliceLayout(0, s_layout))[None, :],
+            first_key,
+            gl.arange(0, 64, gl.SliceLayout(1, s_layout))[:, None],
+        )
+    return bits
+
+
+@gluon.jit
+def kept_weights(p, HAS_DROPOUT: gl.constexpr):
+    """Returns the weights p that block_weights returned, with dropped, negative ones set to 0."""
+    if HAS_DROPOUT:
+        p = gl.where(p < 0.0, gl.zeros_like(p), p)
+    return p
 
 
 @gluon.jit
@@ -93,16 +156,10 @@ def emit_dq(
         TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
     """
     if TILE.dq_from_registers:
-        SLABS: gl.constexpr = TILE.block_m // 16
-        rows = tile.length_q - visit.block * TILE.block_m
-        slabs = visit.member * dq_out.per_head - (tile.high - 1 - visit.block) * SLABS
-        if TILE.block_m == 64:
-            slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
-            add_dq_from_registers(dq, slab_ptr, rows, HALF_INDEX, TILE.head_dim)
-        else:
-            slabs += HALF_INDEX * (SLABS // 2)
-            slab_ptr = dq_out.pointer + slabs.to(gl.int64) * (16 * TILE.head_dim)
-            add_dq_from_registers(dq, slab_ptr, rows - HALF_INDEX * 64, 0, TILE.head_dim)
+        BY_ROWS: gl.constexpr = TILE.block_m == 128
+        ROW: gl.constexpr = HALF_INDEX * 64 if BY_ROWS else 0
+        COLUMN: gl.constexpr = 0 if BY_ROWS else HALF_INDEX * (TILE.block_d // 2)
+        add_dq_of_step(dq, dq_out, visit, tile, True, ROW, COLUMN, TILE)
     else:
         store_partial_dq(dq, dq_out, step, HALF_INDEX, TRANSPOSED)
 

@@ -21,7 +21,7 @@ def call(head_dim=128, dtype=torch.bfloat16, value_dim=None, keys=10, **options)
 
 
 _SERVED = [
-    (head_dim, {"dropout": dropout}) for head_dim in (8, 64, 128) for dropout in (False, True)
+    (head_dim, {"dropout": dropout}) for head_dim in (8, 64, 128, 256) for dropout in (False, True)
 ]
 _SERVED += [(head_dim, {"deterministic": True, "dropout": True}) for head_dim in (72, 96, 128)]
 
@@ -53,11 +53,14 @@ def test_neither_pass_is_served(options, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"head_dim": 256}, "above 128"),
+        (
+            {"head_dim": 256, "deterministic": True},
+            "a deterministic backward of head dims above 128",
+        ),
         ({"head_dim": 64, "deterministic": True}, "a deterministic backward of head dims up to 64"),
         ({"dout": torch.zeros(10, 4, 132, dtype=torch.bfloat16)[..., :128]}, "gradient of out"),
     ],
-    ids=["D256", "D64-deterministic", "dout"],
+    ids=["D256-deterministic", "D64-deterministic", "dout"],
 )
 def test_only_the_forward_is_served(options, reason):
     assert refusal(call(**options), FORWARD_LIMITS) is None

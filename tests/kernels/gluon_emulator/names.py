@@ -126,7 +126,9 @@ def inline_asm_elementwise(
         current().finish_writes(int(wait[1]))
         return args[0]
     if "red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}" in asm:
-        return _red_add_v4(*args)
+        return _red_add(*args)
+    if "red.relaxed.gpu.global.add.v2.f32 [$1], {$3, $4}" in asm:
+        return _red_add(*args)
     if asm.startswith("fence.acq_rel.gpu;"):
         return args[0]
     if "@go bar.sync three, 256;" in asm:
@@ -160,12 +162,12 @@ def only_value(x: Value) -> int:
     return int(x.array.flat[0])
 
 
-def _red_add_v4(pointers: Pointer, left: Value, *values: Value) -> Value:
-    """Emulates red_add_v4: adds four numbers at each address where `left` is positive."""
+def _red_add(pointers: Pointer, left: Value, *values: Value) -> Value:
+    """Emulates red_add_v2 and red_add_v4: adds numbers at each address where `left` is positive."""
     first = pointers.place.array
     some = np.broadcast_to(left.array > 0, first.shape)
     aligned = pointers.memory.address + first[some] * pointers.memory.flat.itemsize
-    assert (aligned % 16 == 0).all(), "an address is no multiple of 16 bytes"
+    assert (aligned % (4 * len(values)) == 0).all(), "an address is not aligned"
     for i, value in enumerate(values):
         place = first[some] + i
         found = pointers.memory.load(place)

@@ -61,7 +61,6 @@ def test_named(name, device):
     ("name", "reason"),
     [
         ("D128-everything-g8", "ALiBi"),
-        ("D256-causal-g4", "above 128"),
     ],
 )
 def test_a_named_backend_refuses_what_it_cannot_do(name, reason, device):
