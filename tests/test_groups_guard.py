@@ -146,6 +146,18 @@ def test_a_module_scores_groups_as_separate_documents(make_llama):
 
 
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("fused", [False, True], ids=["own loss", "fused loss"])
+def test_a_model_that_computes_its_own_loss_serves_groups(make_llama, fused):
+    """Labels that are not shifted: the first token of a document has none."""
+    model = make_llama().double()
+    lctrain.patch_model(model, loss=fused)
+    found = []
+    for batch in (PackedBatch.from_groups(GROUPS), separate(GROUPS)):
+        found.append(model(**batch.model_kwargs(), labels=batch.labels.roll(1, dims=-1)).loss)
+    assert_equal_in_float64(*found)
+
+
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", ["checkpoint", "offload"])
 def test_memory_policies_serve_groups(make_llama, name):
     found = []
