@@ -12,8 +12,8 @@ With methods, it compares several methods of reading beyond the trained window:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
+    from lctrain.eval.cells import CellStore
     from lctrain.eval.records import Subject, Table
     from lctrain.eval.task import Task
 
@@ -82,6 +83,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     from lctrain.eval.documents import evaluation_documents
     from lctrain.eval.records import Subject
     from lctrain.eval.registry import make_task
+    from lctrain.eval.resume import open_cells
     from lctrain.loggers import closing, log_evaluation
     from lctrain.models.pretrained import check_dtype, load_pretrained
 
@@ -107,7 +109,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
             name=Path(config.model.name_or_path).name,
         )
         model.to(device)
-        tables = run_tasks(config, tasks, subject, device)
+        tables = run_tasks(config, tasks, subject, device, open_cells(config, subject))
         files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
         metrics = {
             key: value for table in tables.values() for key, value in table.metrics().items()
@@ -117,21 +119,48 @@ def evaluate(config: EvalConfig) -> Evaluation:
             for name, table in tables.items():
                 log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
             logger.finalize("success")
-    paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
+        paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
+        paths["report"] = report(config, tasks, tables, files)
     return Evaluation(tables, paths)
 
 
-def run_tasks(
-    config: EvalConfig, tasks: Sequence[Task], subject: Subject, device: torch.device
-) -> dict[str, Table]:
-    """Computes all tasks with one progress bar, and returns their tables by name.
+def report(
+    config: EvalConfig,
+    tasks: Sequence[Task],
+    tables: Mapping[str, Table],
+    files: Mapping[str, Mapping[str, Path]],
+) -> Path:
+    """Writes report.html, with all tables and pictures, into the folder of the evaluation."""
+    from lctrain.eval.report import Section, write_report
+    from lctrain.eval.resume import REPORT
+    from lctrain.run.identity import identity_of
 
-    Every task is checked before the first one is computed.
+    sections = [
+        Section(task.title, str(table), table.as_dicts(), files[task.name]["png"])
+        for task in tasks
+        for table in [tables[task.name]]
+    ]
+    title = f"Long-context evaluation of {Path(config.model.name_or_path).name}"
+    path = Path(config.paths.output_dir) / REPORT
+    return write_report(path, title, sections, identity_of(config))
+
+
+def run_tasks(
+    config: EvalConfig,
+    tasks: Sequence[Task],
+    subject: Subject,
+    device: torch.device,
+    done: CellStore,
+) -> dict[str, Table]:
+    """Computes all cells that are not done, and returns the tables of the tasks by name.
+
+    Every task is checked before the first one is computed. One progress bar counts the tokens to
+    read for all tasks.
     """
     from lctrain.eval import trained_window
+    from lctrain.eval.limits import warn_beyond_positions
     from lctrain.eval.reading import ConfiguredReading, Reading, make_extensions
-    from lctrain.eval.records import Result
-    from lctrain.eval.run_task import Cell, Run, progress_bar
+    from lctrain.eval.run_task import Run, progress_bar
 
     runs = []
     for task in tasks:
@@ -141,20 +170,14 @@ def run_tasks(
         if methods:
             window = trained_window(subject.model, config.window)
             readings = make_extensions(methods, window, config.attention)
-        runs.append(
-            Run.prepared(
-                task,
-                subject,
-                readings,
-                lengths,
-                max_tokens=config.forward_tokens(),
-                device=device,
-            )
-        )
-    done: dict[Cell, Result] = {}
-    for run in runs:
-        with progress_bar(run.size(done), run.task.unit, shown=True) as bar:
-            run.compute(done, bar)
+        elif config.attention is None or config.attention.name != "dual_chunk":
+            warn_beyond_positions(subject.model, config.window, lengths, task.name)
+        shared: dict[str, Any] = {"max_tokens": config.forward_tokens(), "device": device}
+        runs.append(Run.prepared(task, subject, readings, lengths, **shared))
+        done.describe(task)
+    with progress_bar(sum(run.work(done) for run in runs), "token", True, in_tokens=True) as bar:
+        for run in runs:
+            run.compute(done, bar, in_tokens=True)
     return {run.task.name: run.table(done) for run in runs}
 
 
@@ -174,12 +197,13 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
     from lctrain.run.storage import storage_errors
 
     path = Path(config.paths.output_dir).absolute()
+    open_folder = RunFolder.create if config.resume is None else RunFolder.reopen
     with (
         StopSignals() as signals,
         ends_in_order(signals, None),
-        RunFolder.create(path, "eval", {}) as folder,
+        open_folder(path, "eval", {}) as folder,
         log_file(path / "eval.log"),
-        storage_errors(path, "evaluate again"),
+        storage_errors(path, f"go on with resume={path}"),
     ):
         folder.save_options(plain_values(config))
         yield
@@ -206,6 +230,9 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
 
   lctrain-eval model=FOLDER lengths=[1024,8192]      perplexity on held-out text
   lctrain-eval model=NAME data=text 'data.files=[books/*.txt]' split=all
+  lctrain-eval model=FOLDER 'tasks=[perplexity,passkey,ruler]' resume=last
+                                                     goes on where a stopped evaluation ended
+  lctrain-eval 'compare=[RUN,RUN]'                   paired differences between evaluations
   lctrain-eval model=FOLDER methods=[plain,dual_chunk] 'tasks=[perplexity,passkey]' lengths=[...]
                                                      several ways to read beyond the window
 """,
@@ -234,6 +261,10 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    if config.compare:
+        with without_empty_folder(HydraConfig.get().runtime.output_dir):
+            show_comparison(list(config.compare), Path(config.paths.output_dir))
+        return
     if OmegaConf.is_missing(config.model, "name_or_path"):
         raise ValueError(
             "model must be given, got none. Call lctrain-eval model=<folder or hub name>."
@@ -241,10 +272,46 @@ def run(config: DictConfig) -> None:
     with without_empty_folder(HydraConfig.get().runtime.output_dir):
         plain = to_dataclass(config, EvalConfig)
         check_evaluation(plain)
+        if plain.resume is not None:
+            plain = in_folder_to_resume(config, plain)
         evaluation = evaluate(plain)
     print(evaluation)
-    width = max(map(len, evaluation.paths), default=0)
-    for kind, path in evaluation.paths.items():
+    print_paths(evaluation.paths)
+
+
+def in_folder_to_resume(config: DictConfig, plain: EvalConfig) -> EvalConfig:
+    """Returns the settings with the folder of the evaluation that goes on."""
+    from lctrain.eval.resume import folder_to_resume
+
+    folder = folder_to_resume(str(plain.resume), plain.paths.runs_dir)
+    with suppress(OSError):
+        Path(plain.paths.output_dir).rmdir()  # Hydra created it
+    config.paths.output_dir = str(folder.absolute())
+    return to_dataclass(config, EvalConfig)
+
+
+def show_comparison(folders: Sequence[str], output_dir: Path) -> None:
+    """Compares finished evaluations, writes the differences, and prints them."""
+    from lctrain.eval.paired import compare_runs
+    from lctrain.eval.report import Section, write_report
+    from lctrain.eval.resume import REPORT
+
+    comparison = compare_runs(folders)
+    paths = comparison.save(output_dir)
+    rows = [row.as_dict() for row in comparison.rows]
+    settings = {"compare": list(folders)}
+    section = Section("Paired differences", str(comparison), rows)
+    paths["report"] = write_report(
+        output_dir / REPORT, "Comparison of evaluations", [section], settings
+    )
+    print(comparison)
+    print_paths(paths)
+
+
+def print_paths(paths: Mapping[str, Path]) -> None:
+    """Prints the names and paths of the written files."""
+    width = max(map(len, paths), default=0)
+    for kind, path in paths.items():
         print(f"{kind:<{width}} {path}")
 
 

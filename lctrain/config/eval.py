@@ -56,6 +56,9 @@ class EvalConfig:
         passkey: Settings of the task passkey.
         needle: Settings of the task needle.
         ruler: Settings of the task ruler.
+        resume: Evaluation that was stopped and goes on: its folder, or "last" for the newest one of
+            this name without a report. Cells that it finished are not computed again.
+        compare: Folders of finished evaluations to compare; then nothing is evaluated.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: Device of the model: auto, cpu, cuda, cuda:1, ...
     """
@@ -82,6 +85,8 @@ class EvalConfig:
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
+    resume: str | None = None
+    compare: list[str] = field(default_factory=list)
     dtype: str = "auto"
     device: str = "auto"
 

@@ -28,9 +28,20 @@ def write_rows(
     Returns:
         The paths of the files by "csv", "json" and "png". The caller draws the PNG file.
     """
+    paths = write_table(output_dir, stem, rows, settings)
+    return paths | {"png": paths["csv"].with_suffix(".png")}
+
+
+def write_table(
+    output_dir: str | Path,
+    stem: str,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Writes <stem>.csv and <stem>.json, and returns their paths; see `write_rows`."""
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "json", "png")}
+    paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "json")}
     known = [{key: _known(value) for key, value in row.items()} for row in rows]
     with paths["csv"].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(known[0]))

@@ -5,12 +5,16 @@ On a GPU, an index beyond an embedding table aborts the process, so it is checke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lctrain.models.positions import require_positions
+from lctrain.models.window import configured_window
+
+log = logging.getLogger(__name__)
 
 
 def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -> None:
@@ -34,3 +38,26 @@ def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -
             f"{largest}. Tokenize them with the model's own tokenizer."
         )
     require_positions(model, longest_window, "lengths", "Leave longer ones out.")
+
+
+def warn_beyond_positions(
+    model: Any, window: int | None, lengths: Sequence[int], task: str
+) -> None:
+    """Warns about lengths that the model was not trained on, and that no method extends.
+
+    Args:
+        model: A causal LM of transformers.
+        window: Length of the texts that the model was trained on; None for that of its config.
+        lengths: Context lengths in tokens.
+        task: Name of the task.
+    """
+    window = configured_window(model.config) if window is None else window
+    beyond = [length for length in lengths if window is not None and length > window]
+    if beyond:
+        log.warning(
+            "%s reads %s tokens with a model of %s positions. Compare methods that read beyond "
+            "them, with methods=[plain,yarn,dual_chunk], or leave longer lengths out.",
+            task,
+            f"{beyond[-1]:,}",
+            f"{window:,}",
+        )

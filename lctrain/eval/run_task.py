@@ -5,32 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lctrain.eval.cells import Cell
 from lctrain.eval.method_words import method_words
 from lctrain.eval.reader import Reader
 from lctrain.eval.reading import Reading
 from lctrain.eval.records import Result, Subject, Table
 from lctrain.eval.task import Task
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is computed at once: a task, read with one method, at one length.
-
-    Attributes:
-        task: Name of the task.
-        method: Name of the method; empty for the model as it is.
-        length: Context length in tokens.
-    """
-
-    task: str
-    method: str
-    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +77,19 @@ class Run:
         """Returns the units of work of the cells that are not done."""
         return sum(self.task.size(cell.length) for cell in self.cells() if cell not in done)
 
-    def compute(self, done: MutableMapping[Cell, Result], bar: Bar) -> None:
+    def work(self, done: MutableMapping[Cell, Result]) -> float:
+        """Returns the tokens to read for the cells that are not done."""
+        return sum(self.task.work(cell.length) for cell in self.cells() if cell not in done)
+
+    def compute(
+        self, done: MutableMapping[Cell, Result], bar: Bar, in_tokens: bool = False
+    ) -> None:
         """Computes the cells that are not in `done`, and stores them there one by one.
 
         Args:
             done: Results by cell.
             bar: Progress bar.
+            in_tokens: Whether the bar counts tokens to read, rather than units of the task.
         """
         model = self.subject.model
         for reading, words in zip(self.readings, _words(self.readings), strict=True):
@@ -106,7 +100,9 @@ class Run:
             bar.say(f"{self.task.title}{words}")
             with reading.patched(model):
                 for cell in todo:
-                    done[cell] = self._result(reading, cell.length, bar.advance)
+                    size = self.task.size(cell.length)
+                    scale = self.task.work(cell.length) / size if in_tokens else 1
+                    done[cell] = self._result(reading, cell.length, partial(_move, bar, scale))
 
     def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
         made = self.task.make(length)
@@ -141,21 +137,22 @@ class Bar:
         """Shows a text before the bar."""
         self._bar.set_description(text)
 
-    def advance(self, units: int) -> None:
+    def advance(self, units: float) -> None:
         """Moves the bar by units of work."""
         self._bar.update(units)
 
 
 @contextmanager
-def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Bar]:
-    """Context manager of a progress bar.
+def progress_bar(total: float, unit: str, shown: bool, in_tokens: bool = False) -> Iterator[Bar]:
+    """Context manager of a progress bar, which shows the time left.
 
     Args:
         total: Units of all the work.
         unit: Name of a unit.
         shown: Whether to show the bar.
+        in_tokens: Whether units are tokens to read, which are shown in thousands and millions.
     """
-    with tqdm(total=total, unit=unit, disable=not shown) as bar:
+    with tqdm(total=total, unit=unit, unit_scale=in_tokens, disable=not shown) as bar:
         yield Bar(bar)
 
 
@@ -170,6 +167,10 @@ def computed(run: Run, progress: bool = False) -> dict[str, dict[int, Result]]:
     with progress_bar(run.size(done), run.task.unit, progress) as bar:
         run.compute(done, bar)
     return run.results(done)
+
+
+def _move(bar: Bar, scale: float, units: int) -> None:
+    bar.advance(units * scale)
 
 
 def _device(model: nn.Module) -> torch.device:

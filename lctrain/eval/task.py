@@ -77,6 +77,10 @@ class Task(ABC):
     def size(self, length: int) -> int:
         """Returns the number of units at one length by which `score` advances the progress bar."""
 
+    def work(self, length: int) -> float:
+        """Returns the tokens to read at one length, from which the time left is estimated."""
+        return self.size(length) * length
+
     def facts(self, length: int) -> dict[str, float]:
         """Returns further numbers of one length, which are stored beside the scores."""
         return {}

@@ -98,7 +98,7 @@ def test_passkeys_of_the_model_as_it_is(make_config, small_window_folder, attent
     )
     assert evaluation.perplexity is None
     assert list(evaluation.passkey.found) == ["plain" if attention is None else "dual_chunk"]
-    assert set(evaluation.paths) == {"passkey csv", "passkey json", "passkey png"}
+    assert set(evaluation.paths) == {"passkey csv", "passkey json", "passkey png", "report"}
 
 
 @pytest.mark.parametrize("by", ["generation", "likelihood"])

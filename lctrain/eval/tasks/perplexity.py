@@ -150,6 +150,11 @@ class Perplexity(Task):
         """Returns the number of scored tokens: see Task."""
         return int(self._counts.sum())
 
+    def work(self, length: int) -> float:
+        """Returns the tokens of all windows: see Task."""
+        (windows,) = self.make(length)
+        return float(windows.lengths.sum())
+
     def facts(self, length: int) -> dict[str, float]:
         """Returns numbers of the windows: see Task."""
         (windows,) = self.make(length)

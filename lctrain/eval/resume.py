@@ -1,0 +1,69 @@
+"""Finds the folder in which a stopped evaluation goes on, and opens the store of its cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lctrain.eval.cells import CELLS, CellStore
+from lctrain.run.identity import identity_of
+
+if TYPE_CHECKING:
+    from lctrain.config import EvalConfig
+    from lctrain.eval.records import Subject
+
+REPORT = "report.html"
+# Further tasks may be added to a stopped evaluation; the others do not change its results.
+MAY_CHANGE = ("name", "resume", "compare", "tasks", "device", "max_tokens")
+MAY_CHANGE_BELOW = ("paths", "logger", "data.cache_dir", "data.num_workers", "data.num_proc")
+
+
+def folder_to_resume(resume: str, runs_dir: str | Path) -> Path:
+    """Returns the folder of a stopped evaluation.
+
+    Args:
+        resume: The folder, or "last" for the newest one without a report.
+        runs_dir: Folder of all evaluations of this name.
+
+    Raises:
+        ValueError: if there is no such evaluation.
+    """
+    if resume != "last":
+        folder = Path(resume).expanduser()
+        if not (folder / CELLS).is_file():
+            raise ValueError(
+                f"resume must be last or a folder of lctrain-eval, got {resume}, which has no "
+                f"{CELLS}. Check the path."
+            )
+        return folder
+    stopped = [
+        file.parent
+        for file in Path(runs_dir).glob(f"*/{CELLS}")
+        if not (file.parent / REPORT).exists()
+    ]
+    if not stopped:
+        raise ValueError(
+            f"resume must name an evaluation, got last, and {runs_dir} holds none without a "
+            "report. Name its folder, or leave resume out."
+        )
+    return max(stopped, key=lambda folder: (folder / CELLS).stat().st_mtime)
+
+
+def open_cells(config: EvalConfig, subject: Subject) -> CellStore:
+    """Returns the store of an evaluation's cells: a new one, or that of a stopped evaluation.
+
+    Raises:
+        ValueError: if the stopped evaluation had other settings or other documents.
+    """
+    identity: dict[str, Any] = {
+        key: value
+        for key, value in identity_of(config).items()
+        if key not in MAY_CHANGE
+        and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE_BELOW)
+    }
+    identity["documents that were read"] = len(subject.documents)
+    identity["tokens that were read"] = sum(len(d.input_ids) for d in subject.documents)
+    folder = Path(config.paths.output_dir)
+    if config.resume is None:
+        return CellStore.create(folder, identity)
+    return CellStore.reopen(folder, identity)

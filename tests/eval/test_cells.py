@@ -1,0 +1,72 @@
+"""Tests the store of finished cells: a killed evaluation goes on, and others are refused."""
+
+import json
+
+import pytest
+
+from lctrain.eval import Item, Result
+from lctrain.eval.cells import CELLS, Cell, CellStore
+from lctrain.eval.resume import folder_to_resume
+from tests.eval.test_task import Counting
+
+IDENTITY = {"model": "m", "lengths": (8, 16)}
+RESULT = Result((Item("a", {"right": 0.5}, 2.0, {"kind": "x"}, "said"),), {"windows": 3})
+
+
+@pytest.fixture
+def store(tmp_path) -> CellStore:
+    made = CellStore.create(tmp_path, IDENTITY)
+    made.describe(Counting())
+    made[Cell("counting", "", 8)] = RESULT
+    made[Cell("counting", "yarn", 16)] = Result(())
+    return made
+
+
+def test_what_is_read_is_what_was_stored(store, tmp_path):
+    again = CellStore.read(tmp_path, "resume")
+    assert dict(again) == dict(store)
+    assert again[Cell("counting", "", 8)] == RESULT
+    assert again.tasks["counting"].measures == Counting.measures
+    assert len(again) == 2
+
+
+def test_a_line_that_a_kill_cut_off_is_computed_again(store, tmp_path):
+    file = tmp_path / CELLS
+    file.write_text(file.read_text()[:-20])
+    again = CellStore.reopen(tmp_path, IDENTITY)
+    assert list(again) == [Cell("counting", "", 8)]
+    again[Cell("counting", "yarn", 16)] = Result(())
+    assert dict(CellStore.read(tmp_path, "resume")) == dict(store)
+
+
+def test_other_settings_are_refused(store, tmp_path):
+    with pytest.raises(ValueError, match=r"same settings, got .* with lengths=\[8, 16\] instead"):
+        CellStore.reopen(tmp_path, IDENTITY | {"lengths": [8]})
+    with pytest.raises(ValueError, match=r"with seed=None instead of 3. Restore it"):
+        CellStore.reopen(tmp_path, IDENTITY | {"seed": 3})
+
+
+@pytest.mark.parametrize("content", [None, "", "no json\n", '{"task": "x"}\n'])
+def test_a_folder_without_cells_is_an_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / CELLS).write_text(content)
+    with pytest.raises(ValueError, match=r"compare must be a folder of lctrain-eval, got"):
+        CellStore.read(tmp_path, "compare")
+
+
+def test_a_finished_cell_stays(store):
+    with pytest.raises(TypeError, match="stays in its file"):
+        del store[Cell("counting", "", 8)]
+
+
+def test_the_last_evaluation_without_a_report_goes_on(tmp_path):
+    with pytest.raises(ValueError, match=r"got last, and .* holds none without a report"):
+        folder_to_resume("last", tmp_path)
+    with pytest.raises(ValueError, match="resume must be last or a folder of lctrain-eval"):
+        folder_to_resume(str(tmp_path), tmp_path)
+    for name in ("finished", "stopped"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CELLS).write_text(json.dumps({"identity": {}}) + "\n")
+    (tmp_path / "finished" / "report.html").touch()
+    assert folder_to_resume("last", tmp_path) == tmp_path / "stopped"
+    assert folder_to_resume(str(tmp_path / "finished"), tmp_path) == tmp_path / "finished"

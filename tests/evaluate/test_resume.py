@@ -1,0 +1,75 @@
+"""Tests that a stopped evaluation goes on, and that finished ones are compared."""
+
+import pytest
+
+from lctrain.config import AttentionConfig, PasskeyConfig, PathsConfig
+from lctrain.eval.run_task import Run
+from lctrain.evaluate import evaluate
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[tuple[str, int]]:
+    """Lists the cells that are computed; the third one fails while `fails` is set."""
+    seen = []
+    compute = Run._result
+
+    def result(self, reading, length, advance):
+        seen.append((self.task.name, length))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return compute(self, reading, length, advance)
+
+    monkeypatch.setattr(Run, "_result", result)
+    return seen
+
+
+def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_missing(
+    make_config, tmp_path, computed
+) -> None:
+    settings = {
+        "tasks": ["perplexity", "passkey"],
+        "passkey": PasskeyConfig(lengths=[200, 256], depths=[0.5], keys_per_cell=1),
+        "window": 64,
+        "paths": PathsConfig(output_dir=str(tmp_path / "out")),
+    }
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        evaluate(make_config(**settings))
+    assert not (tmp_path / "out" / "report.html").exists()
+    resumed = evaluate(make_config(**settings, resume=str(tmp_path / "out")))
+    assert computed[2:] == [("passkey", 200), ("passkey", 200), ("passkey", 256)]
+    whole = evaluate(
+        make_config(**settings | {"paths": PathsConfig(output_dir=str(tmp_path / "w"))})
+    )
+    assert resumed.perplexity == whole.perplexity
+    assert resumed.passkey.as_dicts() == whole.passkey.as_dicts()
+    assert resumed.paths["report"].exists()
+    settings |= {"resume": "x", "attention": AttentionConfig(name="dual_chunk")}
+    with pytest.raises(ValueError, match="resume must name an evaluation with the same settings"):
+        evaluate(make_config(**settings))
+
+
+def test_the_command_resumes_and_compares(run_main, model_folder, tmp_path, capsys) -> None:
+    arguments = [f"model={model_folder}", "split=all", "lengths=[8,32]", "name=mine"]
+    run_main(*arguments)
+    (first,) = (tmp_path / "outputs" / "mine").iterdir()
+    (first / "report.html").unlink()
+    run_main(*arguments, "resume=last")
+    (same,) = (tmp_path / "outputs" / "mine").iterdir()
+    assert (same / "report.html").exists()
+    capsys.readouterr()
+    run_main(f"compare=[{first},{same}]", "name=compared")
+    assert "perplexity" in capsys.readouterr().out
+    (folder,) = (tmp_path / "outputs" / "compared").iterdir()
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"comparison.csv", "comparison.json", "report.html"}
+
+
+def test_lengths_beyond_the_positions_are_a_warning_with_the_remedy(
+    make_config, small_window_folder, caplog
+) -> None:
+    evaluate(make_config(small_window_folder, lengths=[8, 64]))
+    assert "perplexity reads 64 tokens with a model of 16 positions. Compare methods" in caplog.text
+    caplog.clear()
+    evaluate(make_config(small_window_folder, lengths=[8, 64], methods=["yarn"]))
+    evaluate(make_config(small_window_folder, lengths=[8, 16]))
+    assert "positions" not in caplog.text
