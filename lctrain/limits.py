@@ -346,6 +346,26 @@ def check_by(by: str, name: str) -> None:
     )
 
 
+def check_longppl(short_context: int, step: int, lengths: Sequence[int] | None) -> None:
+    """Raises ValueError if a setting of the task longppl is out of range.
+
+    Args:
+        short_context: Largest number of tokens in a short context.
+        step: Number of tokens that a window of the short context scores.
+        lengths: Lengths of the long context in tokens; None is not checked.
+    """
+    require(
+        1 <= step <= short_context,
+        f"longppl.step must be in [1, longppl.short_context = {short_context}], got {step}. Try a "
+        "quarter of it.",
+    )
+    require(
+        not lengths or min(lengths) > short_context + 1,
+        f"lengths must be above longppl.short_context + 1 = {short_context + 1}, got "
+        f"{min(lengths or [0])}. Set longppl.lengths, or lower longppl.short_context.",
+    )
+
+
 def check_ruler(
     tasks: Sequence[str] | None, items: int, seed: int, by: str, questions: str | None
 ) -> tuple[str, ...]:

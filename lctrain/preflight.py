@@ -262,9 +262,7 @@ def check_evaluation(config: EvalConfig) -> None:
     check_tasks(config.tasks, config.own_tasks)
     check_targets("own_tasks", config.own_tasks)
     check_methods(config.methods)
-    for name in ("passkey", "needle", "ruler"):
-        settings = getattr(config, name)
-        check_methods(settings.methods or (), f"{name}.methods")
+    check_task_methods(config)
     check_passkeys(
         config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
     )
@@ -293,6 +291,13 @@ def check_evaluation(config: EvalConfig) -> None:
             f"window must be at least 2, got {config.window}. It is the number of tokens that the "
             "model was trained on.",
         )
+
+
+def check_task_methods(config: EvalConfig) -> None:
+    """Raises ValueError if the methods of a single task do not exist."""
+    for field in fields(config):
+        methods = getattr(getattr(config, field.name), "methods", None)
+        check_methods(methods or (), f"{field.name}.methods")
 
 
 def check_tasks(tasks: Sequence[str], own: Collection[str] = ()) -> None:

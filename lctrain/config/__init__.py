@@ -29,7 +29,13 @@ from lctrain.config.model import ModelConfig, PretrainedModelConfig, ScratchMode
 from lctrain.config.optim import SCHEDULES, OptimConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING, store_schema, to_dataclass
-from lctrain.config.tasks import TASKS, NeedleConfig, PasskeyConfig, RulerConfig
+from lctrain.config.tasks import (
+    TASKS,
+    LongPerplexityConfig,
+    NeedleConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from lctrain.config.train import TrainConfig
 from lctrain.config.trainer import STRATEGIES, TrainerConfig
 
@@ -53,6 +59,7 @@ __all__ = [
     "IsolationConfig",
     "LengthPerplexityConfig",
     "LengthScheduleConfig",
+    "LongPerplexityConfig",
     "MemoryConfig",
     "ModelConfig",
     "NeedleConfig",

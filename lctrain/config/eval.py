@@ -9,7 +9,7 @@ from lctrain.config.attention import AttentionConfig
 from lctrain.config.model import PretrainedModelConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING
-from lctrain.config.tasks import NeedleConfig, PasskeyConfig, RulerConfig
+from lctrain.config.tasks import LongPerplexityConfig, NeedleConfig, PasskeyConfig, RulerConfig
 from lctrain.local_paths import check_run_name
 
 MIN_MAX_TOKENS = 8192  # smallest default of max_tokens, the tokens in a forward pass
@@ -56,6 +56,7 @@ class EvalConfig:
         passkey: Settings of the task passkey.
         needle: Settings of the task needle.
         ruler: Settings of the task ruler.
+        longppl: Settings of the task longppl.
         resume: Evaluation that was stopped and goes on: its folder, or "last" for the newest one of
             this name without a report. Cells that it finished are not computed again.
         compare: Folders of finished evaluations to compare; then nothing is evaluated.
@@ -85,6 +86,7 @@ class EvalConfig:
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
+    longppl: LongPerplexityConfig = field(default_factory=LongPerplexityConfig)
     resume: str | None = None
     compare: list[str] = field(default_factory=list)
     dtype: str = "auto"
@@ -97,5 +99,5 @@ class EvalConfig:
         """Returns the largest number of tokens in a forward pass."""
         if self.max_tokens is not None:
             return self.max_tokens
-        own = [task.lengths or [] for task in (self.passkey, self.needle, self.ruler)]
+        own = [task.lengths or [] for task in (self.passkey, self.needle, self.ruler, self.longppl)]
         return max([MIN_MAX_TOKENS, *self.lengths, *(n for lengths in own for n in lengths)])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lctrain.limits import check_by, check_passkeys, check_ruler
+from lctrain.limits import check_by, check_longppl, check_passkeys, check_ruler
 
 TASKS = {
     "perplexity": "lctrain.eval.tasks.perplexity.Perplexity",
+    "sliding_perplexity": "lctrain.eval.tasks.sliding.SlidingPerplexity",
+    "context_gain": "lctrain.eval.tasks.context_gain.ContextGain",
+    "longppl": "lctrain.eval.tasks.longppl.LongPerplexity",
     "passkey": "lctrain.eval.tasks.passkey.PasskeyRetrieval",
     "needle": "lctrain.eval.tasks.needle.Needle",
     "ruler": "lctrain.eval.tasks.ruler.Ruler",
@@ -85,3 +88,30 @@ class RulerConfig:
 
     def __post_init__(self) -> None:
         check_ruler(self.tasks, self.items, self.seed, self.by, self.questions)
+
+
+@dataclass(frozen=True)
+class LongPerplexityConfig:
+    """Settings of the task longppl, the perplexity of key tokens.
+
+    Attributes:
+        lengths: Lengths of the long context in tokens; None for `lengths` of the evaluation.
+        methods: Methods to compare; None for `methods` of the evaluation.
+        evaluator: Model that chooses the key tokens, a folder or hub name with the same tokenizer;
+            None for the evaluated model itself.
+        short_context: Largest number of tokens in a short context.
+        step: Number of tokens that a window of the short context scores.
+        gain: Smallest drop of the loss of a key token from the short to the long context, in nats.
+        loss: Largest loss of a key token with the long context, in nats.
+    """
+
+    lengths: list[int] | None = None
+    methods: list[str] | None = None
+    evaluator: str | None = None
+    short_context: int = 4096
+    step: int = 1024
+    gain: float = 2.0
+    loss: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_longppl(self.short_context, self.step, self.lengths)

@@ -37,8 +37,10 @@ def bootstrap_interval(
         return math.nan, math.nan
     if stderr == 0:
         return mean, mean
+    order = np.lexsort((sums, counts))  # the interval does not depend on the order of documents
+    sums, counts = sums[order], np.asarray(counts, dtype=np.float64)[order]
     drawn = np.random.default_rng(seed).integers(documents, size=(resamples, documents))
-    s, n = sums[drawn], np.asarray(counts, dtype=np.float64)[drawn]  # [resamples, D]
+    s, n = sums[drawn], counts[drawn]  # [resamples, D]
     totals = n.sum(axis=1)
     means = s.sum(axis=1) / totals
     squares = ((s - means[:, None] * n) ** 2).sum(axis=1)

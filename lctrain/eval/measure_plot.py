@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from lctrain.eval.heatmap import plot_heatmaps
 from lctrain.eval.measure_rows import MeasureRows
 from lctrain.eval.method_words import method_words
@@ -45,10 +47,9 @@ def plot_measure(table: MeasureRows, measure: Measure, path: Path) -> None:
         rows = [row for row in table.rows if row.method == method]
         means = [row.estimates[measure.name] for row in rows]
         lengths = [row.length for row in rows]
-        (line,) = axes.plot(
-            lengths, [e.mean for e in means], marker="o", linewidth=2, label=method_words(method)
-        )
-        low, high = [e.low for e in means], [e.high for e in means]
+        ends = np.array([[e.mean, e.low, e.high] for e in means])
+        middle, low, high = (np.exp(ends) if measure.exponential else ends).T
+        (line,) = axes.plot(lengths, middle, marker="o", linewidth=2, label=method_words(method))
         axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     scale_lengths(axes, table.lengths)
     axes.set_xlabel("Context length (tokens)", color=INK)

@@ -54,6 +54,11 @@ class MeasureTable(MeasureRows):
                     f"{name}_low": estimate.low,
                     f"{name}_high": estimate.high,
                 }
+            for measure in self.measures:
+                if measure.exponential:
+                    e, name = row.estimates[measure.name], measure.exponential
+                    ends = np.exp([e.mean, e.low, e.high]).tolist()
+                    values |= {name: ends[0], f"{name}_low": ends[1], f"{name}_high": ends[2]}
             found.append(values | dict(row.facts))
         return found
 

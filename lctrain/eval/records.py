@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ class Measure:
         is_share: Whether it is a share in [0, 1], which is shown in percent.
         threshold: Smallest mean, or largest if smaller is better, of a length that counts as
             mastered; None if the effective length is not defined.
+        exponential: Name of a further column, which holds the exponential of the mean; empty for
+            none.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Measure:
     larger_is_better: bool = True
     is_share: bool = False
     threshold: float | None = None
+    exponential: str = ""
 
     def reaches(self, value: float) -> bool:
         """Returns whether a mean reaches the threshold; False without a threshold."""
@@ -38,6 +42,8 @@ class Measure:
 
     def text(self, value: float) -> str:
         """Returns a value as tables show it."""
+        if self.exponential:
+            return f"{math.exp(min(value, 700.0)):,.3f}"
         return f"{value:.1%}" if self.is_share else f"{value:,.4f}"
 
 

@@ -1,5 +1,6 @@
 """PerplexityRow: the perplexity at one context length."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,6 +25,10 @@ class PerplexityRow:
         tokens: Number of scored tokens.
         windows: Number of windows that the model read.
         begun: Number of windows that began with the begin tokens; 0 without begin tokens.
+        interval_low: Lower end of the 95 % interval of the perplexity, by bootstrap over documents;
+            NaN for fewer than three documents.
+        interval_high: Upper end of that interval.
+        short_documents: Number of scored documents of fewer than `length` tokens.
     """
 
     length: int
@@ -39,3 +44,6 @@ class PerplexityRow:
     tokens: int
     windows: int = 0
     begun: int = 0
+    interval_low: float = math.nan
+    interval_high: float = math.nan
+    short_documents: int = 0

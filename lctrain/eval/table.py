@@ -110,6 +110,12 @@ class PerplexityTable:
         lines.append(
             "± one standard error over documents; gain: loss at the shortest length minus this loss"
         )
+        if not math.isnan(head.interval_low):
+            ends = ", ".join(
+                f"{row.interval_low:,.2f} to {row.interval_high:,.2f} at {row.length:,}"
+                for row in self.rows
+            )
+            lines.append(f"95 % intervals of the perplexity, bootstrap over documents: {ends}")
         lines += self.unreached()
         if self.begun:
             lines.append(self.begun)

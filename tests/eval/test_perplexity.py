@@ -137,7 +137,8 @@ def test_documents_do_not_see_one_another(model, documents) -> None:
 
 def test_lengths_beyond_every_document_give_the_same_row(model, documents) -> None:
     at_end, beyond = perplexity_by_length(model, documents, [44, 500], max_tokens=500).rows
-    assert dataclasses.replace(beyond, length=44) == at_end
+    assert (at_end.short_documents, beyond.short_documents) == (2, 3)
+    assert dataclasses.replace(beyond, length=44, short_documents=2) == at_end
 
 
 def test_documents_shorter_than_the_shortest_length(model) -> None:

@@ -21,6 +21,8 @@ def make_row(length: int, loss: float, stderr: float = 0.1, **changes) -> Perple
         "mean_context": length * 0.75,
         "documents": 12,
         "tokens": 34567,
+        "interval_low": math.exp(loss - 2 * stderr),
+        "interval_high": math.exp(loss + 2 * stderr),
     }
     return PerplexityRow(**{**values, **changes})
 

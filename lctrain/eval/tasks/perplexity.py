@@ -11,6 +11,7 @@ from lctrain.batch import MIN_TOKENS
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.extension import trained_window
+from lctrain.eval.interval import bootstrap_interval
 from lctrain.eval.limits import check_model
 from lctrain.eval.longest import longest_documents
 from lctrain.eval.ratio import token_mean
@@ -188,7 +189,9 @@ class Perplexity(Task):
         """
         first = _losses(next(iter(results.values())))
         return PerplexityTable(
-            tuple(_row(length, result, first) for length, result in results.items()),
+            tuple(
+                _row(length, result, first, self._min_context) for length, result in results.items()
+            ),
             name=name,
             overlap=self.overlap,
             min_context=self._min_context,
@@ -246,13 +249,14 @@ def _losses(result: Result) -> np.ndarray:
     return np.array([item.totals["loss"] for item in result.items])
 
 
-def _row(length: int, result: Result, shortest: np.ndarray) -> PerplexityRow:
+def _row(length: int, result: Result, shortest: np.ndarray, min_context: int) -> PerplexityRow:
     sums = _losses(result)
     counts = np.array([int(item.weight) for item in result.items])
     loss, stderr = token_mean(sums, counts)
     gain, gain_stderr = token_mean(shortest - sums, counts)
     with np.errstate(over="ignore"):
         perplexity, low, high = np.exp([loss, loss - stderr, loss + stderr]).tolist()
+        interval = np.exp(bootstrap_interval(sums, counts)).tolist()
     return PerplexityRow(
         length=length,
         perplexity=perplexity,
@@ -267,4 +271,7 @@ def _row(length: int, result: Result, shortest: np.ndarray) -> PerplexityRow:
         tokens=int(counts.sum()),
         windows=int(result.facts["windows"]),
         begun=int(result.facts["begun"]),
+        interval_low=interval[0],
+        interval_high=interval[1],
+        short_documents=int((counts + min_context < length).sum()),
     )

@@ -1,0 +1,202 @@
+"""The task longppl: the perplexity of key tokens, which need their long context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from lctrain.config import PretrainedModelConfig
+from lctrain.data.tokenizer import load_tokenizer, same_ids
+from lctrain.eval.limits import check_model
+from lctrain.eval.longest import longest_documents
+from lctrain.eval.reader import Reader
+from lctrain.eval.records import Item, Measure, Subject
+from lctrain.eval.runner import score_windows
+from lctrain.eval.task import Task
+from lctrain.eval.windows import Windows, cut_windows
+from lctrain.limits import check_longppl
+from lctrain.models.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from lctrain.config import EvalConfig
+
+
+class LongPerplexity(Task):
+    """Perplexity of key tokens, in the way of LongPPL (arXiv 2410.23771).
+
+    A key token is one that an evaluator model predicts well with the long context and badly with a
+    short one: its loss drops by more than `gain` nats, and is below `loss`.
+
+    Args:
+        evaluator: Model that chooses the key tokens, a folder or hub name with the same tokenizer;
+            None for the evaluated model itself, without a method.
+        short_context: Largest number of tokens in a short context.
+        step: Tokens that a window of the short context scores.
+        gain: Smallest drop of the loss of a key token, in nats.
+        loss: Largest loss of a key token with the long context, in nats.
+        documents: Number of documents, the longest first; None for all.
+        lengths: Lengths of the long context in tokens; None for those of the evaluation.
+        methods: Methods to compare; None for those of the evaluation.
+    """
+
+    name = "longppl"
+    measures: ClassVar = (
+        Measure("loss", "LongPPL", larger_is_better=False, exponential="longppl"),
+    )
+    title: ClassVar = "Perplexity of key tokens"
+    unit: ClassVar = "document"
+
+    def __init__(
+        self,
+        *,
+        evaluator: str | None = None,
+        short_context: int = 4096,
+        step: int = 1024,
+        gain: float = 2.0,
+        loss: float = 2.0,
+        documents: int | None = None,
+        lengths: Sequence[int] | None = None,
+        methods: Sequence[str] | None = None,
+    ) -> None:
+        check_longppl(short_context, step, lengths)
+        self.evaluator = evaluator
+        self.short_context = short_context
+        self.step = step
+        self.gain = gain
+        self.loss = loss
+        self.documents = documents
+        self.lengths = lengths
+        self.methods = methods
+        self._keys: dict[int, list[np.ndarray]] = {}
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> LongPerplexity:
+        """Returns the task with the settings of an evaluation."""
+        o = config.longppl
+        return cls(
+            evaluator=o.evaluator,
+            short_context=o.short_context,
+            step=o.step,
+            gain=o.gain,
+            loss=o.loss,
+            documents=config.documents,
+            lengths=o.lengths,
+            methods=o.methods,
+        )
+
+    def prepare(self, subject: Subject, lengths: tuple[int, ...]) -> None:
+        """Loads the evaluator and checks the documents: see Task.
+
+        Raises:
+            ValueError: if a length does not exceed the short context, no document is long enough,
+                or the evaluator cannot be used.
+        """
+        super().prepare(subject, lengths)
+        check_longppl(self.short_context, self.step, lengths)
+        chosen = longest_documents(subject.documents, self.documents)
+        self._names = [f"{number} {document.name}" for number, document in enumerate(chosen)]
+        self._tokens = [np.asarray(d.input_ids, dtype=np.int64) for d in chosen]
+        longest = max(map(len, self._tokens), default=0)
+        if longest < lengths[-1]:
+            raise ValueError(
+                f"documents must hold one of at least {lengths[-1]} tokens for longppl, got "
+                f"{len(chosen)} of at most {longest}. Use longer documents, or leave that length "
+                "out."
+            )
+        check_model(subject.model, self._tokens, lengths[-1])
+        self._model = subject.model
+        if self.evaluator is not None:
+            if not same_ids(load_tokenizer(self.evaluator), subject.tokenizer):
+                raise ValueError(
+                    "longppl.evaluator must have the tokenizer of the model, got "
+                    f"{self.evaluator}, which has another one. Choose a model of the same family."
+                )
+            self._model = load_pretrained(
+                PretrainedModelConfig(name_or_path=self.evaluator), "auto"
+            ).to(next(subject.model.parameters()).device)
+
+    def make(self, length: int) -> list[int]:
+        """Returns the numbers of the documents that are long enough: see Task."""
+        return [n for n, ids in enumerate(self._tokens) if len(ids) >= length]
+
+    def score(self, reader: Reader, length: int, made: Sequence[int]) -> Iterator[Item]:
+        """Yields the loss of the key tokens of every document that has some: see Task.
+
+        Raises:
+            ValueError: if no document has a key token.
+        """
+        texts = [self._tokens[number][:length] for number in made]
+        if length not in self._keys:
+            self._keys[length] = self._key_positions(reader, texts, length)
+        keys = self._keys[length]
+        if not any(len(one) for one in keys):
+            raise ValueError(
+                f"documents must hold key tokens at length {length}, got none: no loss drops by "
+                f"more than {self.gain} nats to below {self.loss}. Lower longppl.gain, or choose "
+                "another longppl.evaluator."
+            )
+        losses = self._long(reader, reader.model, reader.segment, texts)
+        for number, mine, positions in zip(made, losses, keys, strict=True):
+            if len(positions):
+                chosen = mine[positions - self.short_context]
+                yield Item(self._names[number], {"loss": float(chosen.sum())}, len(positions))
+        reader.advance(len(made))
+
+    def size(self, length: int) -> int:
+        """Returns the number of documents: see Task."""
+        return len(self.make(length))
+
+    def facts(self, length: int) -> dict[str, float]:
+        """Returns the numbers of key tokens and of documents left out: see Task."""
+        return {
+            "key_tokens": sum(map(len, self._keys.get(length, []))),
+            "short_documents": len(self._tokens) - len(self.make(length)),
+        }
+
+    def _key_positions(
+        self, reader: Reader, texts: Sequence[np.ndarray], length: int
+    ) -> list[np.ndarray]:
+        """Returns the positions of the key tokens in each text."""
+        sizes = [len(ids) for ids in texts]
+        first = self.short_context + 1
+        windows = cut_windows(sizes, self.short_context, stride=self.step, min_context=first)
+        short = self._losses(reader, self._model, None, texts, windows)
+        long = self._long(reader, self._model, None, texts)
+        return [
+            np.flatnonzero((a - b > self.gain) & (b < self.loss)) + self.short_context
+            for a, b in zip(short, long, strict=True)
+        ]
+
+    def _long(
+        self, reader: Reader, model: Any, segment: int | None, texts: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Returns the losses of each text after its short context, with the whole context."""
+        sizes = [len(ids) for ids in texts]
+        windows = cut_windows(sizes, max(sizes), min_context=self.short_context + 1)
+        return self._losses(reader, model, segment, texts, windows)
+
+    def _losses(
+        self,
+        reader: Reader,
+        model: Any,
+        segment: int | None,
+        texts: Sequence[np.ndarray],
+        windows: Windows,
+    ) -> list[np.ndarray]:
+        found = [np.zeros(len(ids) - 1 - self.short_context) for ids in texts]
+        with torch.no_grad():
+            for scored in score_windows(
+                model,
+                texts,
+                windows,
+                max_tokens=max(reader.max_tokens, int(windows.lengths.max())),
+                device=reader.device,
+                segment=segment,
+            ):
+                for number in set(scored.documents.tolist()):
+                    mine = scored.documents == number
+                    found[number][scored.positions[mine] - self.short_context] = scored.losses[mine]
+        return found
