@@ -285,6 +285,22 @@ def log_evaluation(
         logger.log_image(f"{name}_plot", images=[str(plot)])
 
 
+def log_picture(logger: Any, name: str, picture: Path, step: int) -> None:
+    """Shows a PNG file in TensorBoard; other loggers are left alone.
+
+    Args:
+        logger: A Lightning logger.
+        name: Name of the picture.
+        picture: The file.
+        step: Optimizer step, counted from 0.
+    """
+    add = getattr(getattr(logger, "experiment", None), "add_image", None)
+    if add is not None:
+        from matplotlib.image import imread
+
+        add(name, imread(picture), step, dataformats="HWC")
+
+
 def _wait_until_names_sort_last(folder: Path) -> None:
     """Waits for the second after that of the newest event file in the folder."""
     seconds = [path.name.removeprefix(EVENT_FILE) for path in folder.glob(f"{EVENT_FILE}*")]

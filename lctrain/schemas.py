@@ -94,6 +94,7 @@ SCHEMAS: dict[str, Any] = {
     "callbacks/isolation": config.IsolationConfig,
     "callbacks/non_finite": config.NonFiniteGuardConfig,
     "callbacks/length_perplexity": config.LengthPerplexityConfig,
+    "callbacks/long_context_eval": config.LongContextEvalConfig,
     "callbacks/attention_schedule": config.AttentionScheduleConfig,
     "callbacks/length_schedule": config.LengthScheduleConfig,
     "callbacks/best_checkpoint": config.BestCheckpointConfig,

@@ -7,6 +7,7 @@ from lctrain.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from lctrain.callbacks.isolation import IsolationCheck, IsolationError
 from lctrain.callbacks.length_perplexity import LengthPerplexity
 from lctrain.callbacks.length_schedule import LengthSchedule
+from lctrain.callbacks.long_context_eval import LongContextEval
 from lctrain.callbacks.non_finite import NonFiniteLossError, NonFiniteLossGuard
 from lctrain.callbacks.patch_attention import PatchAttention
 from lctrain.callbacks.progress import TokenProgressBar
@@ -22,6 +23,7 @@ __all__ = [
     "IsolationError",
     "LengthPerplexity",
     "LengthSchedule",
+    "LongContextEval",
     "NonFiniteLossError",
     "NonFiniteLossGuard",
     "PatchAttention",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 
-from lctrain.batch import as_integers
+from lctrain.callbacks.held_out import held_out_documents, tokenizer_of
 from lctrain.callbacks.targets import find_target
 from lctrain.data.documents import TokenizedDocument
-from lctrain.data.tokenizer import load_tokenizer
 from lctrain.distributed import Topology
 from lctrain.distributed.sharding import through_root
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
@@ -131,9 +129,7 @@ class LengthPerplexity(pl.Callback):
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}
 
     def _find_begin(self, trainer: pl.Trainer) -> BeginTokens:
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = load_tokenizer(os.fspath(tokenizer))
+        tokenizer = tokenizer_of(trainer)
         if self.held_out is not None and not hasattr(tokenizer, "added_tokens_encoder"):
             tokenizer = None  # held_out then has ids of a tokenizer that is not transformers'
         if tokenizer is None and self.begin_token:
@@ -144,18 +140,4 @@ class LengthPerplexity(pl.Callback):
         return NO_BEGIN if tokenizer is None else begin_tokens(tokenizer, self.begin_token)
 
     def _held_out(self, trainer: pl.Trainer) -> list[TokenizedDocument]:
-        if self.held_out is not None:
-            return [
-                TokenizedDocument(
-                    f"document {index}", as_integers(f"held_out[{index}]", ids).numpy(), index
-                )
-                for index, ids in enumerate(self.held_out)
-            ]
-        find = getattr(getattr(trainer, "datamodule", None), "held_out_documents", None)
-        if find is None:
-            raise ValueError(
-                "LengthPerplexity needs held-out documents, got no data module that has them. Pass "
-                "held_out=, a list of token ids per document, or train with PackedDataModule."
-            )
-        documents: list[TokenizedDocument] = find()
-        return documents
+        return held_out_documents(trainer, self.held_out, type(self).__name__)

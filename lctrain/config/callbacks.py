@@ -7,6 +7,7 @@ from typing import Any
 
 from lctrain.config.paths import expand_paths
 from lctrain.config.schema import MISSING
+from lctrain.config.tasks import NeedleConfig, PasskeyConfig, RulerConfig
 from lctrain.limits import require
 
 
@@ -69,6 +70,34 @@ class NonFiniteGuardConfig:
     _target_: str = "lctrain.callbacks.NonFiniteLossGuard"
     on_batch: str = "stop"
     max_in_a_row: int = 10
+
+
+@dataclass(frozen=True)
+class LongContextEvalConfig:
+    """Settings of `lctrain.callbacks.LongContextEval`, tasks of lctrain-eval during training.
+
+    Attributes:
+        lengths: Context lengths in tokens.
+        every_n_steps: Optimizer steps between two evaluations.
+        tasks: Names of tasks of lctrain-eval.
+        budget_s: Seconds that one evaluation may take; None for no limit.
+        max_tokens: Tokens in a forward pass; None takes the longest length.
+        documents: Number of held-out documents, the longest first; None for all.
+        passkey: Settings of the task passkey; None for five keys at three depths.
+        needle: Settings of the task needle; None for two needles at three depths.
+        ruler: Settings of the task ruler; None for two prompts of each task.
+    """
+
+    _target_: str = "lctrain.callbacks.LongContextEval"
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    every_n_steps: int = 500
+    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    budget_s: float | None = None
+    max_tokens: int | None = None
+    documents: int | None = 16
+    passkey: PasskeyConfig | None = None
+    needle: NeedleConfig | None = None
+    ruler: RulerConfig | None = None
 
 
 @dataclass(frozen=True)

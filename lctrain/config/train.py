@@ -142,6 +142,9 @@ class TrainConfig:
             "callbacks.length_perplexity must be null": any(
                 target.endswith(".LengthPerplexity") for target in targets
             ),
+            "callbacks.long_context_eval must be null": any(
+                target.endswith(".LongContextEval") for target in targets
+            ),
         }
         for rule, broken in wrong.items():
             require(

@@ -91,18 +91,33 @@ class Run:
             bar: Progress bar.
             in_tokens: Whether the bar counts tokens to read, rather than units of the task.
         """
-        model = self.subject.model
         for reading, words in zip(self.readings, _words(self.readings), strict=True):
             mine = [cell for cell in self.cells() if cell.method == reading.method]
             todo = [cell for cell in mine if cell not in done]
             if not todo:
                 continue
             bar.say(f"{self.task.title}{words}")
-            with reading.patched(model):
+            with reading.patched(self.subject.model):
                 for cell in todo:
-                    size = self.task.size(cell.length)
-                    scale = self.task.work(cell.length) / size if in_tokens else 1
-                    done[cell] = self._result(reading, cell.length, partial(_move, bar, scale))
+                    self._compute(reading, cell, done, bar, in_tokens)
+
+    def compute_cell(self, cell: Cell, done: MutableMapping[Cell, Result], bar: Bar) -> None:
+        """Computes one cell, and stores it in `done`."""
+        (reading,) = (reading for reading in self.readings if reading.method == cell.method)
+        with reading.patched(self.subject.model):
+            self._compute(reading, cell, done, bar, in_tokens=True)
+
+    def _compute(
+        self,
+        reading: Reading,
+        cell: Cell,
+        done: MutableMapping[Cell, Result],
+        bar: Bar,
+        in_tokens: bool,
+    ) -> None:
+        """Computes a cell on the patched model."""
+        scale = self.task.work(cell.length) / self.task.size(cell.length) if in_tokens else 1
+        done[cell] = self._result(reading, cell.length, partial(_move, bar, scale))
 
     def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
         made = self.task.make(length)

@@ -90,6 +90,8 @@ def test_text_is_a_readable_table(table) -> None:
         "     1,024         768.0         12.18 ±1.22    2.5000 ±0.1000      0.5000 ±0.0250",
         "     4,096       3,072.0          9.49 ±0.95    2.2500 ±0.1000      0.7500 ±0.0250",
         "± one standard error over documents; gain: loss at the shortest length minus this loss",
+        "95 % intervals of the perplexity, bootstrap over documents: "
+        "16.44 to 24.53 at 256, 9.97 to 14.88 at 1,024, 7.77 to 11.59 at 4,096",
     ]
 
 

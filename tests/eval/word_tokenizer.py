@@ -26,10 +26,10 @@ class WordTokenizer:
         return {"input_ids": [self.ids[piece] for piece in found]}
 
     def decode(self, ids, skip_special_tokens=False):
-        return "".join(self.pieces[int(n)] for n in ids)
+        return "".join(self.pieces[n] if n < len(self.pieces) else " ?" for n in map(int, ids))
 
-    def build_inputs_with_special_tokens(self, ids):
-        return ids
+    def get_vocab(self):
+        return {}
 
 
 def solve(text: str) -> str:

@@ -284,7 +284,7 @@ def test_documents_can_be_cut(make_config) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": []}, r"tasks must be some of perplexity, passkey, needle, ruler, got \[\]"),
+        ({"tasks": []}, r"tasks must be some of perplexity, .*, got \[\]"),
         ({"tasks": ["needles"]}, r"tasks must be some of perplexity, .*, got \['needles'\]"),
         ({"methods": ["pose"]}, "methods must be among plain, .* got 'pose'"),
         (

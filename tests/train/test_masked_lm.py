@@ -74,6 +74,10 @@ def test_the_recipe_and_the_default_share():
             ["callbacks=[default,length_perplexity]"],
             "callbacks.length_perplexity must be null with task=mlm",
         ),
+        (
+            ["callbacks=[default,long_context_eval]"],
+            "callbacks.long_context_eval must be null with task=mlm",
+        ),
     ],
 )
 def test_bad_settings(overrides, changes, message, tmp_path):
