@@ -16,6 +16,7 @@ from lctrain.config.callbacks import (
     IsolationConfig,
     LengthPerplexityConfig,
     LengthScheduleConfig,
+    LongContextEvalConfig,
     NonFiniteGuardConfig,
     ProgressBarConfig,
     ThroughputConfig,
@@ -31,6 +32,7 @@ from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING, store_schema, to_dataclass
 from lctrain.config.tasks import (
     TASKS,
+    HarnessConfig,
     LongPerplexityConfig,
     NeedleConfig,
     PasskeyConfig,
@@ -56,9 +58,11 @@ __all__ = [
     "EarlyStoppingConfig",
     "EvalConfig",
     "EvaluationConfig",
+    "HarnessConfig",
     "IsolationConfig",
     "LengthPerplexityConfig",
     "LengthScheduleConfig",
+    "LongContextEvalConfig",
     "LongPerplexityConfig",
     "MemoryConfig",
     "ModelConfig",

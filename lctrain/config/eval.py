@@ -9,7 +9,13 @@ from lctrain.config.attention import AttentionConfig
 from lctrain.config.model import PretrainedModelConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING
-from lctrain.config.tasks import LongPerplexityConfig, NeedleConfig, PasskeyConfig, RulerConfig
+from lctrain.config.tasks import (
+    HarnessConfig,
+    LongPerplexityConfig,
+    NeedleConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from lctrain.local_paths import check_run_name
 
 MIN_MAX_TOKENS = 8192  # smallest default of max_tokens, the tokens in a forward pass
@@ -57,6 +63,7 @@ class EvalConfig:
         needle: Settings of the task needle.
         ruler: Settings of the task ruler.
         longppl: Settings of the task longppl.
+        harness: Settings of the task harness.
         resume: Evaluation that was stopped and goes on: its folder, or "last" for the newest one of
             this name without a report. Cells that it finished are not computed again.
         compare: Folders of finished evaluations to compare; then nothing is evaluated.
@@ -87,6 +94,7 @@ class EvalConfig:
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     ruler: RulerConfig = field(default_factory=RulerConfig)
     longppl: LongPerplexityConfig = field(default_factory=LongPerplexityConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     resume: str | None = None
     compare: list[str] = field(default_factory=list)
     dtype: str = "auto"
@@ -99,5 +107,6 @@ class EvalConfig:
         """Returns the largest number of tokens in a forward pass."""
         if self.max_tokens is not None:
             return self.max_tokens
-        own = [task.lengths or [] for task in (self.passkey, self.needle, self.ruler, self.longppl)]
+        tasks = (self.passkey, self.needle, self.ruler, self.longppl, self.harness)
+        own = [task.lengths or [] for task in tasks]
         return max([MIN_MAX_TOKENS, *self.lengths, *(n for lengths in own for n in lengths)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lctrain.limits import check_by, check_longppl, check_passkeys, check_ruler
+from lctrain.limits import check_by, check_longppl, check_passkeys, check_ruler, require
 
 TASKS = {
     "perplexity": "lctrain.eval.tasks.perplexity.Perplexity",
@@ -14,6 +14,7 @@ TASKS = {
     "passkey": "lctrain.eval.tasks.passkey.PasskeyRetrieval",
     "needle": "lctrain.eval.tasks.needle.Needle",
     "ruler": "lctrain.eval.tasks.ruler.Ruler",
+    "harness": "lctrain.eval.tasks.harness.Harness",
 }
 """Classes of lctrain's tasks by the name in `tasks`; a class has `of(config)`."""
 
@@ -115,3 +116,32 @@ class LongPerplexityConfig:
 
     def __post_init__(self) -> None:
         check_longppl(self.short_context, self.step, self.lengths)
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    """Settings of the task harness, which runs lm-evaluation-harness (pip install lm_eval).
+
+    Attributes:
+        lengths: Lengths in tokens; None for `lengths` of the evaluation.
+        methods: Methods to compare; None for `methods` of the evaluation.
+        tasks: Names of tasks of the harness.
+        include_path: Folder with tasks of your own as the harness reads them; None for none.
+        limit: Largest number of documents of each task; None for all.
+        batch_size: Number of prompts in a forward pass.
+    """
+
+    lengths: list[int] | None = None
+    methods: list[str] | None = None
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: int | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"harness.{name} must be at least 1, got {value}. Raise it.",
+            )
