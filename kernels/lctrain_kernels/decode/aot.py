@@ -162,7 +162,8 @@ def split_variant(
 ) -> KernelVariant:
     """Describes decode_split_kernel, which reads a plan unless every feature is compiled."""
     absent = ("out", "lse", "learnable_sink", *(("work",) if case.everything else ()))
-    return describe("decode_split", case, head_dim, config.tile, dtype=dtype, absent=absent)
+    tile = config.tile_for(case.shape(config.tile, head_dim).scattered)
+    return describe("decode_split", case, head_dim, tile, dtype=dtype, absent=absent)
 
 
 def whole_variant(
@@ -227,13 +228,13 @@ def kernel_variants(
             config = table_config(table, head_dim)
             yield split_variant(DENSE, head_dim, config)
             yield split_variant(PAGED, head_dim, config)
-            yield whole_variant(DENSE, head_dim, config.tile, True)
+            yield whole_variant(DENSE, head_dim, config.tile_for(False), True)
         exact = varlen_config(table, "varlen_fwd", middle, GROUP)
         yield whole_variant(DENSE, middle, exact, False)
     config = table_config(table, middle)
     if "all" in features:
         yield split_variant(ALL, middle, config)
-        yield whole_variant(ALL, middle, config.tile, True)
+        yield whole_variant(ALL, middle, config.tile_for(True), True)
     case = ALL if "all" in features else DENSE
     yield from small_variants(case, middle, config)
     if "causal" in features and table == "sm_90":

@@ -127,6 +127,8 @@ def decode_attention(
     row_tiles = triton.cdiv(rows, tile.block_m)
     pieces = requests * heads_kv * row_tiles
     shape = decode_shape(tile, head_dim, group, cache, new)
+    if not exact:
+        tile = config.tile_for(shape.scattered)
     has_left, has_right = options.window_left >= 0, options.window_right >= 0
     flags = DecodeFlags(
         has_left, has_right, options.softcap > 0, new.interleaved, options.rotates_each

@@ -6,7 +6,7 @@ bits in every batch. `split="exact"` takes the tiles of the training kernel, var
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class DecodeConfig:
         tile: Rows, keys, warps and stages of the attention kernels.
         split_size: Keys of a split, a multiple of tile.block_n.
         programs: Programs of decode_split_kernel per multiprocessor, if it reads a plan.
+        scattered_stages: num_stages where the keys of one tile lie on several pages, since loads of
+            page numbers take a stage; 0 for that of the tile. Stages do not change bits.
         merge_rows: Rows of a program of decode_merge_kernel, a divisor of tile.block_m.
         merge_unroll: Splits whose results decode_merge_kernel loads together.
     """
@@ -29,16 +31,23 @@ class DecodeConfig:
     tile: TileConfig
     split_size: int
     programs: int = 4
+    scattered_stages: int = 0
     merge_rows: int = 1
     merge_unroll: int = 16
 
+    def tile_for(self, scattered: bool) -> TileConfig:
+        """Returns the tile, with the stages for keys on one page or on several pages."""
+        if scattered and self.scattered_stages:
+            return replace(self.tile, num_stages=self.scattered_stages)
+        return self.tile
 
-# Architecture -> {largest padded head dim: configuration}. 64 rows are the fewest that Hopper's
-# matrix instructions take; so prefill has the tile of decode, and the bits.
+
+# Architecture -> {largest padded head dim: configuration}. 16 rows hold the group of a query; the
+# figures for D = 128 are in bench/NOTES.md.
 _HOPPER = {
-    64: DecodeConfig(TileConfig(64, 64, 4, 4), 512),
-    128: DecodeConfig(TileConfig(64, 64, 4, 3), 512),
-    256: DecodeConfig(TileConfig(64, 32, 8, 3), 512),
+    64: DecodeConfig(TileConfig(16, 64, 4, 4), 1024, scattered_stages=5),
+    128: DecodeConfig(TileConfig(16, 64, 4, 3), 1024, scattered_stages=4),
+    256: DecodeConfig(TileConfig(16, 32, 4, 3), 1024, scattered_stages=4),
 }
 _AMPERE = {
     64: DecodeConfig(TileConfig(32, 64, 4, 3), 512),
@@ -58,7 +67,7 @@ TABLES = {
     "gfx950": _CDNA,
     "float32": {256: DecodeConfig(TileConfig(16, 32, 4, 1), 512)},
     # Two blocks of keys are a split, so that short requests have several splits.
-    "interpreter": {256: DecodeConfig(TileConfig(16, 32, 4, 1), 64, 4, 16, 2)},
+    "interpreter": {256: DecodeConfig(TileConfig(16, 32, 4, 1), 64, merge_rows=16, merge_unroll=2)},
 }
 
 

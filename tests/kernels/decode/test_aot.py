@@ -32,11 +32,11 @@ def operands(case: aot.DecodeCase, head_dim: int):
     new_k = torch.empty(REQUESTS, 1, HEADS_K, head_dim, dtype=dtype, device="meta")
     q = torch.empty(REQUESTS, 1, HEADS_K * group, head_dim, dtype=dtype, device="meta")
     lengths = torch.zeros(REQUESTS, dtype=torch.int32)
-    table = torch.zeros(REQUESTS, 16, dtype=torch.int32) if case.page else None
+    table = torch.zeros(REQUESTS, 256, dtype=torch.int32) if case.page else None
     cache, new = KVCache(k, k, lengths, block_table=table), NewTokens(new_k, new_k)
     options = DecodeOptions(0.1, window_right=0)
     if case.everything:
-        cos = torch.zeros(4096, head_dim // 2, dtype=dtype)
+        cos = torch.zeros(16384, head_dim // 2, dtype=dtype)
         new = new._replace(cos=cos, sin=cos)
         cache = cache._replace(leftpad=lengths)
         floats = torch.zeros(HEADS_K * group)
@@ -66,7 +66,7 @@ def test_variants_are_what_is_launched(case, head_dim, launches):
         whole = options._replace(num_splits=0)
         launch.decode_attention(q, cache, new, whole, longest=config.split_size)
         launches["decode_whole_kernel"].assert_described_by(
-            aot.whole_variant(case, head_dim, config.tile, True)
+            aot.whole_variant(case, head_dim, config.tile_for(case.page > 0), True)
         )
         exact = varlen_config("sm_90", "varlen_fwd", head_dim, aot.GROUP)
         with override_configs(varlen_fwd=exact):
