@@ -145,7 +145,7 @@ def _complete(
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
+def _as_before(model: Any) -> Iterator[None]:
     """Puts a model into eval mode, and restores what a generation changes."""
     from transformers import GenerationConfig
 
