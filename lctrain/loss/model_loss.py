@@ -19,6 +19,7 @@ from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.masked_lm import has_known_head, head_losses
 from lctrain.loss.output_head import find_output_head
+from lctrain.made_class import makes_class
 
 
 class LossSwap:
@@ -79,7 +80,7 @@ def is_masked_lm(model: Any) -> bool:
     return type(model).__name__.endswith("ForMaskedLM")
 
 
-@functools.cache
+@makes_class
 def masked_loss_class(own: Any) -> Any:
     """Returns a subclass of a masked LM's class whose forward computes logits for no token.
 
@@ -169,7 +170,7 @@ def _masked_loss(model: Any, labels: Tensor, kwargs: dict[str, Any], replaceable
     )
 
 
-@functools.cache
+@makes_class
 def loss_class(own: Any) -> Any:
     """Returns a subclass of a causal LM's class whose forward computes the loss without logits.
 

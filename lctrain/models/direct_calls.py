@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.made_class import makes_class
+
 _threads = threading.local()
 _LIBRARIES = ("sentence_transformers",)
 
@@ -44,7 +46,7 @@ class CallSwap:
         return "model.forward runs the hooks"
 
 
-@functools.cache
+@makes_class
 def hooked_class(own: Any) -> Any:
     """Returns a subclass of a model's class whose `forward` runs hooks if it is called directly.
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lctrain.kernels import geglu, swiglu
+from lctrain.made_class import makes_class
 from lctrain.models import fused_encoders, fused_modules
 from lctrain.models.code import own_forward, parameters, same_code, unwrapped, with_globals
 from lctrain.warn import warn_caller
@@ -127,7 +128,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     return forward is not None and not getattr(forward, CALLS_CLASS, False)
 
 
-@functools.cache
+@makes_class
 def fused_class(own: type, mixin: type, attributes: tuple[tuple[str, Any], ...] = ()) -> type:
     """Returns a subclass of a module's class with a mixin's fused forward; cached.
 
@@ -277,7 +278,7 @@ def _is_fused_norm(module: Any) -> bool:
     return isinstance(module, fused_modules.LlamaNorm | fused_modules.GemmaNorm)
 
 
-@functools.cache
+@makes_class
 def _rotating_mixin(own: type) -> type:
     """Returns a mixin with an attention class's own forward, which calls the fused rotation."""
     forward = own_forward(own)

@@ -51,6 +51,7 @@ LEVELS = {
     "lctrain.dropout_seed": 3,
     "lctrain.allocator": 1,
     "lctrain.limits": 1,
+    "lctrain.made_class": 1,
     "lctrain.unchanged": 1,
     "lctrain.pluralize": 0,
     "lctrain.warn": 1,
