@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode": ("lctrain_kernels.bench.decode", "attention over key/value caches"),
     "step": ("lctrain.bench.step", "whole training steps, one process per contender"),
     "memory": ("lctrain.bench.memory", "peak memory and speed against context length"),
+    "longest": ("lctrain.bench.longest", "longest context that fits, from a laptop to one H200"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "groups": ("lctrain.bench.groups", "prompts that completions share, on one GPU"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),

@@ -1,12 +1,75 @@
-"""Makes the Markdown table of planned and measured memory from a record in results/memory/."""
+"""Makes the Markdown tables of planned and measured memory from the records in results/memory/."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lctrain_kernels.bench.newest import origin
+from lctrain_kernels.bench.newest import RESULTS, origin
 from lctrain_kernels.bench.peers import OURS
+
+PICTURE = "long_context.png"
+_ALT = "Peak memory and tokens per second against context length"
+Points = dict[str, dict[int, Mapping[str, Any]]]
+
+
+def memory_records(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Returns all records in results/memory/, in the order of their dates.
+
+    Args:
+        results: Folder that holds the folders of all kinds.
+    """
+    records = [json.loads(path.read_text()) for path in (results / "memory").glob("*.json")]
+    return sorted(records, key=lambda record: str(record["date"]))
+
+
+def memory_tables(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the tables of all records, and a line with the picture if there is a curve.
+
+    Args:
+        records: Records that `lctrain-bench memory` wrote.
+    """
+    tables = [memory_table(record) for record in records]
+    if curve_of(records):
+        tables.append(f"![{_ALT}]({PICTURE})\n")
+    return "\n".join(tables)
+
+
+def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
+    """Returns the fastest run of every contender at every length, of one document.
+
+    The records of the model with most measured lengths are taken. The later of two records with the
+    same setting counts.
+
+    Args:
+        records: Records that `lctrain-bench memory` wrote, in the order of their dates.
+
+    Returns:
+        Runs by contender and number of tokens; empty if fewer than two lengths were measured.
+    """
+    groups: dict[Any, Points] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if record.get("documents", 1) > 1:
+            continue
+        points = groups[record["shape"], record["layers"], record["rank"], record["precision"]]
+        fastest: Points = defaultdict(dict)
+        for run in record["runs"]:
+            if run["status"] == "ok" and "peak_gib" in run:
+                found = fastest[run.get("contender", OURS)]
+                known = found.get(run["tokens"])
+                if known is None or known["tokens_per_s"] < run["tokens_per_s"]:
+                    found[run["tokens"]] = run
+        for contender, runs in fastest.items():
+            points[contender].update(runs)
+    most = max(groups.values(), key=_lengths, default={})
+    return most if _lengths(most) > 1 else {}
+
+
+def _lengths(points: Points) -> int:
+    return len({tokens for runs in points.values() for tokens in runs})
 
 
 def memory_table(record: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
     python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
-The command rewrites the tables of the page. By default it reads the newest result file of each
+The command rewrites the tables of the page, and draws the picture of long contexts beside it. By
+default it reads the newest result file of each
 device. All other tables come from the newest files in the folders of `results/`.
 """
 
@@ -15,7 +16,9 @@ from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.balance_report import balance_table
 from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.encoder_report import encoder_table
-from lctrain_kernels.bench.memory_report import memory_table
+from lctrain_kernels.bench.longest_report import longest_table
+from lctrain_kernels.bench.memory_plot import draw_curve
+from lctrain_kernels.bench.memory_report import PICTURE, curve_of, memory_records, memory_tables
 from lctrain_kernels.bench.newest import RESULTS, newest_record
 from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
@@ -37,7 +40,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "varlen_backward": backward_table,
     "curves": curves_table,
     "balance": balance_table,
-    "memory": memory_table,
+    "longest": longest_table,
     "shared_prefix": shared_prefix_table,
     "encoder": encoder_table,
 }
@@ -231,6 +234,7 @@ def readme_with_steps(readme: str) -> str:
             kind: NOTHING_MEASURED if record is None else KINDS[kind](record)
             for kind, record in records.items()
         },
+        "memory": memory_tables(memory_records()) or NOTHING_MEASURED,
         "step": step_table(newest_step_record()),
         "ops": NOTHING_MEASURED if operations is None else operation_tables(operations),
         "scale": NOT_MEASURED if scale is None else scale_table(scale),
@@ -272,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = options.results or newest_results()
     text = options.readme.read_text()
+    if points := curve_of(memory_records()):
+        draw_curve(points, options.readme.with_name(PICTURE))
     try:
         text = readme_with_sections(readme_with_tables(text, results))
         options.readme.write_text(readme_with_steps(text))

@@ -7,7 +7,15 @@ import pytest
 from lctrain_kernels.bench import report
 from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.encoder_report import encoder_table
-from lctrain_kernels.bench.memory_report import memory_table
+from lctrain_kernels.bench.longest_report import longest_table
+from lctrain_kernels.bench.memory_plot import draw_curve
+from lctrain_kernels.bench.memory_report import (
+    PICTURE,
+    curve_of,
+    memory_records,
+    memory_table,
+    memory_tables,
+)
 from lctrain_kernels.bench.newest import RESULTS, newest_record
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 
@@ -34,7 +42,7 @@ def test_every_kind_has_a_record_and_a_place_on_the_page(kind):
 def test_every_folder_of_records_is_read_or_named():
     """The others hold details of a log entry, and no page shows them."""
     details = {"groups", "profile"}
-    shown = {*report.KINDS, *report.SECTIONS, "step", "ops"}
+    shown = {*report.KINDS, *report.SECTIONS, "step", "ops", "memory"}
     assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == shown | details
 
 
@@ -64,6 +72,48 @@ def test_memory_names_peers_documents_and_runs_that_were_cut():
     assert "8 documents of equal length" in text
     assert "| 8 | fa4_liger | offload | - | - | 4.00 | 5.00 | - / - | 2,000 | 1 |" in text
     assert "| 1.00 | unfinished | - | 0.00 / - | - | 0 |" in text
+
+
+def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_path):
+    run = {"policy": "auto", "status": "ok", "planned_gib": 1.0, "planned_host_gib": 0.0}
+    run |= {"layers": [], "peak_gib": 3.0, "reserved_gib": 3.0, "step_ms": [1.0]}
+    slow = {**run, "tokens": 2048, "tokens_per_s": 10.0, "peak_gib": 2.0}
+    settings = {"shape": "8B", "layers": 2, "rank": 16, "precision": "bf16", "mlp_tokens": None}
+    record = {**HEAD, **settings, "runs": [slow, {**slow, "tokens_per_s": 20.0, "peak_gib": 4.0}]}
+    assert curve_of([record]) == {}  # one length
+    peer = {**slow, "contender": "fa4", "tokens": 4096}
+    failed = {**slow, "status": "out_of_memory", "tokens": 8192}
+    later = {**record, "date": "2026-12-01", "runs": [{**slow, "tokens": 4096}, peer, failed]}
+    packs = {**record, "date": "2026-12-02", "documents": 8, "runs": [{**slow, "tokens": 9}]}
+    (tmp_path / "memory").mkdir()
+    for name, one in (("c", record), ("b", later), ("a", packs)):
+        (tmp_path / "memory" / f"{name}.json").write_text(json.dumps(one))
+    records = memory_records(tmp_path)
+    assert [one["date"][:10] for one in records] == ["2026-11-30", "2026-12-01", "2026-12-02"]
+    points = curve_of(records)
+    assert {name: sorted(runs) for name, runs in points.items()} == {
+        "lctrain": [2048, 4096],
+        "fa4": [4096],
+    }
+    assert points["lctrain"][2048]["peak_gib"] == 4.0  # of the faster policy
+    text = memory_tables(records)
+    assert text.count("| tokens | contender |") == 3
+    assert text.rstrip().endswith(f"]({PICTURE})")
+    pytest.importorskip("matplotlib")
+    draw_curve(points, tmp_path / PICTURE)
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_longest_contexts_have_a_row_for_each_machine():
+    plans = [
+        {"model": model, "device_gib": device, "host_gib": 8, "tokens": tokens}
+        for model, device, tokens in (("a", 8, 4096), ("b", 8, 0), ("a", 80, 9216), ("b", 80, 1024))
+    ]
+    text = longest_table({**HEAD, "rank": 16, "mlp_tokens": 4096, "plans": plans})
+    assert "not measured" in text
+    assert "| GPU, GiB | host memory used, GiB | a | b |" in text
+    assert "| 8 | 8 | 4,096 | does not fit |" in text
+    assert "| 80 | 8 | 9,216 | 1,024 |" in text
 
 
 def test_shared_prefixes_have_both_times():

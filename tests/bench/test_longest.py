@@ -1,0 +1,63 @@
+"""Tests the search of the longest context that fits."""
+
+import json
+
+import pytest
+import torch
+
+from lctrain.bench import longest
+from lctrain.bench.__main__ import main
+from lctrain.bench.shapes import SHAPES, build_shape, tiny
+from lctrain.config import AdapterConfig, MemoryConfig
+from lctrain.memory.plan import GIB, RESERVE, plan_of
+from lctrain.memory.profile import profile
+from lctrain.models import patch_model
+from lctrain.models.low_rank import add_adapter
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = build_shape(tiny(SHAPES["llama-1b"]), "sdpa", torch.device("meta"), torch.float32)
+    patch_model(made, fused=True)
+    pytest.importorskip("peft")
+    return add_adapter(made, AdapterConfig(rank=2)).train()
+
+
+def test_the_longest_context_fits_and_a_longer_one_does_not(model):
+    measured = profile(model, 8192, mlp_tokens=longest.MLP_TOKENS)
+    device, host = (RESERVE + 2**26) / GIB, 2**24 / GIB
+    tokens = longest.longest(measured, device, host)
+    assert tokens > 0
+    limits = int(device * GIB), int(host * GIB)
+    config = MemoryConfig(name="auto", mlp_tokens=longest.MLP_TOKENS, host_gib=host)
+    for length, fits in ((tokens, True), (tokens + longest.STEP, False)):
+        assert plan_of(longest.scaled(measured, length), config, *limits).fits == fits
+    assert longest.longest(measured, RESERVE / GIB, host) == 0
+
+
+def test_scaled_bytes_are_those_of_the_other_length(model):
+    """Without tiles every activation grows with the tokens."""
+    short, long = (profile(model, tokens) for tokens in (2048, 8192))
+    found = longest.scaled(short, 8192)
+    assert found.tokens == 8192
+    for name in ("inputs", "attention", "saved", "forward", "backward"):
+        for one, other in zip(found.layers, long.layers, strict=True):
+            assert 100 * abs(getattr(one, name) - getattr(other, name)) <= getattr(other, name)
+    assert found.attention_operations == long.attention_operations
+    assert found.weights == long.weights
+
+
+def test_the_record_has_every_model_and_machine(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(longest, "MACHINES", ((8, 8), (16, 16)))
+    monkeypatch.setattr(longest, "longest", lambda measured, device, host: 1024 * device)
+    monkeypatch.setattr(longest, "measure", lambda setting: None)
+    path = tmp_path / "longest.json"
+    assert main(["longest", "--tiny", "--output", str(path)]) == 0
+    plans = json.loads(path.read_text())["plans"]
+    assert len(plans) == 2 * len(longest.SETTINGS)
+    assert plans[1] | {"model": ""} == {
+        "model": "",
+        "device_gib": 16,
+        "host_gib": 16,
+        "tokens": 16_384,
+    }
