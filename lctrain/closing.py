@@ -61,6 +61,8 @@ def evaluate_at_end(
 ) -> Closing:
     """Evaluates the trained model on held-out documents, and writes, plots and logs the results.
 
+    All ranks must call this function; they share the documents, and rank 0 writes the files.
+
     Args:
         config: Settings of the evaluation.
         trainer: Trainer that has run `fit`.
@@ -70,9 +72,11 @@ def evaluate_at_end(
     held_out = trainer.datamodule.held_out_documents()
     documents = longest_documents(held_out, config.documents, config.document_tokens)
     if not documents or len(documents[0].input_ids) < 2:
-        log.warning(
-            "No perplexity by length: data.held_out_fraction holds out no document of two tokens."
-        )
+        if Topology.of(trainer).is_first:
+            log.warning(
+                "No perplexity by length: data.held_out_fraction holds out no document of two "
+                "tokens."
+            )
         return NOTHING
     module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
@@ -104,6 +108,7 @@ def measure_as_trained(
     shared: dict[str, Any] = {
         "max_tokens": config.forward_tokens(),
         "progress": _shows_progress(trainer),
+        "ranks": Topology.of(trainer),
     }
     read = module.model, documents, config.lengths
     if module.task == "mlm":
@@ -140,6 +145,7 @@ def compare_beyond_window(
         begin=begin_tokens(trainer.datamodule.tokenizer, config.begin_token),
         progress=_shows_progress(trainer),
         name=output_dir.parent.name,
+        ranks=Topology.of(trainer),
     )
     files = _save(comparison, output_dir / "perplexity", trainer)
     for logger in trainer.loggers if Topology.of(trainer).is_first else ():
@@ -189,6 +195,7 @@ def find_keys(
         keys_per_cell=config.keys_per_cell,
         progress=_shows_progress(trainer),
         name=reader.name,
+        ranks=Topology.of(trainer),
     )
     files = _save(table, output_dir / "passkeys", trainer)
     if Topology.of(trainer).is_first:

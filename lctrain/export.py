@@ -39,6 +39,7 @@ def export_model(
     trained_length: int | None = None,
     *,
     merge: bool = False,
+    writes: bool = True,
 ) -> Path:
     """Writes model, tokenizer and a model card, so that transformers loads them without lctrain.
 
@@ -52,6 +53,8 @@ def export_model(
         trained_length: Length of the longest document in training, in tokens; None if unknown.
         merge: Whether to add PEFT adapters to the weights, by peft, and to write a whole model. The
             module then holds the merged model.
+        writes: Whether this rank writes the files. A rank with a copy of the model that does not
+            write changes the module in the same way. All ranks with shards write.
 
     Returns:
         The folder.
@@ -65,13 +68,14 @@ def export_model(
         module.patch_handle = None
     if merge and hasattr(module.model, "merge_and_unload"):
         module.model = module.model.merge_and_unload(safe_merge=True)
-    model = module.model.cpu()
-    if inside_adapters(model) is model:
-        _delete_adapters(folder)
-    else:
-        _delete_whole_model(folder, model)
-    model.save_pretrained(folder)
-    _save_description(model, tokenizer, folder, spec, trained_length)
+    if writes:
+        model = module.model.cpu()
+        if inside_adapters(model) is model:
+            _delete_adapters(folder)
+        else:
+            _delete_whole_model(folder, model)
+        model.save_pretrained(folder)
+        _save_description(model, tokenizer, folder, spec, trained_length)
     module.configure_model()
     return folder
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lctrain.allocator import expand_segments
@@ -242,33 +241,12 @@ def end_launched_ranks(trainer: pl.Trainer, number: int) -> None:
 def export_and_evaluate(
     config: TrainConfig, trainer: pl.Trainer, module: LongContextModule, output_dir: Path
 ) -> Closing:
-    """Exports and evaluates the trained model on rank 0, while the other ranks wait.
+    """Exports and evaluates the trained model on all ranks; rank 0 writes the files.
 
-    A sharded model is exported and evaluated by all ranks together; rank 0 writes the files.
+    Each rank writes the shards of a sharded model. The ranks share the evaluated documents.
     """
-    from lctrain.closing import NOTHING
-    from lctrain.distributed import Topology
-
-    ranks = Topology.of(trainer)
-    closing = NOTHING
-    if ranks.is_first:
-        closing = _close(config, trainer, module, output_dir, output_dir)
-    elif ranks.is_sharded:
-        with TemporaryDirectory() as folder:
-            _close(config, trainer, module, output_dir, Path(folder))
-    trainer.strategy.barrier("lctrain-train")
-    return closing
-
-
-def _close(
-    config: TrainConfig,
-    trainer: pl.Trainer,
-    module: LongContextModule,
-    output_dir: Path,
-    tables: Path,
-) -> Closing:
-    """Exports the model into a run's folder, and evaluates it into the folder `tables`."""
     from lctrain.closing import NOTHING, evaluate_at_end
+    from lctrain.distributed import Topology
     from lctrain.distributed.sharding import through_root
     from lctrain.export import export_model
 
@@ -282,9 +260,13 @@ def _close(
             output_dir / "model",
             data.longest_document,
             merge=config.adapter is not None and config.adapter.merge,
+            writes=Topology.of(trainer).is_first,
         )
     if config.evaluation.enabled:
-        closing = through_root(trainer, evaluate_at_end, config.evaluation, trainer, module, tables)
+        closing = through_root(
+            trainer, evaluate_at_end, config.evaluation, trainer, module, output_dir
+        )
+    trainer.strategy.barrier("lctrain-train")
     return replace(closing, paths=paths | closing.paths)
 
 

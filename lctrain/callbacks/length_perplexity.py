@@ -19,7 +19,7 @@ from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 class LengthPerplexity(pl.Callback):
     """Measures held-out perplexity at several context lengths every n optimizer steps.
 
-    Rank 0 measures while the other ranks wait. If the model is sharded, all ranks measure together.
+    All ranks measure together: each data rank scores some of the documents.
     The measurement does not change training: the training mode of every module is restored, even
     after an error.
 
@@ -108,11 +108,9 @@ class LengthPerplexity(pl.Callback):
         before, self._step = self._step, trainer.global_step
         if self._step // self.every_n_steps == before // self.every_n_steps:
             return
-        ranks = Topology.of(trainer)
-        if ranks.is_first or ranks.is_sharded:  # a sharded model needs all ranks
-            metrics = through_root(trainer, self._measure, trainer, pl_module)
-            for logger in trainer.loggers if ranks.is_first else ():
-                logger.log_metrics(metrics, step=trainer.global_step - 1)
+        metrics = through_root(trainer, self._measure, trainer, pl_module)
+        for logger in trainer.loggers if Topology.of(trainer).is_first else ():
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
         trainer.strategy.barrier("LengthPerplexity")
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -125,6 +123,7 @@ class LengthPerplexity(pl.Callback):
                 self.lengths,
                 max_tokens=self.max_tokens,
                 begin=self._begin,
+                ranks=Topology.of(trainer),
             )
         return {f"val/perplexity_{row.length}": row.perplexity for row in table.rows}
 

@@ -153,3 +153,7 @@ class Topology:
         # A reduction with gloo does not wait for the device.
         gloo = dist.get_backend() == "gloo"
         return dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+
+
+ONE_RANK = Topology()
+"""The topology of a process without others."""

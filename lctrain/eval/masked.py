@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,8 +12,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lctrain.attention import is_patched
 from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.limits import check_model
 from lctrain.eval.ratio import token_mean
+from lctrain.eval.shared_work import owners
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.limits import check_lengths
 from lctrain.loss import evaluation_mode, masked_losses
@@ -39,6 +41,7 @@ def masked_perplexity_by_length(
     device: torch.device | str | None = None,
     progress: bool = False,
     name: str = "",
+    ranks: Topology = ONE_RANK,
 ) -> PerplexityTable:
     """Measures the perplexity of masked tokens of held-out documents, by the context they are in.
 
@@ -55,6 +58,7 @@ def masked_perplexity_by_length(
         device: Device of the model; None takes the device of its first parameter.
         progress: Whether to show a progress bar.
         name: Name of the model, for the title of the plot.
+        ranks: Ranks that share the work, all of which call this function.
 
     Returns:
         A table with a row per length, whose `mean_context` is the mean number of other tokens in a
@@ -77,20 +81,31 @@ def masked_perplexity_by_length(
     device = next(model.parameters()).device if device is None else torch.device(device)
     counts = np.array([(one.labels != IGNORE_INDEX).sum() for one in masked])
     sums = {length: np.zeros(len(masked)) for length in lengths}
-    contexts = dict.fromkeys(lengths, 0)
-    windows = dict.fromkeys(lengths, 0)
+    numbers = {length: np.zeros(2) for length in lengths}  # other tokens that were seen; windows
+    owner = owners([len(one.tokens) for one in masked], ranks.data_size)
     total = sum(len(one.tokens) for one in masked) * len(lengths)
     with (
         evaluation_mode(model),
         tqdm(total=total, desc="Masked tokens", unit="token", disable=not progress) as bar,
     ):
         for length in lengths:
-            for group in _groups(masked, length, max_tokens if is_patched(model) else 1):
+            largest = max_tokens if is_patched(model) else 1
+            groups = [
+                list(_groups(masked, length, largest, np.flatnonzero(owner == rank)))
+                for rank in range(ranks.data_size)
+            ]
+            mine = groups[ranks.data_rank]
+            for group in mine:
                 for document, window, losses in _score(model, masked, group, device):
                     sums[length][document] += losses.sum()
-                    contexts[length] += len(losses) * (window.stop - window.start - 1)
-                    windows[length] += 1
-                    bar.update(window.stop - window.start)
+                    seen = window.stop - window.start
+                    numbers[length] += (len(losses) * (seen - 1), 1)
+                    bar.update(seen * ranks.data_size)  # of all ranks, about
+            if ranks.is_sharded:  # all ranks call the layers equally often
+                for _ in range(max(map(len, groups)) - len(mine)):
+                    list(_score(model, masked, max(groups, key=len)[0], device))
+            sums[length] = total(sums[length], ranks)
+            numbers[length] = total(numbers[length], ranks)
     rows = []
     for length in lengths:
         loss, stderr = token_mean(sums[length], counts)
@@ -107,10 +122,10 @@ def masked_perplexity_by_length(
                 stderr=stderr,
                 gain=gain,
                 gain_stderr=gain_stderr,
-                mean_context=contexts[length] / int(counts.sum()),
+                mean_context=float(numbers[length][0]) / int(counts.sum()),
                 documents=len(masked),
                 tokens=int(counts.sum()),
-                windows=windows[length],
+                windows=int(numbers[length][1]),
             )
         )
     return PerplexityTable(tuple(rows), name=name, overlap=0.0, min_context=0)
@@ -124,11 +139,14 @@ def _mask(input_ids: np.ndarray, masking: MaskTokens) -> _Masked:
     return _Masked(batch.input_ids[0].numpy(), batch.labels[0].numpy())
 
 
-def _groups(masked: Sequence[_Masked], length: int, max_tokens: int) -> Iterator[list[_Piece]]:
-    """Yields the windows of all documents in groups: one window, or at most `max_tokens` tokens."""
+def _groups(
+    masked: Sequence[_Masked], length: int, max_tokens: int, chosen: Iterable[int]
+) -> Iterator[list[_Piece]]:
+    """Yields the windows of chosen documents in groups: one, or at most `max_tokens` tokens."""
     group: list[_Piece] = []
     held = 0
-    for number, one in enumerate(masked):
+    for number in chosen:
+        one = masked[number]
         for start in range(0, len(one.tokens), length):
             stop = min(start + length, len(one.tokens))
             if group and held + stop - start > max_tokens:
@@ -136,7 +154,8 @@ def _groups(masked: Sequence[_Masked], length: int, max_tokens: int) -> Iterator
                 group, held = [], 0
             group.append((number, slice(start, stop)))
             held += stop - start
-    yield group
+    if group:
+        yield group
 
 
 def _score(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.begin import NO_BEGIN, BeginTokens
 from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.extension import Extension
@@ -36,6 +37,7 @@ def perplexity_by_length(
     begin: BeginTokens = NO_BEGIN,
     progress: bool = False,
     name: str = "",
+    ranks: Topology = ONE_RANK,
 ) -> PerplexityTable:
     """Measures the perplexity of held-out documents with contexts of different lengths.
 
@@ -72,6 +74,7 @@ def perplexity_by_length(
         begin: Begin tokens of the windows: see `begin_tokens`. They count as tokens of a window.
         progress: Whether to show a progress bar.
         name: Name of the model, for the title of the plot.
+        ranks: Ranks that share the work, all of which call this function.
 
     Returns:
         A table with a row per length. `str(table)` is the table in text, and `table.save(folder)`
@@ -91,6 +94,7 @@ def perplexity_by_length(
         lengths,
         max_tokens=max_tokens,
         device=device,
+        ranks=ranks,
     )
     return task.by_length(computed(run, progress)[reading.method], name)
 
@@ -108,6 +112,7 @@ def compare_methods(
     begin: BeginTokens = NO_BEGIN,
     progress: bool = False,
     name: str = "",
+    ranks: Topology = ONE_RANK,
 ) -> MethodComparison:
     """Measures the perplexity of the same tokens, at every length and with every method.
 
@@ -129,6 +134,7 @@ def compare_methods(
         begin: Begin tokens of the windows; see `begin_tokens`.
         progress: Whether to show a progress bar.
         name: Name of the model.
+        ranks: Ranks that share the work, all of which call this function.
 
     Returns:
         The comparison. `str()` of it is a table in text, and `save(folder)` writes files.
@@ -146,6 +152,7 @@ def compare_methods(
         lengths,
         max_tokens=max_tokens,
         device=device,
+        ranks=ranks,
     )
     tables = {
         method: task.by_length(found, method) for method, found in computed(run, progress).items()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lctrain.distributed import ONE_RANK, Topology
+
 
 def _ignore(units: int) -> None:
     """Counts nothing."""
@@ -23,6 +25,7 @@ class Reader:
         max_tokens: Largest number of tokens in a forward pass.
         segment: Length in tokens of the parts into which documents are cut; None for whole ones.
         advance: Function that moves the progress bar by a number of units.
+        ranks: Ranks that share the documents; each has the model, or all share its parameters.
     """
 
     model: Any
@@ -30,3 +33,4 @@ class Reader:
     max_tokens: int
     segment: int | None = None
     advance: Callable[[int], None] = _ignore
+    ranks: Topology = ONE_RANK

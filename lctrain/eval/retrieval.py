@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lctrain.data.passkey import PasskeyFormat
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.extension import Extension
 from lctrain.eval.passkey_table import PasskeyTable
 from lctrain.eval.records import Subject
@@ -31,6 +32,7 @@ def passkey_retrieval(
     device: torch.device | str | None = None,
     progress: bool = False,
     name: str = "",
+    ranks: Topology = ONE_RANK,
 ) -> PasskeyTable:
     """Hides keys in texts, and counts the keys that a model retrieves word for word.
 
@@ -54,6 +56,7 @@ def passkey_retrieval(
         device: Device of the model; None takes the device of its first parameter.
         progress: Whether to show a progress bar.
         name: Name of the model.
+        ranks: Ranks that share the work, all of which call this function.
 
     Returns:
         The table. `str()` of it is the table in text, and `save(folder)` writes files.
@@ -66,5 +69,7 @@ def passkey_retrieval(
     task = PasskeyRetrieval(depths=depths, keys_per_cell=keys_per_cell, seed=seed, format=format)
     subject = Subject(model, window=extensions[0].window, name=name)
     task.texts = documents
-    run = Run.prepared(task, subject, extensions, lengths, max_tokens=max_tokens, device=device)
+    run = Run.prepared(
+        task, subject, extensions, lengths, max_tokens=max_tokens, device=device, ranks=ranks
+    )
     return task.table(computed(run, progress))

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.cells import Cell
 from lctrain.eval.method_words import method_words
 from lctrain.eval.reader import Reader
 from lctrain.eval.reading import Reading
 from lctrain.eval.records import Result, Subject, Table
+from lctrain.eval.shared_work import joined, share_of
 from lctrain.eval.task import Task
 
 
@@ -31,6 +33,7 @@ class Run:
         lengths: Context lengths in tokens, rising.
         max_tokens: Largest number of tokens in a forward pass.
         device: Device of the model.
+        ranks: Ranks that share the items; all of them compute the same cells.
     """
 
     task: Task
@@ -39,6 +42,7 @@ class Run:
     lengths: tuple[int, ...]
     max_tokens: int
     device: torch.device
+    ranks: Topology = ONE_RANK
 
     @classmethod
     def prepared(
@@ -50,6 +54,7 @@ class Run:
         *,
         max_tokens: int,
         device: torch.device | str | None = None,
+        ranks: Topology = ONE_RANK,
     ) -> Run:
         """Prepares the task; see Task.prepare.
 
@@ -58,7 +63,7 @@ class Run:
         """
         task.prepare(subject, lengths)
         device = _device(subject.model) if device is None else torch.device(device)
-        return cls(task, subject, readings, lengths, max_tokens, device)
+        return cls(task, subject, readings, lengths, max_tokens, device, ranks)
 
     def same(self, reading: Reading, length: int) -> int:
         """Returns the length of the cell that is computed for a length."""
@@ -121,9 +126,14 @@ class Run:
 
     def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
         made = self.task.make(length)
-        reader = Reader(self.subject.model, self.device, self.max_tokens, reading.segment, advance)
-        with reading.at(self.subject.model, length):
-            items = tuple(self.task.score(reader, length, made))
+        model, ranks = self.subject.model, self.ranks
+        reader = Reader(model, self.device, self.max_tokens, reading.segment, advance, ranks)
+        alone = ranks.data_size == 1 or self.task.shares_itself
+        with reading.at(model, length):
+            mine = made if alone else share_of(made, ranks)
+            items = tuple(self.task.score(reader, length, mine))
+        if not alone:
+            items = tuple(joined(items, len(made), ranks))
         return Result(items, self.task.facts(length))
 
     def results(self, done: MutableMapping[Cell, Result]) -> dict[str, dict[int, Result]]:

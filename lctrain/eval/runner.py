@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
 from lctrain.data.packing import plan_rows
+from lctrain.distributed import ONE_RANK, Topology
+from lctrain.eval.shared_work import owners
 from lctrain.eval.windows import Windows
 from lctrain.loss import evaluation_mode, token_losses
 from lctrain.models.frequencies import row_frequencies
@@ -43,6 +45,7 @@ def score_windows(
     device: torch.device,
     segment: int | None = None,
     begin: Sequence[int] = (),
+    ranks: Topology = ONE_RANK,
 ) -> Iterator[ScoredTokens]:
     """Scores windows in batches of at most `max_tokens` tokens.
 
@@ -62,9 +65,12 @@ def score_windows(
             parts; None for whole windows. Only packs can be cut. Parts after the first have no
             begin tokens.
         begin: Begin tokens, which are put before a window if its prefix is not 0.
+        ranks: Ranks that share the documents; each scores the windows of some of them. All ranks
+            must call this function, and run equally many batches: their parameters may be sharded.
 
     Yields:
-        The scored positions of one batch. All batches together hold every scored position once.
+        The scored positions of one batch. All batches of all data ranks together hold every scored
+        position once.
     """
     packed = is_patched(model)
     if segment is not None and not packed:
@@ -72,9 +78,15 @@ def score_windows(
             f"segment must be None for a model on padded rows, got {segment}. Patch its attention: "
             "lctrain.patch_model(model)."
         )
-    batches = _packs(windows, max_tokens) if packed else _rows(windows, max_tokens)
+    planned = [
+        _planned(windows, max_tokens, packed, rank, ranks) for rank in range(ranks.data_size)
+    ]
+    mine = planned[ranks.data_rank]
+    # A rank without windows left reads the shortest one again, without scoring it.
+    missing = max(map(len, planned)) - len(mine) if ranks.is_sharded else 0
+    batches = [*mine, *([np.argmin(windows.lengths)[None]] * missing)]
     prefix = np.array(begin, dtype=np.int64)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         parts = [
             np.concatenate(
                 [
@@ -102,11 +114,34 @@ def score_windows(
         own = nullcontext() if packed else row_frequencies(model, torch.tensor(lengths))
         with evaluation_mode(model), own:
             losses = token_losses(model, kwargs, _to(places, device), _to(targets, device))
-        yield ScoredTokens(
-            documents=np.repeat(windows.documents[batch], windows.scored[batch]),
-            positions=np.concatenate(chosen),
-            losses=losses.double().cpu().numpy(),
-        )
+        if number < len(mine):
+            yield ScoredTokens(
+                documents=np.repeat(windows.documents[batch], windows.scored[batch]),
+                positions=np.concatenate(chosen),
+                losses=losses.double().cpu().numpy(),
+            )
+
+
+def _planned(
+    windows: Windows, max_tokens: int, packed: bool, rank: int, ranks: Topology
+) -> list[np.ndarray]:
+    """Returns the batches of one data rank, each as indices of windows.
+
+    A document's windows are all scored by one data rank.
+
+    Args:
+        windows: Windows of all documents.
+        max_tokens: Largest number of tokens in a batch.
+        packed: Whether the model reads packs.
+        rank: Index of the data rank.
+        ranks: Ranks of the run.
+    """
+    owner = owners(np.bincount(windows.documents, windows.lengths), ranks.data_size)
+    mine = np.flatnonzero(owner[windows.documents] == rank)
+    if not len(mine):
+        return []
+    cut_batches = _packs if packed else _rows
+    return [mine[batch] for batch in cut_batches(windows.chosen(mine), max_tokens)]
 
 
 def _packs(windows: Windows, max_tokens: int) -> Iterator[np.ndarray]:

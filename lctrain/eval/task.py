@@ -27,6 +27,8 @@ class Task(ABC):
         measures: What the task measures, the most important one first.
         title: Name for pictures and progress bars.
         unit: Name of an item.
+        shares_itself: Whether `score` divides the work over `reader.ranks`, and yields all items on
+            all ranks. Otherwise every rank scores some of what `make` returns, an item for each.
         lengths: Context lengths of this task in tokens; None for those of the evaluation.
         methods: Methods of reading beyond the window of this task; None for those of the
             evaluation.
@@ -37,6 +39,7 @@ class Task(ABC):
     measures: ClassVar[tuple[Measure, ...]]
     title: ClassVar[str]
     unit: ClassVar[str] = "item"
+    shares_itself: ClassVar[bool] = False
     lengths: Sequence[int] | None = None
     methods: Sequence[str] | None = None
     subject: Subject

@@ -43,6 +43,11 @@ class Windows:
         """Number of scored positions in each window: [W] int64."""
         return self.stops - self.scored_from
 
+    def chosen(self, indices: np.ndarray) -> Windows:
+        """Returns the windows of the given indices, [n] int64."""
+        fields = (self.documents, self.starts, self.scored_from, self.stops, self.prefixes)
+        return Windows(*(values[indices] for values in fields))
+
     def mean_context(self) -> float:
         """Returns the mean number of tokens that a scored position sees, itself included."""
         first = self.prefixes + self.scored_from - self.starts + 1

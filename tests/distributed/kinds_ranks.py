@@ -4,16 +4,23 @@ Usage: python -m tests.distributed.kinds_ranks RANK SIZE FOLDER
 """
 
 import copy
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.distributed.tensor import DTensor
 
+from lctrain.callbacks import LengthPerplexity
 from lctrain.config import AdapterConfig, MemoryConfig, OptimConfig
+from lctrain.data.documents import TokenizedDocument
 from lctrain.data.masking import MaskTokens
-from lctrain.distributed.sharding import whole_value
+from lctrain.distributed import ONE_RANK, Topology
+from lctrain.distributed.sharding import through_root, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
+from lctrain.eval import masked_perplexity_by_length
 from lctrain.export import export_model
 from lctrain.models.low_rank import add_adapter
 from lctrain.module import LongContextModule
@@ -32,6 +39,8 @@ POLICIES = {
     "auto": MemoryConfig(name="auto", device_gib=1.0005, tokens=64),
     "tiles": MemoryConfig(name="offload", mlp_tokens=16),
 }
+HELD_OUT = [torch.arange(size) % 89 + 3 for size in (9, 60, 14, 40, 3, 31)]
+"""Documents to measure, of unequal lengths."""
 MASKING = MaskTokens(mask_token_id=1, vocab_size=VOCABULARY, fraction=0.3)
 
 
@@ -112,6 +121,43 @@ class SaveFirst(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Kept(DummyLogger):
+    """A logger that keeps what it logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.metrics = []
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+
+def measured(folder, strategy):
+    """Trains with LengthPerplexity, and returns what rank 0 logs."""
+    logger = Kept()
+    callback = LengthPerplexity([8, 16], every_n_steps=2, max_tokens=48, held_out=HELD_OUT)
+    trainer = make_trainer(
+        folder,
+        [callback],
+        strategy=strategy,
+        devices=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        accumulate_grad_batches=WINDOW,
+        gradient_clip_val=CLIP,
+        logger=logger,
+    )
+    trainer.fit(Kind(layers))
+    return [(step, kept) for step, kept in logger.metrics if "val/perplexity_8" in kept]
+
+
+def masked_perplexity(model, ranks=ONE_RANK):
+    """Returns the rows of the perplexity of masked tokens by length."""
+    documents = [TokenizedDocument(str(i), np.array(ids), i) for i, ids in enumerate(HELD_OUT)]
+    table = masked_perplexity_by_length(
+        model, documents, [8, 16], MASKING, max_tokens=32, ranks=ranks
+    )
+    return [asdict(row) for row in table.rows]
+
+
 def fit(folder, module, resumed=None, saved=None):
     """Trains one epoch, and returns losses with norms, and the whole weights."""
     trainer = make_trainer(
@@ -170,7 +216,13 @@ def main() -> None:
             found[name] = fit(folder, module)
             found[name, "calls"] = module.mlp_calls
             found[name, "policies"] = module.memory_handle.policies
-        found["mlm"] = fit(folder, Kind(encoder, task="mlm"))
+        module = Kind(encoder, task="mlm")
+        found["mlm"] = fit(folder, module)
+        found["masked"] = through_root(
+            module.trainer, masked_perplexity, module.model, Topology.of(module.trainer)
+        )
+        for name, strategy in (("ddp", "ddp"), ("fsdp2", ShardedStrategy())):
+            found["measured", name] = measured(folder, strategy)
         found |= adapters(folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import lctrain
 from lctrain.build import plan_memory
+from lctrain.callbacks import LengthPerplexity
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import check_tiles
 from lctrain.memory.profile import profile
@@ -19,14 +20,17 @@ from lctrain.models.low_rank import adapter_state
 from lctrain.run.sharded_checkpoint import AnyCheckpointIO, read_whole
 from tests.configs.composed import load
 from tests.distributed.kinds_ranks import (
+    HELD_OUT,
     LAYERS,
     MASKING,
     POLICIES,
+    Kept,
     Kind,
     SaveFirst,
     adapted,
     encoder,
     layers,
+    masked_perplexity,
 )
 from tests.distributed.ranks import run_ranks
 from tests.float64 import built_in_float64
@@ -173,6 +177,31 @@ def test_exports_of_sharded_adapters(found, folder, name):
     for key, value in merged.items():
         assert torch.equal(whole[key], value)
         assert torch.equal(found[name, "merged"][key], value)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_ranks_that_share_documents_measure_what_one_process_does(found, tmp_path, name):
+    with built_in_float64():
+        module = Kind(layers)
+        module.train_dataloader = lambda: loader(joined())
+        logger = Kept()
+        callback = LengthPerplexity([8, 16], every_n_steps=2, max_tokens=48, held_out=HELD_OUT)
+        trainer = make_trainer(tmp_path, [callback], gradient_clip_val=CLIP, logger=logger)
+        trainer.fit(module)
+    expected = [(step, kept) for step, kept in logger.metrics if "val/perplexity_8" in kept]
+    assert len(expected) == len(found["measured", name]) == 1
+    for (step, kept), (other, theirs) in zip(expected, found["measured", name], strict=True):
+        assert step == other
+        assert theirs == near(kept)
+
+
+def test_ranks_that_share_masked_documents(found, tmp_path):
+    with built_in_float64():
+        module = Kind(encoder(), task="mlm")
+        one_process(module, tmp_path, masked_batch)
+        expected = masked_perplexity(module.model)
+    for row, theirs in zip(expected, found["masked"], strict=True):
+        assert theirs == near(row)
 
 
 def test_other_adapters_are_refused(found):
