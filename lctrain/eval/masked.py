@@ -15,7 +15,7 @@ from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.limits import check_model
 from lctrain.eval.ratio import token_mean
-from lctrain.eval.shared_work import owners
+from lctrain.eval.shared_work import owners, summed
 from lctrain.eval.table import PerplexityRow, PerplexityTable
 from lctrain.limits import check_lengths
 from lctrain.loss import evaluation_mode, masked_losses
@@ -104,8 +104,8 @@ def masked_perplexity_by_length(
             if ranks.is_sharded:  # all ranks call the layers equally often
                 for _ in range(max(map(len, groups)) - len(mine)):
                     list(_score(model, masked, max(groups, key=len)[0], device))
-            sums[length] = total(sums[length], ranks)
-            numbers[length] = total(numbers[length], ranks)
+            sums[length] = summed(sums[length], ranks)
+            numbers[length] = summed(numbers[length], ranks)
     rows = []
     for length in lengths:
         loss, stderr = token_mean(sums[length], counts)

@@ -35,7 +35,7 @@ def owners(costs: Sequence[float], size: int) -> np.ndarray:
     return found
 
 
-def total(sums: np.ndarray, ranks: Topology) -> np.ndarray:
+def summed(sums: np.ndarray, ranks: Topology) -> np.ndarray:
     """Returns the sum of an array over the data ranks. All ranks must call it.
 
     Where only one data rank has a value other than 0, that value is returned to the bit.

@@ -9,7 +9,7 @@ import torch
 import lctrain
 from lctrain.distributed import Topology
 from lctrain.eval.runner import score_windows
-from lctrain.eval.shared_work import joined, owners, share_of, total
+from lctrain.eval.shared_work import joined, owners, share_of, summed
 from lctrain.eval.windows import cut_windows
 from tests.float64 import built_in_float64
 from tests.numerics import near
@@ -41,7 +41,7 @@ def test_shares_are_joined_in_order(size, context):
 def test_sums_of_one_rank_keep_their_bits():
     sums = [np.array([0.1, 0.0]), np.array([0.1, 0.0]), np.array([0.0, 0.7]), np.array([0.0, 0.7])]
     ranks = SimpleNamespace(data_size=2, context=2, gather=lambda value: sums)
-    assert total(sums[0], ranks).tolist() == [0.1, 0.7]
+    assert summed(sums[0], ranks).tolist() == [0.1, 0.7]
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["packs", "rows"])

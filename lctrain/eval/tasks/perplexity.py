@@ -19,7 +19,7 @@ from lctrain.eval.reader import Reader
 from lctrain.eval.records import Item, Measure, Result, Subject
 from lctrain.eval.row import PerplexityRow
 from lctrain.eval.runner import score_windows
-from lctrain.eval.shared_work import total
+from lctrain.eval.shared_work import summed
 from lctrain.eval.table import PerplexityTable
 from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows, cut_windows
@@ -147,7 +147,7 @@ class Perplexity(Task):
         ):
             sums += np.bincount(scored.documents, scored.losses, len(sums))
             reader.advance(len(scored.losses) * reader.ranks.data_size)  # of all ranks, about
-        sums = total(sums, reader.ranks)
+        sums = summed(sums, reader.ranks)
         for name, loss, count in zip(self._names, sums.tolist(), self._counts, strict=True):
             yield Item(name, {"loss": loss}, float(count))
 
