@@ -19,6 +19,7 @@ from types import TracebackType
 
 from lctrain.config_errors import Known, explain_config_error
 from lctrain.pluralize import pluralize
+from lctrain.run.rank import local_rank
 
 EXPECTED_STATUS = 2
 """Exit status after an expected error."""
@@ -106,11 +107,11 @@ def report_failure(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BUG_STATUS
     message = explain(error, overrides, known)
-    local_rank = os.environ.get("LOCAL_RANK", "0")
+    rank = local_rank()
     if message is None:
         traceback.print_exception(error)
-    elif local_rank != "0":
-        print(f"{program} (rank {local_rank}): {message.splitlines()[0]}", file=sys.stderr)
+    elif rank != 0:
+        print(f"{program} (rank {rank}): {message.splitlines()[0]}", file=sys.stderr)
     else:
         print(shorten(f"{program}: {message}"), file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows where it was raised.)", file=sys.stderr, flush=True)

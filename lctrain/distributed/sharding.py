@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lctrain.distributed.stored import StoredTensor, read_stored, stored_of
+from lctrain.distributed.topology import Topology
 
 _IS_TO_BE_SHARDED = ContextVar("_IS_TO_BE_SHARDED", default=False)
 
@@ -179,7 +180,7 @@ def shard_model(
     Raises:
         ValueError: if a parameter has no value on rank 0 and in no file.
     """
-    is_first = torch.distributed.get_rank() == 0
+    is_first = Topology.of_process().is_first
     places = {name: stored_of(parameter) for name, parameter in model.named_parameters()}
     lost = [
         name

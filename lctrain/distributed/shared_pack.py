@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lctrain.distributed.collectives import Selection
 from lctrain.distributed.context import Chunk, ContextShard
+from lctrain.distributed.topology import Topology
 
 if TYPE_CHECKING:
     from lctrain_kernels.pack import Pack
@@ -45,14 +46,14 @@ class ContextGroups:
         """
         if heads in (1, size):
             return cls(whole, whole, whole)
-        rank, found = dist.get_rank(), {}
-        for first in range(0, dist.get_world_size(), size):
+        ranks, found = Topology.of_process(), {}
+        for first in range(0, ranks.size, size):
             everyone = list(range(first, first + size))
             parts = [("heads", everyone[i : i + heads]) for i in range(0, size, heads)]
             parts += [("keys", everyone[i::heads]) for i in range(heads)]
-            for name, ranks in parts:
-                group = dist.new_group(ranks)
-                if rank in ranks:
+            for name, members in parts:
+                group = dist.new_group(members)
+                if ranks.rank in members:
                     found[name] = group
         return cls(whole, **found)
 

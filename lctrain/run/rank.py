@@ -30,7 +30,7 @@ def is_launched_by_lightning(environment: Mapping[str, str] | None = None) -> bo
 
 def local_rank() -> int:
     """Returns the number of this rank on its machine, from torchrun's LOCAL_RANK; 0 without it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def ranks_on_machine() -> int:
@@ -38,7 +38,7 @@ def ranks_on_machine() -> int:
 
     Lightning's own launcher sets no such variable.
     """
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def is_launched() -> bool:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.distributed.tensor import DTensor
@@ -151,7 +150,7 @@ def measured(folder, strategy):
 
 def masked_perplexity(model, ranks=ONE_RANK):
     """Returns the rows of the perplexity of masked tokens by length."""
-    documents = [TokenizedDocument(str(i), np.array(ids), i) for i, ids in enumerate(HELD_OUT)]
+    documents = [TokenizedDocument(str(i), ids.numpy(), i) for i, ids in enumerate(HELD_OUT)]
     table = masked_perplexity_by_length(
         model, documents, [8, 16], MASKING, max_tokens=32, ranks=ranks
     )

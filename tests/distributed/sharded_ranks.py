@@ -105,6 +105,8 @@ def main() -> None:
     assert scale.main(["--tiny", parts, "--steps=1", f"--output={folder}/scale.json"]) == 0
     quick = ("export=false", "evaluation.enabled=false")
     train(config(*sharded, output_dir=folder / "whole"))
+    copied = ("trainer.strategy=ddp", f"trainer.devices={size}")
+    train(config(*overrides, *copied, output_dir=folder / "copied"))
     train(config(*sharded, *quick, kept, "memory=checkpoint", output_dir=folder / "other"))
     context.BORDER = 16
     shared = ("trainer.context_parallel=2", "trainer.accumulate_grad_batches=2", "export=false")
@@ -122,7 +124,7 @@ def main() -> None:
     train(config(*sharded, *quick, *pretrained, output_dir=folder / "pretrained"))
     if rank == 0:
         assert last.is_dir()
-        names = ("whole", "other", "again", "pretrained", "shared")
+        names = ("whole", "copied", "other", "again", "pretrained", "shared")
         found["losses"] = {name: train_losses(folder / name) for name in names}
         torch.save(found, folder / "found.pt")
 

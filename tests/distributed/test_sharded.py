@@ -133,6 +133,17 @@ def test_a_run_equals_the_one_on_one_rank(folder):
     assert losses(folder / "whole") == near_roundings(losses(folder / "one"), EXACT_ROUNDINGS)
 
 
+@pytest.mark.parametrize("name", ["whole", "copied", "shared"])
+def test_ranks_share_the_closing_evaluation(folder, name):
+    """Every strategy measures the same documents, and logs what one rank does."""
+    (one,), (theirs,) = ((folder / run / "perplexity").glob("*.json") for run in ("one", name))
+    mine, found = (json.loads(path.read_text())["rows"] for path in (one, theirs))
+    assert [row["length"] for row in mine] == [16, 64]
+    for row, other in zip(mine, found, strict=True):
+        assert (row["tokens"], row["documents"]) == (other["tokens"], other["documents"])
+        assert other["loss"] == near_roundings(row["loss"], EXACT_ROUNDINGS)
+
+
 def test_a_resumed_run_has_the_same_bits(found):
     whole, again = found["losses"]["whole"], found["losses"]["again"]
     assert list(again) == list("012345")  # metrics of the run before are kept

@@ -1,6 +1,5 @@
-"""Tests Topology, and that it is the only source of rank and size."""
+"""Tests Topology; tests/house/test_ranks.py tests that it is the only source of rank and size."""
 
-import ast
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,36 +14,7 @@ from lctrain.distributed.sharding import ShardRoot
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.module import LongContextModule
-from tests.house.typecheck import ROOT
 from tests.training import make_batch
-
-OWN_RANKS = {"world_size", "global_rank", "is_global_zero", "get_world_size", "get_rank"}
-EXCEPT = (
-    *("lctrain/distributed", "lctrain/process_group.py"),
-    *("lctrain/bench/scale.py", "lctrain/bench/shares.py"),  # ranks without a trainer
-)
-
-
-def reads_ranks(source: str) -> list[int]:
-    """Returns the lines that read rank or size from Lightning, or import torch.distributed."""
-    nodes = list(ast.walk(ast.parse(source)))
-    reads = [node.lineno for node in nodes if getattr(node, "attr", None) in OWN_RANKS]
-    imports = [node for node in nodes if isinstance(node, ast.Import)]
-    names = [(node.lineno, alias.name) for node in imports for alias in node.names]
-    return reads + [line for line, name in names if name == "torch.distributed"]
-
-
-def test_nothing_else_asks_for_rank_or_size():
-    paths = sorted((ROOT / "lctrain").rglob("*.py"))
-    found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in paths
-        if not path.relative_to(ROOT).as_posix().startswith(EXCEPT)
-        for line in reads_ranks(path.read_text())
-    ]
-    assert not found, f"ask lctrain.distributed.Topology: {found}"
-    for source in ("trainer.world_size", "import torch.distributed as dist"):
-        assert reads_ranks(source) == [1]
 
 
 def test_ranks_of_a_trainer():
