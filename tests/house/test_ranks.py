@@ -16,6 +16,8 @@ LAUNCHED = {
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID"),
 }
 """Environment variables of torchrun, srun and Lightning."""
+LAUNCHES = ("lctrain/run/rank.py", "lctrain/run/launch.py")
+"""Files that may name them."""
 READS = {
     "lctrain/distributed/topology.py": "it is the source",
     "lctrain/distributed/strategy.py": "it builds the Topology of its ranks",
@@ -53,7 +55,7 @@ def names_variables(source: str) -> list[int]:
     [
         (reads_ranks, tuple(READS), "trainer.world_size"),
         (imports_torch, IMPORTS, "import torch.distributed as dist"),
-        (names_variables, ("lctrain/run/rank.py",), "os.environ['RANK']"),
+        (names_variables, LAUNCHES, "os.environ['RANK']"),
     ],
 )
 def test_nothing_else_asks_for_rank_or_size(find, allowed, example):
