@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 
 from lctrain.callbacks.held_out import held_out_documents, tokenizer_of
 from lctrain.callbacks.targets import find_target
@@ -167,7 +166,7 @@ class LongContextEval(pl.Callback):
                     break
                 run.compute_cell(cell, done, bar)
         if not together:
-            done = _gathered(done, ranks.size)
+            done = _gathered(done, ranks)
         if len(done) < len(cells) and ranks.is_first:
             log.warning(
                 "LongContextEval left out %d of %d cells, which budget_s=%s did not allow. Raise "
@@ -182,10 +181,7 @@ class LongContextEval(pl.Callback):
         """Whether the budget is spent. Ranks that compute together follow the first one."""
         if self.budget_s is None:
             return False
-        spent = [time.monotonic() - began > self.budget_s]
-        if ranks.size > 1:
-            dist.broadcast_object_list(spent, src=0)
-        return spent[0]
+        return bool(ranks.of_first(time.monotonic() - began > self.budget_s))
 
     def _log(self, trainer: pl.Trainer, done: Done) -> None:
         tables = [table for run in self._runs if (table := _table(run, done)) is not None]
@@ -222,8 +218,6 @@ def _table(run: Run, done: Mapping[Cell, Result]) -> Table | None:
     return table if table.as_dicts() else None
 
 
-def _gathered(done: Done, ranks: int) -> Done:
+def _gathered(done: Done, ranks: Topology) -> Done:
     """Returns the results of all ranks together."""
-    parts: list[Any] = [None] * ranks
-    dist.all_gather_object(parts, done)
-    return {cell: result for part in parts for cell, result in part.items()}
+    return {cell: result for part in ranks.gather(done) for cell, result in part.items()}
