@@ -59,44 +59,48 @@ def score_prompts(
     Raises:
         ValueError: if documents are cut into parts, which a decoder does not do.
     """
-    if by == "likelihood":
-        yield from _by_likelihood(reader, tokenizer, prompts)
-        return
-    if reader.segment is not None:
+    if by == "generation" and reader.segment is not None:
         raise ValueError(
             "methods must not name intra_chunk for a task by generation, got it. Leave it out, or "
             "score by likelihood."
         )
+    answer = _decided if by == "likelihood" else _generated
+    for batch in _batches(prompts, reader.max_tokens):
+        yield from answer(reader, tokenizer, batch)
+        reader.advance(len(batch))
+
+
+def _batches(prompts: Iterable[TokenPrompt], max_tokens: int) -> Iterator[list[TokenPrompt]]:
+    """Yields prompts in batches of at most `max_tokens` tokens in rows, answers included."""
+    batch: list[TokenPrompt] = []
+    longest = 0
     for made in prompts:
+        size = len(made.input_ids) + max(len(made.answer_ids), made.prompt.new_tokens)
+        if batch and max(longest, size) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch, longest = [], 0
+        batch.append(made)
+        longest = max(longest, size)
+    if batch:
+        yield batch
+
+
+def _generated(reader: Reader, tokenizer: Any, batch: list[TokenPrompt]) -> Iterator[Answer]:
+    """Yields the answers that the model generates, each of its prompt's number of tokens."""
+    most = max(made.prompt.new_tokens for made in batch)
+    found = generate_answers(reader.model, [made.input_ids for made in batch], most)
+    for made, ids in zip(batch, found, strict=True):
         prompt = made.prompt
-        (ids,) = generate_answers(reader.model, [made.input_ids], prompt.new_tokens)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = tokenizer.decode(ids[: prompt.new_tokens], skip_special_tokens=True)
         yield Answer(
             text,
             ruler_score(text, prompt.references, prompt.match),
             strict_score(text, prompt.references, prompt.match),
         )
-        reader.advance(1)
-
-
-def _by_likelihood(
-    reader: Reader, tokenizer: Any, prompts: Iterable[TokenPrompt]
-) -> Iterator[Answer]:
-    """Yields answers by likelihood, of as many prompts in a forward pass as fit."""
-    batch: list[TokenPrompt] = []
-    longest = 0
-    for made in prompts:
-        size = len(made.input_ids) + len(made.answer_ids)
-        if batch and max(longest, size) * (len(batch) + 1) > reader.max_tokens:
-            yield from _decided(reader, tokenizer, batch)
-            batch, longest = [], 0
-        batch.append(made)
-        longest = max(longest, size)
-    if batch:
-        yield from _decided(reader, tokenizer, batch)
 
 
 def _decided(reader: Reader, tokenizer: Any, batch: list[TokenPrompt]) -> Iterator[Answer]:
+    """Yields the answers by likelihood, from one forward pass."""
     documents = [
         Passkey(np.r_[p.input_ids, p.answer_ids], len(p.input_ids), len(p.answer_ids), ())
         for p in batch
@@ -105,4 +109,3 @@ def _decided(reader: Reader, tokenizer: Any, batch: list[TokenPrompt]) -> Iterat
     for made, one in zip(batch, right, strict=True):
         text = tokenizer.decode(made.answer_ids) if one else ""
         yield Answer(text, float(one), float(one))
-    reader.advance(len(batch))
