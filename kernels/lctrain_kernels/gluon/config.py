@@ -1,7 +1,7 @@
 """Tile configurations of the Hopper kernels, by head dim.
 
-A configuration does not depend on the documents' lengths, so a document gives the same bits in
-every pack.
+Only the way in which dq is added depends on the documents' lengths, so a document gives the same
+bits of all else in every pack.
 """
 
 import contextlib
@@ -69,6 +69,10 @@ _BACKWARD_PLAIN = {
     64: BackwardTile(128, 2, reduce_from_registers=True),
     96: BackwardTile(64, 2, reduce_from_registers=True),
 }
+# The same where documents have at least LONG tokens on average. The zeroed buffer of dq costs more
+# than the dQ warp in packs of shorter documents.
+_BACKWARD_LONG = {128: BackwardTile(64, 3, reduce_from_registers=True)}
+LONG = 4096
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 SLAB_ROWS = 16  # queries that a warp holds after a product
 
@@ -201,7 +205,9 @@ def entry_registers(consumers: int) -> int:
     return REGISTERS if consumers == CONSUMERS else REGISTERS_OF_THREE
 
 
-def backward_tile(head_dim: int, deterministic: bool, plain: bool) -> BackwardTile:
+def backward_tile(
+    head_dim: int, deterministic: bool, plain: bool, long_documents: bool = False
+) -> BackwardTile:
     """Returns the tile configuration of varlen attention's Hopper backward.
 
     Args:
@@ -211,8 +217,11 @@ def backward_tile(head_dim: int, deterministic: bool, plain: bool) -> BackwardTi
             partial dq of blocks of 64 queries, even if override_tiles asks for another form.
         plain: Whether the call has neither dropout nor a softcap. With them, 128 queries need too
             many registers, even if override_tiles asks for them.
+        long_documents: Whether documents have at least LONG tokens on average.
     """
-    table = _BACKWARD | _BACKWARD_PLAIN if plain and not deterministic else _BACKWARD
+    table = _BACKWARD
+    if plain and not deterministic:
+        table = _BACKWARD | _BACKWARD_PLAIN | (_BACKWARD_LONG if long_documents else {})
     in_table = table[min(columns for columns in table if columns >= head_dim)]
     if head_dim > 128:
         return in_table

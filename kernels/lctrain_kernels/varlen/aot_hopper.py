@@ -81,6 +81,7 @@ def backward_variant(
     dtype: str = "bf16",
     group: int = 4,
     short_documents: bool = False,
+    long_documents: bool = False,
 ) -> KernelVariant:
     """Describes one compilation of varlen_bwd_hopper_kernel, or of the kernel above D = 128.
 
@@ -92,12 +93,13 @@ def backward_variant(
         dtype: As in forward_variant.
         group: As in forward_variant.
         short_documents: Whether a slab of the float32 dq is one query; see config.slab_rows.
+        long_documents: Whether documents have at least config.LONG tokens on average.
     """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"
     flags = attention_flags(features)
     plain = not (flags.has_dropout or flags.has_softcap)
-    tile = backward_tile(head_dim, deterministic, plain)
+    tile = backward_tile(head_dim, deterministic, plain, long_documents)
     kernel = varlen_bwd_hopper_kernel if columns <= 128 else varlen_bwd_wide_hopper_kernel
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
@@ -122,7 +124,7 @@ def backward_variant(
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{shape.block_n}"
     label = f"hopper_bwd-D{head_dim}-g{group}-{features}-{dtype}-{size}"
-    label += "-short" if short_documents else ""
+    label += "-short" if short_documents else "-long" if long_documents else ""
     return describe_variant(label, kernel, types, constants, options, False)
 
 
@@ -200,6 +202,9 @@ def kernel_variants(
             if backward_tile(head_dim, False, True).reduce_from_registers:
                 yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
                 yield backward_variant(head_dim, group=groups[-1], short_documents=True)
+            elif backward_tile(head_dim, False, True, True).reduce_from_registers:
+                yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
+                yield backward_variant(head_dim, group=groups[-1], long_documents=True)
     if "causal" in features:
         for describe in (forward_variant, backward_variant):
             yield describe(head_dims[0], dtype="fp16", group=groups[-1])

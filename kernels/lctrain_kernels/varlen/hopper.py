@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
+    LONG,
     REGISTERS,
     SLAB_ROWS,
     backward_shape,
@@ -283,8 +284,8 @@ def varlen_bwd(
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
     plain = not (options.has_dropout or options.softcap > 0)
-    tile = backward_tile(head_dim, options.deterministic, plain)
     documents = pack.cu_seqlens_q.shape[0] - 1
+    tile = backward_tile(head_dim, options.deterministic, plain, total_q >= LONG * documents)
     rows = slab_rows(total_q, documents) if tile.reduce_from_registers else SLAB_ROWS
     if tile.reduce_from_registers:
         per_head = total_q // rows + (documents if rows > 1 else 0)  # slabs

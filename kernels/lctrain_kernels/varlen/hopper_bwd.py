@@ -121,13 +121,14 @@ def load_tensors(
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
+    BY_HEAD: gl.constexpr = TILE.dq_from_registers and (TILE.block_d != 128 or TILE.head_dim <= 96)
     keys = Rows(tile.begin_k + tile.length_k, RAGGED - tile.length_k + tile.first, tile.head_kv)
     mbarrier.expect(shared.kv_ready, 2 * TILE.block_n * TILE.block_d * 2)
     load_rows(k_desc, shared.k, 0, shared.kv_ready, keys, TILE.block_n // 64)
     load_rows(v_desc, shared.v, 0, shared.kv_ready, keys, TILE.block_n // 64)
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     local = gl.arange(0, BLOCK_M, lanes)
-    visit = first_visit(tile, TILE.dq_from_registers)
+    visit = first_visit(tile, BY_HEAD)
     steps = GROUP * (tile.high - tile.low)
     for step in range(steps):
         stage = step % STAGES
@@ -143,7 +144,7 @@ def load_tensors(
         copy_async(shared.delta.index(stage), stats.delta + vector, mask=local < left_here)
         copy_arrive(shared.dout_ready.index(stage))
         load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
-        visit = next_visit(visit, tile, GROUP, TILE.dq_from_registers)
+        visit = next_visit(visit, tile, GROUP, BY_HEAD)
     drain_stages(BLOCK_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
 
 
@@ -251,7 +252,9 @@ def varlen_bwd_hopper_kernel(
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_D], n_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], m_layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    PLAIN: gl.constexpr = not (FLAGS.has_dropout or FLAGS.has_softcap)
+    LATER: gl.constexpr = FROM_REGISTERS and PLAIN and BLOCK_D == 128 and TILE.head_dim > 96
+    ds_bufs = gl.allocate_shared_memory(dtype, [8 if LATER else 4, HALF, BLOCK_M], ds_layout)
     if FROM_REGISTERS:
         slab_ptr = first_slab(pointers.dq_sum, per_head, tile, document, TILE)
         dq_out = DqSlabs(slab_ptr, per_head)

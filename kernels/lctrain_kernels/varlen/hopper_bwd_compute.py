@@ -40,6 +40,7 @@ from lctrain_kernels.gluon.primitives import (
     tanh,
 )
 from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.varlen.hopper_bwd_later import later_steps
 from lctrain_kernels.varlen.hopper_bwd_narrow import narrow_steps
 from lctrain_kernels.varlen.hopper_bwd_plain import plain_steps
 from lctrain_kernels.varlen.hopper_bwd_products import (
@@ -221,7 +222,7 @@ def _overlapped_steps(
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
-    BY_HEAD: gl.constexpr = TILE.dq_from_registers
+    BY_HEAD: gl.constexpr = TILE.dq_from_registers and (TILE.block_d != 128 or TILE.head_dim <= 96)
     HAS_DROPOUT: gl.constexpr = FLAGS.has_dropout
     DQ_ROWS: gl.constexpr = TILE.block_d // 2 if TRANSPOSED else BLOCK_M
     DQ_COLUMNS: gl.constexpr = dq_layout.instr_shape[1]
@@ -367,7 +368,11 @@ def compute(
         dk = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
         dv = gl.zeros([HALF, BLOCK_D], gl.float32, o_layout)
         steps = TILE.group * (tile.high - tile.low)
-        if PLAIN:
+        if PLAIN and TILE.dq_from_registers and BLOCK_D == 128:
+            dk, dv = later_steps(
+                *(inputs, bounds, dk, dv), TILE, FLAGS, s_layout, o_layout, dq_layout, HALF_INDEX
+            )
+        elif PLAIN:
             dk, dv = plain_steps(
                 *(inputs, bounds, dk, dv, first_key),
                 TILE,

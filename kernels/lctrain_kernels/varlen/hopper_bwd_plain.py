@@ -78,7 +78,7 @@ def plain_steps(
     GROUP: gl.constexpr = TILE.group
     BLOCK_M: gl.constexpr = TILE.block_m
     STAGES: gl.constexpr = TILE.stages
-    BY_HEAD: gl.constexpr = TILE.dq_from_registers
+    BY_HEAD: gl.constexpr = TILE.dq_from_registers and (TILE.block_d != 128 or TILE.head_dim <= 96)
     DQ_ROWS: gl.constexpr = TILE.block_d // 2 if TRANSPOSED else 64
     DQ_COLUMNS: gl.constexpr = dq_layout.instr_shape[1]
     dtype: gl.constexpr = shared.k.dtype

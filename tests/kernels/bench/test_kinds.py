@@ -140,13 +140,18 @@ def test_encoders_have_ratios_in_the_order_of_the_peers():
 
 def test_the_backward_in_use_is_compared_within_a_round():
     first = {"ms": {"base": 3.0, "q128_f1": 2.0, "q128_f3": 9.0, "fa4": 1.0}}
+    new = {"ms": {"wide": 2.0, "fa4": 5.0}}
     kernels = {"d128_f1": {"backward": 900.0, "delta": 100.0}, "fa4": {"backward": 1500.0}}
     second = {"ms": {"base": 3.0, "d128_f1": 2.0, "fa4": 4.0}, "kernels_us": kernels}
     rounds = [
         {"round": 1, "workloads": {"1x32k_d64": first}},
-        {"round": 2, "workloads": {"1x32k": second, "1x32k_dropout": {"ms": {"base": 1.0}}}},
+        {
+            "round": 2,
+            "workloads": {"1x32k": second, "1x32k_dropout": {"ms": {"base": 1.0}}, "new": new},
+        },
     ]
     text = backward_table({**HEAD, "rounds": rounds})
     assert "| `1x32k_d64` | 1 | 3.00 | 2.00 | 1.00 | 0.50 | - | - | - |" in text
     assert "| `1x32k` | 2 | 3.00 | 2.00 | 4.00 | 2.00 | 1.00 | 1.50 | 1.50 |" in text
+    assert "| `new` | 2 | - | 2.00 | 5.00 | 2.50 | - | - | - |" in text
     assert "dropout" not in text

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lctrain.kernels import make_schedule
+from lctrain_kernels.gluon import config
 from lctrain_kernels.gluon.variant import FEATURES, HEADS_KV
 from lctrain_kernels.varlen import aot_hopper as aot
 from lctrain_kernels.varlen import hopper
@@ -37,6 +38,19 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, monkeyp
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
     kernel = "varlen_bwd_hopper_kernel" if head_dim <= 128 else "varlen_bwd_wide_hopper_kernel"
     launches[kernel].assert_described_by(variant)
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_variants_for_documents_of_other_lengths(kind, monkeypatch):
+    head_dim, lengths = (128, [config.LONG]) if kind == "long" else (64, [1] * 20)
+    launches = launches_of(hopper, monkeypatch)
+    q = torch.zeros(sum(lengths), HEADS_KV, head_dim, dtype=torch.bfloat16)
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    pack = pack_of(cu, make_schedule(lengths), "causal")
+    lse = torch.zeros(HEADS_KV, sum(lengths))
+    hopper.varlen_bwd(q, None, q, q, q, q, lse, pack, options_of("causal"))
+    variant = aot.backward_variant(head_dim, group=1, **{f"{kind}_documents": True})
+    launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

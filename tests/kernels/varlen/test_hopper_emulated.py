@@ -51,6 +51,8 @@ CASES = {
     ),
     "D40-full": Case(equal_lengths(131, 20), 2, 2, 40, FLOAT16),
     "D256-causal-g4": Case(LENGTHS, 4, 1, 256, BFLOAT16, causal=True, fused_qkv=True),
+    "D96-causal-g4": Case(LENGTHS, 4, 1, 96, BFLOAT16, causal=True),
+    "D72-window-unequal": Case(UNEQUAL, 2, 2, 72, FLOAT16, window=(40, 30)),
     "D200-window-unequal": Case(UNEQUAL, 2, 2, 200, FLOAT16, window=(40, 30), dout_order="htd"),
     "D256-everything": Case(
         *(UNEQUAL, 4, 1, 256, BFLOAT16, True, (100, -1)),
@@ -133,6 +135,22 @@ def test_memory_of_partial_dq(lengths, form, head_dim, hopper, monkeypatch):
         result = attention(case, inputs, backend="hopper")
     assert_matches_oracle(result, case, inputs)
     assert inputs.q.numel() <= sums[0].numel() <= 2 * inputs.q.numel()
+
+
+def test_packs_of_long_documents_keep_the_bits_of_dk_and_dv(hopper):
+    """Long documents add dq in another way; dk and dv of a document do not depend on its pack."""
+    adder, registers = (config.backward_tile(128, False, True, long) for long in (False, True))
+    assert (adder.reduce_from_registers, registers.reduce_from_registers) == (False, True)
+    assert config.backward_tile(128, True, True, True) == adder
+    case = Case(equal_lengths(300, 0, 70), 2, 1, 128, FLOAT16, causal=True)
+    inputs = make_inputs(case)
+    results = []
+    for form in (adder, registers):
+        with config.override_tiles(backward=form):
+            results.append(attention(case, inputs, backend="hopper"))
+        assert_matches_oracle(results[-1], case, inputs)
+    assert torch.equal(results[0].dk, results[1].dk)
+    assert torch.equal(results[0].dv, results[1].dv)
 
 
 @pytest.mark.parametrize("name", ["D64-causal-unequal", "D64-window-g4", "D128-causal-g3"])
