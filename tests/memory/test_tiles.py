@@ -70,6 +70,36 @@ def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments
         other.remove()
 
 
+def test_ranks_with_different_numbers_of_tiles_gather_a_layer_equally_often(arguments):
+    """Sharding gathers the weights of a layer in hooks of the layer, and averages whole gradients.
+
+    A rank with a longer pack has more tiles. A hook that ran per tile would make ranks wait for
+    each other forever.
+    """
+    model = make_model("llama").train()
+    counts, seen = [], []
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**arguments)
+        for tokens in (3, 7, 1000):
+            handle = use_policy(model, "checkpoint", mlp_tokens=tokens)
+            seen.clear()
+            layer = model.model.layers[0]
+            hooks = [
+                layer.register_forward_pre_hook(lambda *_: seen.append("layer")),
+                layer.mlp.register_forward_pre_hook(lambda *_: seen.append("mlp")),
+                layer.mlp.up_proj.weight.register_post_accumulate_grad_hook(
+                    lambda _: seen.append("gradient")
+                ),
+            ]
+            gradients(model, arguments)
+            counts.append({name: seen.count(name) for name in ("layer", "mlp", "gradient")})
+            for hook in hooks:
+                hook.remove()
+            handle.remove()
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0]["gradient"] == 1
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
 def test_under_autocast_the_sum_over_tiles_is_as_exact_as_without_tiles(cached):
     """The bound is twice the error of the MLP at once, which rounds each gradient once."""

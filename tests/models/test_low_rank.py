@@ -13,6 +13,7 @@ from lctrain.models import patch_model
 from lctrain.models.low_rank import (
     adapter_state,
     add_adapter,
+    leave_casts_to_autocast,
     load_adapter_state,
     require_trainable_weights,
 )
@@ -107,6 +108,34 @@ def test_adapters_cast_their_inputs_again_after_mixed_precision(base, tmp_path):
     assert seen
     assert not any(seen)
     model.eval()(torch.arange(3, 9)[None])  # without autocast, dtypes would differ
+
+
+def test_adapters_keep_no_float32_copy_of_their_inputs(make_llama):
+    """peft casts the input to float32, and autocast casts it back: the same values, kept twice."""
+    model = make_llama().to(torch.bfloat16)
+    adapted = add_adapter(model, AdapterConfig(rank=2, dropout=0.5)).train()
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(1, 64, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        )
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            loss = layer(x).float().sum()
+        weights = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        large = [one for one in kept if one.dtype == torch.float32 and one.shape == x.shape]
+        return torch.autograd.grad(loss, weights), large
+
+    expected, copies = step()
+    assert copies
+    leave_casts_to_autocast(adapted)
+    found, copies = step()
+    assert not copies
+    assert all(map(torch.equal, found, expected))
 
 
 def test_unknown_targets_are_named_before_the_weights_are_loaded(base):
