@@ -100,6 +100,22 @@ class Subject:
     window: int | None = None
     name: str = ""
 
+    def require_tokenizer(self, task: str) -> Any:
+        """Returns the tokenizer.
+
+        Args:
+            task: Name of the task that needs it, for the message.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"tokenizer must be given for {task}, got none. Pass tokenizer= to the data "
+                "module, or leave that task out."
+            )
+        return self.tokenizer
+
 
 class Table(Protocol):
     """Protocol of the result of a task. `str()` of a table is the table in text."""

@@ -7,11 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lctrain.data import TokenizedDocument
 from lctrain.eval import Item, Measure, Run, Subject, Task, computed
 from lctrain.eval.measure_table import MeasureTable
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.registry import make_task
 from lctrain.eval.run_task import progress_bar
+from lctrain.eval.tasks.needle import Needle
+from lctrain.eval.tasks.passkey import PasskeyRetrieval
+from lctrain.eval.tasks.perplexity import Perplexity
+from lctrain.eval.tasks.ruler import Ruler
 from tests.numerics import near
 
 
@@ -144,3 +149,20 @@ def test_a_task_of_ones_own_is_built_by_its_target():
 def test_a_name_without_a_task_is_an_error(name, own, message):
     with pytest.raises(ValueError, match=message):
         make_task(name, SimpleNamespace(own_tasks=own))
+
+
+@pytest.mark.parametrize(
+    "task", [PasskeyRetrieval(), Needle(), Ruler()], ids=["passkey", "needle", "ruler"]
+)
+def test_a_task_of_texts_without_a_tokenizer_is_an_error(make_llama, task):
+    message = f"tokenizer must be given for {task.name}, got none. Pass tokenizer="
+    with pytest.raises(ValueError, match=message):
+        run_of(task, make_llama())
+
+
+def test_perplexity_needs_no_tokenizer(make_llama):
+    documents = [TokenizedDocument("d", np.arange(30), 0)]
+    subject = Subject(make_llama(), documents=documents)
+    task = Perplexity(begin=None)
+    run = Run.prepared(task, subject, [GivenReading()], (8,), max_tokens=64)
+    assert run.size({}) == 29

@@ -83,7 +83,8 @@ class Needle(Task):
             ValueError: if it does not, or the tokenizer cannot represent an answer.
         """
         super().prepare(subject, lengths)
-        self._begin = np.array(tokens_around(subject.tokenizer)[0], dtype=np.int64)
+        begin, _ = tokens_around(subject.require_tokenizer(self.name))
+        self._begin = np.array(begin, dtype=np.int64)
         texts = [document.input_ids for document in subject.documents]
         self._filler = Filler.of(texts, len(self._begin))
         made = self.prompt(lengths[0], 0.0, 0)

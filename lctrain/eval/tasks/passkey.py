@@ -98,7 +98,7 @@ class PasskeyRetrieval(Task):
                 encode them, there is no text, or the model does not support the tokens.
         """
         super().prepare(subject, lengths)
-        self._format = form = self.format or PasskeyFormat.of(subject.tokenizer)
+        self._format = form = self.format or PasskeyFormat.of(subject.require_tokenizer(self.name))
         texts = self.texts
         if texts is None:
             texts = [document.input_ids for document in subject.documents]

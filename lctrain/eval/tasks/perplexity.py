@@ -94,7 +94,8 @@ class Perplexity(Task):
         super().prepare(subject, lengths)
         begin = self.begin
         if not isinstance(begin, BeginTokens):
-            begin = begin_tokens(subject.tokenizer, begin)
+            known = subject.tokenizer is not None
+            begin = begin_tokens(subject.tokenizer, begin) if known else NO_BEGIN
         self._begin = begin
         self._stride, min_context = self.stride, self.min_context
         if self.by_method:

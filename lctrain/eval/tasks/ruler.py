@@ -85,6 +85,7 @@ class Ruler(Task):
             ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
         """
         super().prepare(subject, lengths)
+        subject.require_tokenizer(self.name)
         text = self._text()
         require(
             bool(text) or not any(f == "text" for f, *_ in self._haystacks()),
