@@ -36,13 +36,13 @@ def tokens(device):
 
 def test_prefill_chunks_and_single_tokens_have_the_same_bits(tokens):
     """A prefill of many queries runs decode_whole_kernel, a single query decode_split_kernel."""
-    q, k, v = (x[:1, :140] for x in tokens)
+    q, k, v = (x[:1, :100] for x in tokens)
     cache = [torch.full_like(x, float("nan")) for x in (k, v)]
-    options = {"causal": True, "window_size": (100, 0), "backend": "triton"}
+    options = {"causal": True, "window_size": (70, 0), "backend": "triton"}
     whole = flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=0, **options)
     cache = [torch.full_like(x, float("nan")) for x in (k, v)]
     begin, parts = 0, []
-    for size in (110, 23, 1, 6):
+    for size in (80, 13, 1, 6):
         piece = slice(begin, begin + size)
         parts.append(
             flash_attn_with_kvcache(
@@ -89,11 +89,11 @@ def test_batches_pages_and_padding_change_no_bit(tokens, split, device):
 
 def test_exact_has_the_bits_of_the_training_forward(tokens, device):
     """A request's queries, one at a time and all at once, beside a pack of the same documents."""
-    lengths, options = (150, 41), {"window_size": (90, 0), "softcap": 3.0}
+    lengths, options = (100, 41), {"window_size": (60, 0), "softcap": 3.0}
     cu = cumulative(lengths, device)
     pack = [torch.cat([x[i, :n] for i, n in enumerate(lengths)]) for x in tokens]
     trained, lse = flash_attn_varlen_func(
-        *pack, cu, cu, 150, 150, causal=True, backend="triton", return_lse=True, **options
+        *pack, cu, cu, 100, 100, causal=True, backend="triton", return_lse=True, **options
     )
     options = {"split": "exact", "causal": True, "return_softmax_lse": True, **options}
     options["backend"] = "triton"
@@ -103,7 +103,7 @@ def test_exact_has_the_bits_of_the_training_forward(tokens, device):
         found = flash_attn_with_kvcache(q, k.clone(), v.clone(), cache_seqlens=length, **options)
         assert torch.equal(found[0][0], trained[begin : begin + length])
         assert torch.equal(found[1][0], lse[:, begin : begin + length])
-        for place in (0, length // 2, length - 1):
+        for place in (0, length - 1):
             found = flash_attn_with_kvcache(
                 q[:, place : place + 1], k.clone(), v.clone(), cache_seqlens=place + 1, **options
             )
@@ -130,6 +130,6 @@ def test_a_plan_changes_no_bit_and_lists_the_splits(device):
         assert plan.work[0] == 6
         assert plan.work[1:7].tolist() == [0, 1, 3, 7, 8, 9]
         expected = inputs.call(backend="triton")
-    for changes in ({"plan": plan}, {"max_seqlen_k": 141}, {"max_seqlen_k": 160}):
+    for changes in ({"plan": plan}, {"max_seqlen_k": 141}):
         found = inputs.call(backend="triton", **changes)
         assert all(map(torch.equal, found, expected))
