@@ -31,7 +31,12 @@ LONG_CASES = {
     ),
     "D64-causal-g1": Case(LONG, 4, 4, 64, torch.bfloat16, causal=True),
     "D64-dropout-window-g1": Case(LONG, 4, 4, 64, torch.bfloat16, window=(300, 100), dropout_p=0.2),
+    "D96-causal-g4": Case(LONG, 4, 1, 96, torch.bfloat16, causal=True),
     "D256-causal-g4": Case(LONG, 4, 1, 256, torch.bfloat16, causal=True),
+    "D256-dropout-softcap": Case(
+        LONG, 4, 1, 256, torch.bfloat16, causal=True, dropout_p=0.1, softcap=10.0
+    ),
+    "D128-one_long": Case(equal_lengths(4500), 4, 1, 128, torch.bfloat16, causal=True),
     "D128-large_logits": Case(LONG, 4, 1, 128, torch.bfloat16, causal=True, magnitude=30.0),
 }
 
