@@ -4,6 +4,7 @@ Usage: python -m tests.distributed.kinds_ranks RANK SIZE FOLDER
 """
 
 import copy
+import math
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -154,7 +155,8 @@ def masked_perplexity(model, ranks=ONE_RANK):
     table = masked_perplexity_by_length(
         model, documents, [8, 16], MASKING, max_tokens=32, ranks=ranks
     )
-    return [asdict(row) for row in table.rows]
+    # Fields that are not measured for masked tokens are NaN.
+    return [{k: v for k, v in asdict(row).items() if not math.isnan(v)} for row in table.rows]
 
 
 def fit(folder, module, resumed=None, saved=None):
