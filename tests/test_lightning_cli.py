@@ -44,6 +44,7 @@ CALLBACKS = {
 }
 OTHERS = {
     "AttentionSchedule": {"stages": {0: {"attention": "flash"}, 5: {"attention": "dual_chunk"}}},
+    "LengthSchedule": {"stages": {0: 8, 5: 16}, "learning_rate": "tokens"},
     "TokenExactLoss": {
         "reduction": "mean",
         "count_tokens": "tests.test_lightning_cli.count",
@@ -88,6 +89,8 @@ def test_callbacks_from_yaml(name, settings):
     assert type(made) is cls
     if name == "AttentionSchedule":
         assert [stage.step for stage in made.stages] == [0, 5]
+    if name == "LengthSchedule":
+        assert made.length_stages.lengths == (8, 16)
     if name == "TokenExactLoss":
         assert made.count_tokens is count
         assert made.read_batch is read
