@@ -44,6 +44,7 @@ CALLBACKS = {
 }
 OTHERS = {
     "AttentionSchedule": {"stages": {0: {"attention": "flash"}, 5: {"attention": "dual_chunk"}}},
+    "LongContextEval": {"lengths": [8], "every_n_steps": 2, "documents": 1},
     "LengthSchedule": {"stages": {0: 8, 5: 16}, "learning_rate": "tokens"},
     "TokenExactLoss": {
         "reduction": "mean",
