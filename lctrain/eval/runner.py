@@ -84,7 +84,7 @@ def score_windows(
     mine = planned[ranks.data_rank]
     # A rank without windows left reads the shortest one again, without scoring it.
     missing = max(map(len, planned)) - len(mine) if ranks.is_sharded else 0
-    batches = [*mine, *([np.argmin(windows.lengths)[None]] * missing)]
+    batches = [*mine, *([np.array([np.argmin(windows.lengths)])] * missing)]
     prefix = np.array(begin, dtype=np.int64)
     for number, batch in enumerate(batches):
         parts = [
@@ -136,7 +136,8 @@ def _planned(
         rank: Index of the data rank.
         ranks: Ranks of the run.
     """
-    owner = owners(np.bincount(windows.documents, windows.lengths), ranks.data_size)
+    costs = np.bincount(windows.documents, windows.lengths).tolist()
+    owner = owners(costs, ranks.data_size)
     mine = np.flatnonzero(owner[windows.documents] == rank)
     if not len(mine):
         return []
