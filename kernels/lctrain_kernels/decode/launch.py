@@ -24,6 +24,7 @@ from lctrain_kernels.decode.triton_tile import (
     DecodeShape,
     DecodeStrides,
 )
+from lctrain_kernels.launch import launch
 from lctrain_kernels.multiprocessors import multiprocessors
 from lctrain_kernels.tile.arguments import DOT_PRECISION, alibi_strides, padded_head_dim
 from lctrain_kernels.tile.config import TileConfig
@@ -47,7 +48,7 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
     requests, tokens, heads_kv, head_dim = k.shape
     tile = TileConfig(0, 0, APPEND_WARPS, 1)
     grid = (requests * triton.cdiv(tokens, APPEND_TOKENS) * heads_kv,)
-    decode_append_kernel[grid](
+    launch(decode_append_kernel, grid)(
         AppendPointers(
             k,
             v,
@@ -182,7 +183,7 @@ def decode_attention(
     constants = {"TILE": shape, "FLAGS": flags, "PRECISION": DOT_PRECISION, **tile.options}
     if whole:
         has_splits = not (exact or options.num_splits == 1)
-        decode_whole_kernel[(pieces,)](
+        launch(decode_whole_kernel, (pieces,))(
             *common,
             options.softmax_scale,
             options.softcap,
@@ -194,7 +195,7 @@ def decode_attention(
     pieces *= max_splits
     if work is not None:
         pieces = min(pieces, config.programs * multiprocessors(q.device))
-    decode_split_kernel[(pieces,)](
+    launch(decode_split_kernel, (pieces,))(
         *common,
         max_splits,
         requests * max_splits,
@@ -203,7 +204,7 @@ def decode_attention(
         **constants,
     )
     blocks = triton.cdiv(rows, config.merge_rows)
-    decode_merge_kernel[(requests * heads_kv * blocks,)](
+    launch(decode_merge_kernel, (requests * heads_kv * blocks,))(
         MergePointers(
             partial, stats, out, lse, cache.seqlens, cache.leftpad, options.learnable_sink
         ),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lctrain_kernels.decode.structures import DecodePlan
 from lctrain_kernels.decode.triton_plan import decode_plan_kernel
+from lctrain_kernels.launch import launch
 
 PLAN_SPLITS = 128
 """Entries that a program of decode_plan_kernel writes at a time."""
@@ -44,7 +45,7 @@ def fill_plan(
     work = torch.zeros(1 + requests * max_splits, dtype=torch.int32, device=seqlens.device)
     plan = DecodePlan(work, max_splits, split_size, seqlen_q, new_tokens, window_left)
     if requests:
-        decode_plan_kernel[(requests,)](
+        launch(decode_plan_kernel, (requests,))(
             seqlens,
             leftpad,
             work,
