@@ -85,6 +85,7 @@ class Launcher:
             or len(args) != len(self._flags)
             or kernel.pre_run_hooks
             or runtime.add_stages_inspection_hook is not None
+            or knobs.compilation.instrumentation_mode  # a sanitizer, which has knobs of its own
         ):
             kernel[grid](*args, **constants)
             return
@@ -94,7 +95,6 @@ class Launcher:
         key = (
             device,
             runtime.debug,
-            knobs.compilation.instrumentation_mode,
             *[
                 arg.launch_key
                 if type(arg) in KEYED_TYPES

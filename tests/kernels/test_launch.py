@@ -126,6 +126,33 @@ def test_a_known_kernel_is_launched_without_triton(started, monkeypatch):
 
 
 @pytest.mark.skipif(not KNOWN, reason="another Triton")
+@pytest.mark.parametrize("watcher", ["sanitizer", "pre_run_hook", "stages_hook"])
+def test_what_watches_launches_gets_tritons_way(watcher, started, monkeypatch):
+    """Triton reads knobs of a sanitizer, and calls these hooks, in its own way of a launch only."""
+    kernel, (grid, arguments, constants) = jit(), calls()[0]
+    launch(kernel, grid)(*arguments, **constants)
+    passed, original = [], JITFunction.run
+
+    def run(self, *args, **options):
+        passed.append(options)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    launch(kernel, grid)(*arguments, **constants)
+    assert not passed
+    knobs = triton.knobs
+    if watcher == "sanitizer":
+        monkeypatch.setattr(knobs.compilation, "instrumentation_mode", "consan")
+    elif watcher == "pre_run_hook":
+        kernel.add_pre_run_hook(lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash"))
+    for count in (1, 2):
+        launch(kernel, grid)(*arguments, **constants)
+        assert len(passed) == count
+
+
+@pytest.mark.skipif(not KNOWN, reason="another Triton")
 def test_each_device_loads_its_own_kernel(started):
     kernel, (grid, arguments, constants) = jit(), calls()[0]
     launch(kernel, grid)(*arguments, **constants)
