@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 _LIBRARY = torch.library.Library("lctrain", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
 class Operation:
@@ -48,7 +49,7 @@ class Operation:
             return self.operator(*arguments)
         if self._apply is not None and torch.is_grad_enabled():
             for argument in arguments:
-                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                if type(argument) in _PLAIN and argument.requires_grad:
                     return self._apply(*arguments)
         return self._implementation(*arguments)
 
@@ -65,7 +66,8 @@ def is_unwatched(arguments: Sequence[Any]) -> bool:
 
     False if the operator must pass the dispatcher: while Dynamo is at work, under a dispatch or
     function mode, functorch, a tracer or a profiler, for tensor subclasses such as fake tensors,
-    and on devices other than CPU and GPU.
+    symbolic numbers and proxies, for views that the dispatcher would negate, and on devices other
+    than CPU and GPU.
     """
     if (
         get_eval_frame_callback() is not None
@@ -77,10 +79,11 @@ def is_unwatched(arguments: Sequence[Any]) -> bool:
     ):
         return False
     for argument in arguments:
-        if type(argument) in _PLAIN:
-            if not (argument.is_cuda or argument.is_cpu):
+        kind = type(argument)
+        if kind in _PLAIN:
+            if not (argument.is_cuda or argument.is_cpu) or argument.is_neg():
                 return False
-        elif isinstance(argument, torch.Tensor):
+        elif kind not in _CONSTANTS:
             return False
     return True
 

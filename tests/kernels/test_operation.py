@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
@@ -137,6 +138,17 @@ def test_functorch_passes_the_dispatcher():
 
     torch.vmap(asked)(torch.ones(2, 3))
     assert is_unwatched((torch.ones(2), None, 3, torch.nn.Parameter(torch.ones(1))))
+
+
+def test_symbols_and_negated_views_pass_the_dispatcher():
+    """Kernels read memory, which holds the negative of a view with the negative bit."""
+    x, weight, _ = (tensor.detach() for tensor in make("norm")[1])
+    proxy = torch.fx.Proxy(torch.fx.Graph().placeholder("x"))
+    assert is_unwatched((x, weight, None, 3, 0.5, True, "auto", torch.float32))
+    assert not is_unwatched((proxy, weight))
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    assert not is_unwatched((negated, weight))
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (0, 8), (2, 0, 8)], ids=str)
