@@ -10,6 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lctrain.generation.arguments import (
+    check_counts,
+    check_fit,
+    find_causal_lm,
+    read_end_tokens,
+    read_prompts,
+    read_seeds,
+    read_stops,
+)
 from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.sampler import Finish, Sampler
 
@@ -57,25 +66,18 @@ def generate(
         One Completion per prompt, in the order of the prompts.
 
     Raises:
-        TypeError: if the model cannot generate.
-        ValueError: if an argument does not fit.
+        TypeError: if the model cannot generate, or `tokenizer` is no tokenizer.
+        ValueError: if an argument does not fit, a token is outside the vocabulary, or a prompt with
+            its completion is longer than the model's table of learned positions.
     """
-    causal_lm = model if hasattr(model, "generate") else getattr(model, "model", None)
-    if not hasattr(causal_lm, "generate"):
-        raise TypeError(
-            f"model must have transformers' generate(), got {type(model).__name__}. Pass the "
-            "causal language model."
-        )
-    assert isinstance(causal_lm, nn.Module)
+    causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
-    if stop and tokenizer is None:
-        raise ValueError("tokenizer must be given with stop strings, got None. Pass the model's.")
-    rows = [_token_ids(prompt, tokenizer) for prompt in prompts]
-    numbers = _seeds(seeds, len(rows))
-    end = _end_tokens(causal_lm, eos_token_id)
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    stops = read_stops(stop, tokenizer)
+    rows = read_prompts(prompts, tokenizer)
+    numbers = read_seeds(seeds, len(rows))
+    end = read_end_tokens(causal_lm, eos_token_id)
+    check_fit(causal_lm, rows, max_new_tokens)
     completions: list[Completion] = []
     with _as_before(causal_lm):
         for first in range(0, len(rows), batch_size):
@@ -87,7 +89,7 @@ def generate(
                 options,
                 max_new_tokens,
                 end,
-                stop,
+                stops,
                 tokenizer,
             )
     return completions
@@ -166,40 +168,3 @@ def _as_before(model: Any) -> Iterator[None]:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-
-
-def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Returns the ids of a prompt; raises a ValueError if it is empty or needs a tokenizer."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("tokenizer must be given with prompts of text, got None. Pass one.")
-        prompt = tokenizer(prompt)["input_ids"]
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-    if not ids or not all(isinstance(token, int) for token in ids):
-        raise ValueError(
-            f"prompts must be lists of at least one token id, got {str(ids)[:60]}. Begin an empty "
-            "prompt with the begin token."
-        )
-    return ids
-
-
-def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seeds, int):
-        return [seeds + index for index in range(count)]
-    if len(seeds) != count:
-        raise ValueError(
-            f"seeds must have one number per prompt ({count}), got {len(seeds)}. Pass one int to "
-            "number the prompts from."
-        )
-    return list(seeds)
-
-
-def _end_tokens(model: Any, given: int | Sequence[int] | None) -> list[int]:
-    """Returns the tokens that end a completion: the given ones, else those of the model."""
-    if given is None:
-        given = model.generation_config.eos_token_id
-    if given is None:
-        given = getattr(model.config, "eos_token_id", None)
-    if given is None:
-        return []
-    return [given] if isinstance(given, int) else list(given)

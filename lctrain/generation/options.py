@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+
+LOWEST_TEMPERATURE = 1e-6
+"""Lowest temperature but 0. Logits over a lower one may exceed the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,15 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(
-                f"temperature must be finite and at least 0, got {self.temperature}. Pass 0 for "
-                "the most probable token."
+                f"temperature must be 0, or finite and at least {LOWEST_TEMPERATURE}, got "
+                f"{self.temperature}. Pass 0 for the most probable token."
             )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {self.top_k}. 0 takes all.")

@@ -1,0 +1,188 @@
+"""Reads the arguments of generate, and raises errors before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lctrain.models.positions import require_positions
+
+SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
+
+
+def is_int(value: Any) -> bool:
+    """Returns whether a value is an integer of Python or NumPy, and no bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError unless every argument is an int of at least 1."""
+    for name, value in counts.items():
+        if not is_int(value) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+
+
+def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:
+    """Returns the token ids of every prompt.
+
+    Args:
+        prompts: Token ids of each prompt, or texts.
+        tokenizer: Tokenizer of transformers, or None.
+
+    Raises:
+        TypeError: if `tokenizer` cannot be called.
+        ValueError: if a prompt is empty, is neither ids nor text, or needs a tokenizer.
+    """
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}. Pass "
+            "AutoTokenizer.from_pretrained(...)."
+        )
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
+        raise ValueError(
+            f"prompts must be a list of prompts, got {str(prompts)[:60]!r}. Write [prompt]."
+        )
+    return [_token_ids(prompt, tokenizer) for prompt in prompts]
+
+
+def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """Returns the ids of a prompt; raises a ValueError if it is empty or needs a tokenizer."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given with prompts of text, got None. Pass one.")
+        prompt = tokenizer(prompt)["input_ids"]
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    if not hasattr(ids, "__iter__") or isinstance(ids, bytes | dict):
+        raise ValueError(
+            "prompts must be a list of prompts, each a list of token ids or a text, got the "
+            f"prompt {str(ids)[:60]}. Write [[1, 2, 3]] for one prompt of three tokens."
+        )
+    ids = list(ids)
+    if not ids or not all(map(is_int, ids)):
+        raise ValueError(
+            f"prompts must be lists of at least one token id, got {str(ids)[:60]}. Begin an empty "
+            "prompt with the begin token."
+        )
+    return [int(token) for token in ids]
+
+
+def check_fit(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ValueError if prompts do not fit the vocabulary or the table of learned positions.
+
+    On a GPU, an index beyond an embedding table aborts the process.
+
+    Args:
+        model: A causal LM of transformers.
+        rows: Token ids of each prompt.
+        max_new_tokens: Most tokens of a completion; the last one is not read.
+    """
+    if not rows:
+        return
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for token in (min(map(min, rows)), max(map(max, rows))):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"prompts must have token ids from 0 to {vocabulary - 1}, got {token}. Tokenize "
+                "them with the model's own tokenizer."
+            )
+    require_positions(
+        model,
+        max(map(len, rows)) + max_new_tokens - 1,
+        "prompts with their completions",
+        "Shorten the prompts, or lower max_new_tokens.",
+    )
+
+
+def read_seeds(seeds: Any, count: int) -> list[int]:
+    """Returns one seed per prompt.
+
+    Args:
+        seeds: One seed, to which the index of the prompt is added, or the seed of each prompt.
+        count: Number of prompts.
+
+    Raises:
+        ValueError: if there are more or fewer seeds than prompts, or one is no integer of 64 bits.
+    """
+    found = range(seeds, seeds + count) if is_int(seeds) else seeds
+    if isinstance(found, str) or not hasattr(found, "__len__"):
+        raise ValueError(
+            f"seeds must be an int, or a list with one per prompt, got {seeds!r}. 0 numbers the "
+            "prompts from 0."
+        )
+    if len(found) != count:
+        raise ValueError(
+            f"seeds must have one number per prompt ({count}), got {len(found)}. Pass one int to "
+            "number the prompts from."
+        )
+    for seed in found:
+        if not is_int(seed) or int(seed) not in SEEDS:
+            raise ValueError(f"seeds must be integers of 64 bits, got {seed!r}. Choose others.")
+    return [int(seed) for seed in found]
+
+
+def read_stops(stop: Any, tokenizer: Any) -> list[str]:
+    """Returns the stop strings; raises a ValueError unless they are texts with a tokenizer."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(
+            f"stop must be a list of texts of at least one character, got {stop!r}. Write "
+            "stop=['...']."
+        )
+    if stop and tokenizer is None:
+        raise ValueError("tokenizer must be given with stop strings, got None. Pass the model's.")
+    return list(stop)
+
+
+def read_end_tokens(model: Any, given: Any) -> list[int]:
+    """Returns the tokens that end a completion.
+
+    Args:
+        model: A causal LM of transformers.
+        given: Token ids of the caller, one or several; None for those of the model that are in its
+            vocabulary.
+
+    Raises:
+        ValueError: if a given one is not in the vocabulary.
+    """
+    vocabulary = range(model.get_input_embeddings().num_embeddings)
+    tokens = given
+    if tokens is None:
+        tokens = model.generation_config.eos_token_id
+    if tokens is None:
+        tokens = getattr(model.config, "eos_token_id", None)
+    if tokens is None:
+        return []
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    found = [tokens] if is_int(tokens) or isinstance(tokens, str) else list(tokens)
+    wrong = [token for token in found if not is_int(token) or int(token) not in vocabulary]
+    if wrong and given is not None:
+        raise ValueError(
+            f"eos_token_id must name token ids from 0 to {len(vocabulary) - 1}, got {wrong[0]!r}. "
+            "Pass [] to complete up to max_new_tokens."
+        )
+    return [int(token) for token in found if token not in wrong]
+
+
+def find_causal_lm(model: Any) -> nn.Module:
+    """Returns the causal LM of transformers that a model is, or that its attribute `model` is.
+
+    Raises:
+        TypeError: if there is none, or it is an encoder-decoder.
+    """
+    causal_lm = model if hasattr(model, "generate") else getattr(model, "model", None)
+    if not hasattr(causal_lm, "generate"):
+        raise TypeError(
+            f"model must have transformers' generate(), got {type(model).__name__}. Pass the "
+            "causal language model."
+        )
+    assert isinstance(causal_lm, nn.Module)
+    if getattr(getattr(causal_lm, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"model must be a decoder, got the encoder-decoder {type(causal_lm).__name__}. Call "
+            "its own generate()."
+        )
+    return causal_lm
