@@ -26,6 +26,7 @@ from lctrain.config import (
 from lctrain.data import PackedDataModule
 from lctrain.data.masking import DEFAULT_FRACTION
 from lctrain.data.mix import named_sets
+from lctrain.data.vocabulary import vocabulary_size
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
 from lctrain.memory.plan import Plan
@@ -96,7 +97,7 @@ def build_model(
         require_trainable_weights(model.config, adapter is not None)
     else:
         raise _no_model_config(config)
-    known = model.get_input_embeddings().num_embeddings
+    known = vocabulary_size(model)
     if known < vocab_size:
         raise ValueError(
             f"model must have at least the tokenizer's {vocab_size} embeddings, got {known}. Use "

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from lctrain.config import EvaluationConfig
 from lctrain.data.passkey import PasskeyFormat
+from lctrain.data.vocabulary import vocabulary_size
 from lctrain.eval import begin_tokens
 from lctrain.eval.extension import check_supported
 from lctrain.eval.shipped import load_passkey_model
@@ -88,7 +89,7 @@ def check_reader(config: EvaluationConfig) -> PreTrainedTokenizerBase:
         require_positions(
             reader.model, max(config.passkey_lengths), "passkey_lengths", "Leave it out."
         )
-        embeddings = reader.model.get_input_embeddings().num_embeddings
+        embeddings = vocabulary_size(reader.model)
         require(
             len(reader.tokenizer) <= embeddings,
             f"model must have an embedding for each of its tokenizer's {len(reader.tokenizer)} "

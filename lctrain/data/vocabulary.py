@@ -1,10 +1,21 @@
-"""check_vocabulary: compares the tokens of a batch with the model's vocabulary."""
+"""The size of a model's vocabulary, and a check that the tokens of a batch are in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lctrain.batch import PackedBatch
+
+
+def vocabulary_size(model: Any) -> int:
+    """Returns the number of token embeddings of a model, adapted by PEFT or not.
+
+    Args:
+        model: A transformers model.
+    """
+    embeddings = model.get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None)  # PEFT's layers lack it
+    return int(embeddings.weight.shape[0] if known is None else known)
 
 
 def check_vocabulary(batch: PackedBatch, module: Any) -> None:
@@ -17,11 +28,11 @@ def check_vocabulary(batch: PackedBatch, module: Any) -> None:
     Raises:
         ValueError: if a token is outside of the vocabulary.
     """
-    find = getattr(getattr(module, "model", None), "get_input_embeddings", None)
-    if find is None or batch.input_ids.device.type != "cpu":
+    model = getattr(module, "model", None)
+    if not hasattr(model, "get_input_embeddings") or batch.input_ids.device.type != "cpu":
         return
-    known, largest = getattr(find(), "num_embeddings", None), int(batch.input_ids.max())
-    if known is not None and largest >= known:
+    known, largest = vocabulary_size(model), int(batch.input_ids.max())
+    if largest >= known:
         raise ValueError(
             f"documents must hold tokens below the model's vocabulary of {known}, got {largest}. "
             "Tokenize them with the model's own tokenizer (data.tokenizer)."

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
 from lctrain.models.window import configured_window
 
@@ -30,7 +31,7 @@ def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -
             table of learned positions. Models with computed positions (rotary, ALiBi) have no such
             limit.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     largest = max(int(ids.max()) for ids in tokens)
     if largest >= vocabulary:
         raise ValueError(

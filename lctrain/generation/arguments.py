@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
 
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
@@ -82,7 +83,7 @@ def check_fit(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) ->
     """
     if not rows:
         return
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     for token in (min(map(min, rows)), max(map(max, rows))):
         if not 0 <= token < vocabulary:
             raise ValueError(
@@ -147,7 +148,7 @@ def read_end_tokens(model: Any, given: Any) -> list[int]:
     Raises:
         ValueError: if a given one is not in the vocabulary.
     """
-    vocabulary = range(model.get_input_embeddings().num_embeddings)
+    vocabulary = range(vocabulary_size(model))
     tokens = given
     if tokens is None:
         tokens = model.generation_config.eos_token_id

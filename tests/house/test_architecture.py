@@ -80,7 +80,7 @@ LEVELS = {
     "lctrain.command": 8,
     "lctrain.loss": 4,
     "lctrain.eval": 7,
-    "lctrain.generation": 4,
+    "lctrain.generation": 6,
     "lctrain.module": 7,
     "lctrain.callbacks": 8,
     "lctrain.build": 9,

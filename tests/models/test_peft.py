@@ -54,6 +54,37 @@ def test_merged_adapters_give_the_same_logits(lora):
         assert_equal_in_float64(merged(**batch.model_kwargs()).logits, before)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+    ],
+    ids=["lora", "saved", "tokens"],
+)
+def test_adapted_embeddings_have_a_vocabulary(make_llama, options):
+    """PEFT's layers of embeddings have no num_embeddings."""
+    from types import SimpleNamespace
+
+    from lctrain.data.vocabulary import check_vocabulary
+    from lctrain.eval.limits import check_model
+
+    base = make_llama()
+    size = base.config.vocab_size
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, **options))
+    prompts = [[3, 4], [size - 1]]
+    assert len(lctrain.generate(model, prompts, max_new_tokens=2, temperature=0)) == 2
+    batch = lctrain.PackedBatch.from_documents([[3, size]])
+    for check in (
+        lambda: lctrain.generate(model, [[3, size]]),
+        lambda: check_model(model, [torch.tensor([3, size]).numpy()], 2),
+        lambda: check_vocabulary(batch, SimpleNamespace(model=model)),
+    ):
+        with pytest.raises(ValueError, match=f", got {size}. Tokenize them with the model's own"):
+            check()
+
+
 def test_the_wrapper_itself_is_refused_with_the_way_in(make_llama):
     model = peft.get_peft_model(make_llama(), peft.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"patch_model\(model.get_base_model\(\)\)"):
