@@ -21,6 +21,7 @@ from lctrain.generation.arguments import (
 )
 from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.sampler import Finish, Sampler
+from lctrain.loss import evaluation_mode
 
 
 def generate(
@@ -57,7 +58,8 @@ def generate(
         repetition_penalty: Divisor of positive logits of tokens that have occurred; 1 for none.
         seeds: Seed of each prompt, or one number, to which the index of the prompt is added. A
             prompt draws the same noise in every batch.
-        stop: Strings that end a completion; they are part of it. They need a tokenizer.
+        stop: Strings that end a completion; they are part of it. A string that begins in the prompt
+            does not count. They need a tokenizer.
         eos_token_id: Tokens that end a completion; by default those of the model.
         tokenizer: Tokenizer of transformers, for prompts of text and for the completions' text.
         batch_size: Prompts that are completed together.
@@ -151,20 +153,16 @@ def _as_before(model: Any) -> Iterator[None]:
     """Puts a model into eval mode, and restores what a generation changes."""
     from transformers import GenerationConfig
 
-    training = {name: module.training for name, module in model.named_modules()}
     owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = owner.generation_config
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     try:
         owner.generation_config = GenerationConfig()
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []):
+        with evaluation_mode(model), torch.random.fork_rng([device] if on_gpu else []):
             yield
     finally:
         owner.generation_config = config
-        for name, module in model.named_modules():
-            module.training = training[name]
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()

@@ -73,8 +73,8 @@ class Finish:
     Args:
         prompt: Length S of the padded prompts.
         eos: End tokens.
-        stops: Function from ids [B, S + step] to [B] bool, True at rows that end with a stop
-            string; None without stop strings.
+        stops: Function from ids of completions, [B, step], to [B] bool, True at rows that end with
+            a stop string; None without stop strings.
 
     Attributes:
         eos_token_id: End tokens, [E] int64. Its presence makes transformers pad rows that ended.
@@ -98,7 +98,7 @@ class Finish:
         """
         done = torch.isin(input_ids[:, -1], self.eos_token_id)
         if self._stops is not None:
-            done |= self._stops(input_ids, scores)
+            done |= self._stops(input_ids[:, self._prompt :], scores)
         if self.lengths is None:
             self.lengths = torch.zeros_like(input_ids[:, 0])
         length = input_ids.shape[1] - self._prompt

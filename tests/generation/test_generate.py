@@ -128,6 +128,8 @@ def test_stop_strings_and_texts(model):
     assert (found.finish, free.finish) == ("stop", "length")
     assert found.text == free.text[: free.text.index(stop) + 2]
     assert len(found.log_probs) == len(found.token_ids) == len(found.text)
+    across = ")" + free.text[0]  # it begins in the prompt
+    assert lctrain.generate(model, PROMPTS[:1], stop=[across], **options)[0] == free
 
 
 def test_the_training_is_as_before(model):
