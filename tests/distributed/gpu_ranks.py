@@ -1,11 +1,16 @@
 """Runs what several GPUs must compute like one; tests/distributed/test_two_gpus.py starts it.
 
-Usage: python -m tests.distributed.gpu_ranks RANK SIZE FOLDER
+Usage: python -m tests.distributed.gpu_ranks RANK SIZE FOLDER PART...
 
-Rank 0 writes the results of its number of ranks into FOLDER. Without a GPU, ranks use gloo and the
-CPU, which shows that the script runs.
+A part of PARTS is a list of results. Rank 0 writes each into FOLDER when it is known. Every rank
+prints what it begins, and every minute where it is. Without a GPU, ranks use gloo and the CPU,
+which shows that the script runs.
 """
 
+import faulthandler
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +76,19 @@ TRAININGS = {
     "differential": Training(context=2, attention={"name": "differential"}, version=2),
 }
 CHECKPOINTS = {"two": Run(2), "two-again": Run(2, resumes="two"), "one": Run(1, resumes="two")}
+# Parts run at the same time, and compile different kernels as far as possible.
+PARTS = {
+    "attention": ("attention/plain", "attention/options", "export"),
+    "dual_chunk": ("attention/dual_chunk", "training/dual_chunk"),
+    "differential_1": ("attention/differential_1",),
+    "differential_2": ("attention/differential_2", "training/differential"),
+    "copies": ("training/ddp", "training/shards", "training/replicas"),
+    "float32": ("training/ddp-float32", "training/shards-float32"),
+    "context": ("training/heads", "training/keys"),
+    "checkpoints": ("checkpoint/two", "checkpoint/two-again", "checkpoint/one"),
+}
+TRACE_S = 60  # seconds between two prints of every thread's stack
+BEGIN = time.monotonic()
 
 
 def make_model(version: int | None = None) -> Any:
@@ -90,15 +108,17 @@ def packs(data_ranks: range) -> list[Any]:
     return [pack for window in windows for pack in window]
 
 
-def shared_attention(heads: int) -> dict[str, tuple[ContextShard, list[Result]]]:
-    """Returns the results of all ranks, on the CPU."""
+def attention(name: str) -> Any:
+    """Returns the results of all ranks by the size of heads groups; on one rank its result."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    groups, shard = ContextGroups.of(size, heads), ContextShard.of(LENGTHS, size, heads)
-    found = {}
-    for name in ATTENTIONS:
+    if size == 1:
+        return on_cpu(whole(name, LENGTHS, ATTENTION))
+    found: dict[int, tuple[ContextShard, list[Result]]] = {}
+    for heads in (1, size):
+        groups, shard = ContextGroups.of(size, heads), ContextShard.of(LENGTHS, size, heads)
         results: list[Any] = [None] * size
         dist.all_gather_object(results, on_cpu(share(name, shard, rank, groups, ATTENTION)))
-        found[name] = (shard, results)
+        found[heads] = (shard, results)
     return found
 
 
@@ -155,26 +175,65 @@ def export_and_load(folder: Path, rank: int, size: int) -> dict[str, dict[str, A
     return found
 
 
+def compute(item: str, folder: Path, rank: int, size: int) -> Any:
+    """Returns a result of a part.
+
+    Args:
+        item: Name of the result, such as "training/ddp".
+        folder: Folder of the ranks' files; its parent is that of all numbers of ranks.
+        rank: Number of this rank.
+        size: Number of ranks.
+    """
+    kind, _, name = item.partition("/")
+    if kind == "attention":
+        return attention(name)
+    if kind == "export":
+        return export_and_load(folder.parent / "model", rank, size)
+    if kind == "training":
+        return fit(folder, TRAININGS[name])
+    run, settings = CHECKPOINTS[name], {"accelerator": ACCELERATOR, "precision": "bf16-mixed"}
+    if run.resumes is not None:
+        saved = path_of(f"checkpoint/{run.resumes}", folder.parent / f"ranks_{RANKS}")
+        while not saved.exists():  # another number of ranks computes it at the same time
+            time.sleep(0.1)
+    return checkpoint_ranks.fit(folder.parent, name, run, make_model, **settings)
+
+
+def items_of(part: str, size: int) -> list[str]:
+    """Returns the results of a part that a number of ranks computes."""
+    runs = {f"checkpoint/{name}": run.ranks for name, run in CHECKPOINTS.items()}
+    runs["export"] = RANKS
+    return [item for item in PARTS[part] if runs.get(item, size) == size]
+
+
+def path_of(item: str, folder: Path) -> Path:
+    """Returns the file of a result."""
+    return folder / f"{item.replace('/', '-')}.pt"
+
+
+def say(text: str) -> None:
+    """Prints a text with the seconds since this process began."""
+    print(f"{time.monotonic() - BEGIN:6.1f} s  {text}", flush=True)
+
+
 def main() -> None:
-    """Computes everything on this number of ranks, and writes the results of rank 0."""
-    rank, size, folder, _ = join("nccl" if HAS_GPU else "gloo")
+    """Computes some parts on this number of ranks, and writes the results of rank 0."""
+    faulthandler.dump_traceback_later(TRACE_S, repeat=True)
+    say("imports are done")
     if HAS_GPU:
-        torch.cuda.set_device(rank)
-    found: dict[str, Any] = {"attention": {}}
-    if size == RANKS:
-        found["attention"] = {heads: shared_attention(heads) for heads in (1, RANKS)}
-        found["export"] = export_and_load(folder.parent / "model", rank, size)
-    else:
-        found["attention"] = {n: on_cpu(whole(n, LENGTHS, ATTENTION)) for n in ATTENTIONS}
-    found["training"] = {name: fit(folder, case) for name, case in TRAININGS.items()}
-    settings = {"accelerator": ACCELERATOR, "precision": "bf16-mixed"}
-    found["checkpoints"] = {
-        name: checkpoint_ranks.fit(folder.parent, name, run, make_model, **settings)
-        for name, run in CHECKPOINTS.items()
-        if run.ranks == size
-    }
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.cuda.set_device(int(sys.argv[1]))
+    rank, size, folder, parts = join("nccl" if HAS_GPU else "gloo")
+    for item in [item for part in parts for item in items_of(part, size)]:
+        say(f"{item} ...")
+        found = compute(item, folder, rank, size)
+        if rank == 0:
+            path = path_of(item, folder)
+            torch.save(found, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        say(f"{item}: done")
+    dist.barrier()
+    dist.destroy_process_group()
+    say("finished")
 
 
 if __name__ == "__main__":

@@ -28,39 +28,66 @@ def run_ranks(module: str, size: int, folder: Path, *arguments: str) -> None:
         folder: Folder of the ranks' files.
         *arguments: Further arguments of every rank.
     """
-    command = [sys.executable, "-W", "ignore", "-m", module]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
-    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
-    processes = []
-    for rank, path in enumerate(outputs):
-        with path.open("w") as output:
-            started = subprocess.Popen(
-                [*command, str(rank), str(size), str(folder), *arguments],
-                cwd=ROOT,
-                # Lightning takes a process with LOCAL_RANK for one that a launcher has started.
-                env=environment | {"LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        processes.append(started)
-    failed = _wait(processes)
-    assert not failed, "\n".join(f"rank {rank}: {outputs[rank].read_text()}" for rank in failed)
-
-
-def _wait(processes: list[subprocess.Popen]) -> list[int]:
-    """Waits for processes, and returns the numbers of those that failed or had to be ended."""
+    ranks = StartedRanks(module, size, folder, *arguments)
     last = time.monotonic() + LIMIT_S
     try:
-        while (running := [p for p in processes if p.poll() is None]) and time.monotonic() < last:
-            if failed := [rank for rank, p in enumerate(processes) if p.returncode]:
-                return failed
+        while ranks.are_running() and time.monotonic() < last:
             time.sleep(0.05)
-        return [rank for rank, p in enumerate(processes) if p in running or p.returncode]
     finally:
-        for process in processes:
+        failed = ranks.end()
+    assert not failed, "\n".join(
+        f"rank {rank}: {ranks.outputs[rank].read_text()}" for rank in failed
+    )
+
+
+class StartedRanks:
+    """The ranks of a module, each a process, which writes its output into FOLDER/rank_RANK.txt.
+
+    Args:
+        module: Dotted name of a module that calls `join`.
+        size: Number of ranks.
+        folder: Folder of the ranks' files.
+        *arguments: Further arguments of every rank.
+    """
+
+    def __init__(self, module: str, size: int, folder: Path, *arguments: str) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", module]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+        self.outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+        self.processes = []
+        for rank, path in enumerate(self.outputs):
+            with path.open("w") as output:
+                started = subprocess.Popen(
+                    [*command, str(rank), str(size), str(folder), *arguments],
+                    cwd=ROOT,
+                    # Lightning takes a process with LOCAL_RANK for one that a launcher has started.
+                    env=environment | {"LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            self.processes.append(started)
+
+    def are_running(self) -> bool:
+        """Returns whether ranks run, and none of them has failed."""
+        codes = [process.poll() for process in self.processes]
+        return None in codes and not any(codes)
+
+    def end(self) -> list[int]:
+        """Ends the ranks that run, and returns those that had failed, or else those it ended."""
+        codes = [process.poll() for process in self.processes]
+        for process in self.processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        failed = [rank for rank, code in enumerate(codes) if code]
+        return failed or [rank for rank, code in enumerate(codes) if code is None]
+
+    def tails(self, lines: int = 20) -> str:
+        """Returns the last lines of every rank's output."""
+        texts = [path.read_text(errors="replace").splitlines() for path in self.outputs]
+        return "\n".join(
+            f"rank {rank}:\n" + "\n".join(text[-lines:]) for rank, text in enumerate(texts)
+        )
 
 
 def join(backend: str = "gloo") -> tuple[int, int, Path, list[str]]:
