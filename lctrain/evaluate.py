@@ -109,8 +109,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
             window=config.window,
             name=Path(config.model.name_or_path).name,
         )
+        cells = open_cells(config, subject)
         model.to(device)
-        tables = run_tasks(config, tasks, subject, device, open_cells(config, subject))
+        tables = run_tasks(config, tasks, subject, device, cells)
         files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
         metrics = {
             key: value for table in tables.values() for key, value in table.metrics().items()
@@ -191,6 +192,7 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
         StorageError: if the disk is full or read-only.
         SystemExit: if a signal stops the evaluation.
     """
+    from lctrain.eval.resume import require_no_cells
     from lctrain.run.folder import RunFolder
     from lctrain.run.identity import plain_values
     from lctrain.run.log_file import log_file
@@ -198,6 +200,8 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
     from lctrain.run.storage import storage_errors
 
     path = Path(config.paths.output_dir).absolute()
+    if config.resume is None:
+        require_no_cells(path)
     open_folder = RunFolder.create if config.resume is None else RunFolder.reopen
     with (
         StopSignals() as signals,

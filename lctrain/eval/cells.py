@@ -71,6 +71,12 @@ class CellStore(MutableMapping[Cell, Result]):
         store._append({"identity": store.identity})
         return store
 
+    @staticmethod
+    def has_cells(folder: Path) -> bool:
+        """Returns whether a folder has a file with at least one finished cell."""
+        path = folder / CELLS
+        return path.is_file() and any("items" in line for line in _objects(path))
+
     @classmethod
     def read(cls, folder: Path, name: str) -> CellStore:
         """Reads the file of a folder.

@@ -67,6 +67,14 @@ class Item:
     columns: Mapping[str, Any] = field(default_factory=dict)
     answer: str = ""
 
+    def __post_init__(self) -> None:
+        """Replaces numbers of NumPy and torch by Python's, which files can store."""
+        totals = {name: float(value) for name, value in self.totals.items()}
+        object.__setattr__(self, "totals", totals)
+        object.__setattr__(self, "weight", float(self.weight))
+        columns = {name: _plain(value) for name, value in self.columns.items()}
+        object.__setattr__(self, "columns", columns)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -79,6 +87,11 @@ class Result:
 
     items: tuple[Item, ...]
     facts: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Replaces numbers of NumPy and torch by Python's, which files can store."""
+        facts = {name: _plain(value) for name, value in self.facts.items()}
+        object.__setattr__(self, "facts", facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +128,13 @@ class Subject:
                 "module, or leave that task out."
             )
         return self.tokenizer
+
+
+def _plain(value: Any) -> Any:
+    """Returns a number of NumPy or torch as one of Python, and a list as a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 class Table(Protocol):

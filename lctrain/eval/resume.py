@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.eval.cells import CELLS, CellStore
+from lctrain.eval.fingerprint import documents_hash, weights_hash
 from lctrain.run.identity import identity_of
 
 if TYPE_CHECKING:
@@ -49,11 +51,20 @@ def folder_to_resume(resume: str, runs_dir: str | Path) -> Path:
     return max(stopped, key=lambda folder: (folder / CELLS).stat().st_mtime)
 
 
+def require_no_cells(folder: Path) -> None:
+    """Raises ValueError if a new evaluation would replace the finished cells of a folder."""
+    if CellStore.has_cells(folder):
+        raise ValueError(
+            f"paths.output_dir must be a folder without an evaluation, got {folder}, which holds "
+            f"finished cells. Go on with it by resume={folder}, or choose another folder."
+        )
+
+
 def open_cells(config: EvalConfig, subject: Subject) -> CellStore:
     """Returns the store of an evaluation's cells: a new one, or that of a stopped evaluation.
 
     Raises:
-        ValueError: if the stopped evaluation had other settings or other documents.
+        ValueError: if the stopped evaluation had other settings, weights or documents.
     """
     identity: dict[str, Any] = {
         key: value
@@ -63,6 +74,12 @@ def open_cells(config: EvalConfig, subject: Subject) -> CellStore:
     }
     identity["documents that were read"] = len(subject.documents)
     identity["tokens that were read"] = sum(len(d.input_ids) for d in subject.documents)
+    identity["hash of the documents"] = documents_hash(subject.documents)
+    identity["hash of the weights"] = weights_hash(subject.model)
+    questions = config.ruler.questions
+    if questions is not None and Path(questions).expanduser().is_file():
+        content = Path(questions).expanduser().read_bytes()
+        identity["hash of the questions"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     folder = Path(config.paths.output_dir)
     if config.resume is None:
         return CellStore.create(folder, identity)

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from lctrain.eval import Item, Result
 from lctrain.eval.cells import CELLS, Cell, CellStore
@@ -28,6 +30,16 @@ def test_what_is_read_is_what_was_stored(store, tmp_path):
     assert again[Cell("counting", "", 8)] == RESULT
     assert again.tasks["counting"].measures == Counting.measures
     assert len(again) == 2
+
+
+def test_numbers_of_numpy_and_torch_are_stored_as_those_of_python(store, tmp_path):
+    """A task of a user may yield them; a finished cell must not be lost for it."""
+    item = Item("a", {"right": np.float32(0.5)}, np.int64(2), {"depth": np.float32(0.25), "x": [1]})
+    store[Cell("counting", "", 16)] = Result((item,), {"n": torch.tensor(3)})
+    again = CellStore.read(tmp_path, "resume")
+    assert dict(again) == dict(store)
+    (found,) = again[Cell("counting", "", 16)].items
+    assert hash(tuple(found.columns.items())) == hash((("depth", 0.25), ("x", (1,))))
 
 
 def test_a_line_that_a_kill_cut_off_is_computed_again(store, tmp_path):

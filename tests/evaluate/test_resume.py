@@ -1,8 +1,14 @@
 """Tests that a stopped evaluation goes on, and that finished ones are compared."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from lctrain.config import AttentionConfig, PasskeyConfig, PathsConfig
+from lctrain.data import TokenizedDocument
+from lctrain.eval import Subject
+from lctrain.eval.resume import open_cells
 from lctrain.eval.run_task import Run
 from lctrain.evaluate import evaluate
 
@@ -34,6 +40,8 @@ def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_missing(
     }
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         evaluate(make_config(**settings))
+    with pytest.raises(ValueError, match=r"finished cells. Go on with it by resume=.*out, or"):
+        evaluate(make_config(**settings))
     assert not (tmp_path / "out" / "report.html").exists()
     resumed = evaluate(make_config(**settings, resume=str(tmp_path / "out")))
     assert computed[2:] == [("passkey", 200), ("passkey", 200), ("passkey", 256)]
@@ -46,6 +54,25 @@ def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_missing(
     settings |= {"resume": "x", "attention": AttentionConfig(name="dual_chunk")}
     with pytest.raises(ValueError, match="resume must name an evaluation with the same settings"):
         evaluate(make_config(**settings))
+
+
+def test_other_weights_or_texts_are_not_mixed(make_config, make_llama, tmp_path) -> None:
+    config = make_config(paths=PathsConfig(output_dir=str(tmp_path)))
+    documents = [TokenizedDocument("d", np.array([1, 2, 3]), 0)]
+    open_cells(config, Subject(make_llama(), documents=documents))
+    again = dataclasses.replace(config, resume=str(tmp_path))
+    open_cells(again, Subject(make_llama(), documents=documents))
+    other = make_llama()
+    other.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match="with hash of the weights="):
+        open_cells(again, Subject(other, documents=documents))
+    other = make_llama()
+    other.config.rms_norm_eps *= 2
+    with pytest.raises(ValueError, match="with hash of the weights="):
+        open_cells(again, Subject(other, documents=documents))
+    documents = [TokenizedDocument("d", np.array([1, 2, 4]), 0)]
+    with pytest.raises(ValueError, match="with hash of the documents="):
+        open_cells(again, Subject(make_llama(), documents=documents))
 
 
 def test_the_command_resumes_and_compares(run_main, model_folder, tmp_path, capsys) -> None:
