@@ -9,7 +9,7 @@ import torch
 
 from lctrain.batch import PackedBatch
 from lctrain.config import AttentionConfig
-from lctrain.loss import TokenLogProbs, token_log_probs
+from lctrain.loss import TokenLogProbs, evaluation_mode, token_log_probs
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 
@@ -18,7 +18,7 @@ class Reference:
     """The reference model of a policy.
 
     A policy with peft's adapters is its own reference, with the adapters off. Any other policy is
-    copied, and the copy is frozen.
+    copied, and the copy is frozen. A reference has no dropout.
 
     Args:
         policy: The model before training, not patched.
@@ -30,9 +30,8 @@ class Reference:
         self._copy: Any = None
         if inside_adapters(policy) is policy:
             self._copy = copy.deepcopy(policy).requires_grad_(False).eval()
-            patch_model(self._copy, attention.name, **attention.options())
+            patch_model(self._copy, attention.name, fused=attention.fused, **attention.options())
 
-    @torch.no_grad()
     def log_probs(self, batch: PackedBatch) -> TokenLogProbs:
         """Returns the log-probabilities of a batch's trained tokens.
 
@@ -40,6 +39,7 @@ class Reference:
             batch: A pack on the policy's device.
         """
         if self._copy is not None:
-            return token_log_probs(self._copy.to(batch.input_ids.device), batch)
-        with self._policy.disable_adapter():
+            with torch.no_grad():
+                return token_log_probs(self._copy.to(batch.input_ids.device), batch)
+        with evaluation_mode(self._policy), self._policy.disable_adapter():
             return token_log_probs(self._policy, batch)
