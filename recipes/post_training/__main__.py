@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in STAGES:
         if name in chosen.stages:
             refuse_earlier_runs(name, [experiment.output], record=f"{name}.json")
+            experiment.compose(name, experiment.seeds[0])  # refuses overrides before any stage
     for name, run in STAGES.items():
         if name in chosen.stages:
             print(f"== {name}", flush=True)

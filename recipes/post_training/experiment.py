@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lctrain.composition import compose
 from lctrain.config import TrainConfig, to_dataclass
 from lctrain.data import PackedDataModule
 from lctrain.eval.shipped import passkey_folder
+from lctrain.limits import require
 from lctrain.recipes.post_training.conversations import FILE, TEMPLATE
 from lctrain.recipes.post_training.scale import Scale
 
@@ -40,6 +41,9 @@ class Experiment:
         Args:
             stage: "sft", "dpo" or "grpo".
             seed: Seed of the run.
+
+        Raises:
+            ValueError: if an override is not valid, or the stage does not serve it.
         """
         paths = [f"model.name_or_path={passkey_folder('shipped')}"]
         if stage == "sft":
@@ -53,7 +57,8 @@ class Experiment:
             *getattr(self.scale, stage),
             *self.overrides,
         ]
-        return to_dataclass(compose("train", overrides), TrainConfig)
+        config = to_dataclass(compose("train", overrides), TrainConfig)
+        return config if stage == "sft" else _served(config)
 
     def folder(self, stage: str, seed: int) -> Path:
         """Returns the folder of a run."""
@@ -65,6 +70,45 @@ class Experiment:
         path = self.output / f"{name}.json"
         path.write_text(json.dumps(content, indent=2) + "\n")
         return path
+
+
+def _served(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration of DPO or GRPO, without fused modules.
+
+    Sampling and training then run the same modules.
+
+    Args:
+        config: Configuration of a run.
+
+    Raises:
+        ValueError: for a setting of lctrain-train that DPO and GRPO here would ignore.
+    """
+    attention = "none" if config.attention is None else config.attention.name
+    trainer = config.trainer
+    require(
+        attention == "flash",
+        f"attention must be flash, which serves shared prompts, got {attention}. Leave it out.",
+    )
+    require(
+        trainer.devices_per_machine() == 1 and trainer.num_nodes == 1,
+        f"trainer.devices and trainer.num_nodes must be 1 in this recipe, got {trainer.devices} "
+        f"and {trainer.num_nodes}. Leave them out.",
+    )
+    require(
+        trainer.max_steps >= 1,
+        f"trainer.max_steps must be at least 1 in this recipe, got {trainer.max_steps}. Questions "
+        "are made for so many steps.",
+    )
+    ignored = {
+        "trainer.budget_s": trainer.budget_s,
+        "ckpt_path": config.ckpt_path,
+    }
+    for name, value in ignored.items():
+        require(
+            value is None, f"{name} must be null with DPO and GRPO here, got {value}. Leave it out."
+        )
+    assert config.attention is not None
+    return replace(config, attention=replace(config.attention, fused=False))
 
 
 def read_texts(config: TrainConfig) -> tuple[PackedDataModule, list[np.ndarray], list[np.ndarray]]:

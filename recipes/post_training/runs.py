@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lctrain.build import build_model, build_trainer, instantiate_all
+from lctrain.config import TrainConfig
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
@@ -38,6 +39,7 @@ def train_seeds(
         describe: Called with the trained module; returns further entries of the run's record.
     """
     quiet_lightning()
+    facts = machine(experiment.compose(stage, experiment.seeds[0]))
     runs = []
     for seed in experiment.seeds:
         runs.append(_train_seed(experiment, stage, seed, make_module, make_batches, describe))
@@ -46,7 +48,7 @@ def train_seeds(
             f"seed {seed}: keys found {before:.1%} -> {after:.1%} in {runs[-1]['seconds']} s",
             flush=True,
         )
-        experiment.save(stage, {**machine(), "length": experiment.scale.length, "runs": runs})
+        experiment.save(stage, {**facts, "length": experiment.scale.length, "runs": runs})
 
 
 def _train_seed(
@@ -69,7 +71,12 @@ def _train_seed(
     inner.config.max_position_embeddings = max(scale.length, inner.config.max_position_embeddings)
     module = make_module(policy, config, scale)
     assert config.attention is not None
-    module.patch_handle = patch_model(inner, config.attention.name, **config.attention.options())
+    module.patch_handle = patch_model(
+        inner,
+        config.attention.name,
+        fused=config.attention.fused,
+        **config.attention.options(),
+    )
     callbacks = list(instantiate_all("callbacks", config.callbacks).values())
     loggers = list(instantiate_all("logger", config.logger).values())
     folder = experiment.folder(stage, seed)
@@ -95,9 +102,13 @@ def _train_seed(
     }
 
 
-def machine() -> dict[str, str]:
-    """Returns the device and the versions of a record."""
-    on_gpu = torch.cuda.is_available()
+def machine(config: TrainConfig) -> dict[str, str]:
+    """Returns the device of a run and the versions, for its record.
+
+    Args:
+        config: Configuration of the run.
+    """
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "python": platform.python_version(),

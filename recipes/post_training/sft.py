@@ -33,7 +33,7 @@ def train_sft(experiment: Experiment) -> None:
     experiment.save(
         "sft",
         {
-            **machine(),
+            **machine(config),
             "steps": report.steps,
             "held_out_loss": [report.held_out_first, report.held_out_last],
             "answers": after["answers"],
