@@ -27,7 +27,7 @@ their then these those through time timeout true tuple types while within withou
 
 
 def conversations(number: int = NUMBER, seed: int = SEED) -> list[dict[str, object]]:
-    """Returns conversations in the format of `messages`, the same ones for every seed.
+    """Returns conversations in the format of `messages`; a seed always gives the same ones.
 
     Args:
         number: Number of conversations.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lctrain.batch import PackedBatch
@@ -68,7 +68,16 @@ def train_grpo(experiment: Experiment) -> None:
     """Trains with GRPO from every seed, and writes grpo.json."""
 
     def reward_of(module: Any) -> dict[str, Any]:
-        first, last = torch.tensor(module.mean_rewards).tensor_split(2)
-        return {"mean_reward_by_half": [round(float(part.mean()), 4) for part in (first, last)]}
+        return {"mean_reward_by_half": by_half(module.mean_rewards)}
 
     train_seeds(experiment, "grpo", Grpo, lambda questions, model: questions, reward_of)
+
+
+def by_half(values: Sequence[float]) -> list[float]:
+    """Returns the means of the first and the second half; both have the middle of an odd number.
+
+    Args:
+        values: One value per step, at least one.
+    """
+    half = -(-len(values) // 2)
+    return [round(sum(part) / half, 4) for part in (values[:half], values[-half:])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,15 +28,15 @@ def sample(model: Any, prompts: Tensor, samples: int, new_tokens: int) -> list[T
     from transformers import DynamicCache, GenerationConfig
 
     inner = inside_adapters(model)
-    end = inner.config.eos_token_id
+    ends = end_tokens(inner)
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new_tokens,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else None,
     )
     cache = DynamicCache(config=inner.config)
     rows = prompts.repeat_interleave(samples, 0)
@@ -48,15 +49,27 @@ def sample(model: Any, prompts: Tensor, samples: int, new_tokens: int) -> list[T
             past_key_values=cache,
             generation_config=settings,
         )
-    return [cut(row, end) for row in found[:, rows.shape[1] :]]
+    return [cut(row, ends) for row in found[:, rows.shape[1] :]]
 
 
-def cut(completion: Tensor, end: int | None) -> Tensor:
+def end_tokens(model: Any) -> list[int]:
+    """Returns the end tokens of a model: none, one or several.
+
+    Args:
+        model: A causal LM of transformers.
+    """
+    end = model.config.eos_token_id
+    if end is None:
+        return []
+    return [end] if isinstance(end, int) else list(end)
+
+
+def cut(completion: Tensor, ends: Sequence[int]) -> Tensor:
     """Returns a completion up to its first end token, that token included.
 
     Args:
         completion: [n] int64 token ids.
-        end: The end token; None cuts nothing.
+        ends: The end tokens; without one, nothing is cut.
     """
-    places = (completion == end).nonzero() if end is not None else completion[:0]
+    places = torch.isin(completion, completion.new_tensor(ends)).nonzero()
     return completion[: int(places[0]) + 1] if len(places) else completion

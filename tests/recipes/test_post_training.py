@@ -1,6 +1,7 @@
 """Tests the recipe of SFT, DPO and GRPO: its parts, its records, and all stages in a tiny form."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -9,19 +10,22 @@ import torch
 
 import lctrain
 from lctrain import PackedBatch
+from lctrain.build import build_model
 from lctrain.config import AttentionConfig
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.eval.shipped import load_passkey_model
 from lctrain.loss import token_log_probs
-from lctrain.recipes.post_training import conversations, table
+from lctrain.recipes.post_training import conversations, runs, table
 from lctrain.recipes.post_training.__main__ import main
 from lctrain.recipes.post_training.dpo import make_pairs
-from lctrain.recipes.post_training.experiment import Experiment
-from lctrain.recipes.post_training.passkeys import QuestionSets, rewards
+from lctrain.recipes.post_training.experiment import Experiment, read_texts
+from lctrain.recipes.post_training.grpo import by_half
+from lctrain.recipes.post_training.passkeys import QuestionSets, accuracy, rewards
 from lctrain.recipes.post_training.reference import Reference
-from lctrain.recipes.post_training.sampling import cut, sample
+from lctrain.recipes.post_training.sampling import cut, end_tokens, sample
 from lctrain.recipes.post_training.scale import SCALES
 
+LONG = 200  # tokens, more than the beginnings that files share
 GROUPS = [([5, 6, 7, 8], [[9, 10], [11]]), ([12, 13, 14], [[15], [16, 17]])]
 
 
@@ -51,7 +55,20 @@ def test_the_shipped_conversations_are_those_that_the_code_writes():
 def test_all_stages_run(tmp_path, monkeypatch):
     """A tiny form of what the README's command runs; the weights must move."""
     monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    trained = []
+
+    def remembered(*arguments):
+        model = build_model(*arguments)
+        weights = {n: w.detach().clone() for n, w in model.named_parameters() if w.requires_grad}
+        trained.append((model, weights))
+        return model
+
+    monkeypatch.setattr(runs, "build_model", remembered)
     main(["--scale", "tiny", "--seeds", "0", "--output", str(tmp_path / "out")])
+    assert len(trained) == 2
+    for model, weights in trained:
+        now = dict(model.named_parameters())
+        assert any(not torch.equal(now[name].cpu(), weight) for name, weight in weights.items())
     records = {
         stage: json.loads((tmp_path / "out" / f"{stage}.json").read_text())
         for stage in ("sft", "dpo", "grpo")
@@ -106,21 +123,34 @@ def test_samples_come_from_the_whole_prompt(shipped, questions):
 
 
 def test_a_completion_ends_with_its_end_token():
-    assert cut(torch.tensor([5, 0, 6, 0]), 0).tolist() == [5, 0]
-    assert cut(torch.tensor([5, 6]), 0).tolist() == [5, 6]
-    assert cut(torch.tensor([5, 0]), None).tolist() == [5, 0]
+    assert cut(torch.tensor([5, 0, 6, 0]), [0]).tolist() == [5, 0]
+    assert cut(torch.tensor([5, 6]), [0]).tolist() == [5, 6]
+    assert cut(torch.tensor([5, 0]), []).tolist() == [5, 0]
+    assert cut(torch.tensor([5, 2, 0]), [0, 2]).tolist() == [5, 2]
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, []), (3, [3]), ([3, 9], [3, 9])])
+def test_a_model_has_no_end_token_or_some(shipped, configured, expected):
+    model, _ = shipped
+    model.config.eos_token_id = configured
+    assert end_tokens(model) == expected
+    model.generation_config.eos_token_id = configured
+    found = sample(model, torch.randint(5, 1000, (1, 6)), 2, 3)
+    assert all(1 <= len(row) <= 3 for row in found)
 
 
 def test_pairs_hold_the_right_key_and_another_answer(shipped, questions):
     model, _ = shipped
     lctrain.patch_model(model)
     torch.manual_seed(0)
+    keys = [row for step in range(4) for row in questions[step].answers.tolist()]
     for pack in make_pairs(questions, model):
         assert pack.groups is not None
         for chosen, rejected in pack.groups.members:
             ends = pack.cu_seqlens.tolist()
             one, other = (pack.input_ids[0, ends[n] : ends[n + 1]] for n in (chosen, rejected))
             assert one[0] == other[0]  # the last token of the prompt
+            assert one[1:].tolist() in keys
             assert not torch.equal(one, other)
 
 
@@ -129,11 +159,12 @@ def test_the_reference_does_not_move(shipped, adapters):
     peft = pytest.importorskip("peft")
     model, _ = shipped
     if adapters:
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-    before = copy.deepcopy(model)
-    reference = Reference(model, AttentionConfig())
-    for one in (model, before):
-        lctrain.patch_model(one.get_base_model() if adapters else one)
+        lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        model = peft.get_peft_model(model, lora)
+    before = copy.deepcopy(model).eval()
+    reference = Reference(model.train(), AttentionConfig())
+    for one, dropout in ((model, 0.5), (before, 0.0)):
+        lctrain.patch_model(one.get_base_model() if adapters else one, dropout=dropout)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
@@ -143,13 +174,68 @@ def test_the_reference_does_not_move(shipped, adapters):
     assert torch.equal(found, token_log_probs(before, pack).log_probs.detach())
     assert not torch.equal(found, token_log_probs(model, pack).log_probs.detach())
     assert not found.requires_grad
+    assert model.training
 
 
-def test_stages_take_hydra_overrides(tmp_path):
-    experiment = Experiment(tmp_path, SCALES["full"], (0,), ("optim.learning_rate=0.5",))
-    assert experiment.compose("grpo", 3).optim.learning_rate == 0.5
-    assert experiment.compose("grpo", 3).seed == 3
-    assert experiment.compose("dpo", 0).adapter is not None
+def test_the_measured_texts_and_keys_are_no_training_ones(shipped, tmp_path, monkeypatch):
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    model, format = shipped
+    scale = dataclasses.replace(SCALES["tiny"], keys_per_depth=20, depths=(0.5,))
+    experiment = Experiment(tmp_path, scale, (0,), ("data.max_bytes=600000",))
+    _, texts, held_out = read_texts(experiment.compose("grpo", 0))
+    training = np.concatenate(texts)
+    found = [text[:LONG] for text in held_out if len(text) >= LONG]
+    assert found
+    for text in found:
+        starts = np.flatnonzero(training == text[0])
+        assert not [n for n in starts if np.array_equal(training[n : n + LONG], text)]
+
+    asked = []
+    make = PasskeyFormat.make
+
+    def remembered(self, random, tokens, *arguments, **options):
+        made = make(self, random, tokens, *arguments, **options)
+        asked.append((tokens, made.key))
+        return made
+
+    lctrain.patch_model(model)
+    monkeypatch.setattr(PasskeyFormat, "make", remembered)
+    accuracy(model, format, held_out, scale)
+    measured = {one for one in asked if one[0] == scale.length}
+    assert len(measured) == 20
+    asked.clear()
+    questions = QuestionSets(format, texts, scale, seed=0, steps=400)
+    for step in range(len(questions)):
+        questions[step]
+    assert len(asked) == 400 * scale.prompts
+    assert not measured & set(asked)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention=dual_chunk", "attention must be flash"),
+        ("attention=none", "attention must be flash"),
+        ("trainer.devices=2", "trainer.devices and trainer.num_nodes must be 1"),
+        ("trainer.max_steps=0", "trainer.max_steps must be at least 1"),
+        ("trainer.budget_s=5", "trainer.budget_s must be null"),
+        ("ckpt_path=last", "ckpt_path must be null"),
+    ],
+)
+def test_settings_that_dpo_and_grpo_ignore_are_refused(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(tmp_path, SCALES["tiny"], (0,), (override,)).compose("grpo", 0)
+
+
+def test_overrides_are_refused_before_the_first_stage_trains(tmp_path):
+    with pytest.raises(ValueError, match="ckpt_path must be null with DPO and GRPO"):
+        main(["--output", str(tmp_path / "out"), "--", "ckpt_path=last"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("rewards", "halves"), [([0.5], [0.5, 0.5]), ([0, 1, 0.5], [0.5, 0.75])])
+def test_a_run_of_any_length_has_two_halves(rewards, halves):
+    assert by_half(rewards) == halves
 
 
 def test_the_readme_has_the_tables_of_its_records():
