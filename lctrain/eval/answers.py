@@ -75,7 +75,7 @@ def _batches(prompts: Iterable[TokenPrompt], max_tokens: int) -> Iterator[list[T
     batch: list[TokenPrompt] = []
     longest = 0
     for made in prompts:
-        size = len(made.input_ids) + max(len(made.answer_ids), made.prompt.new_tokens)
+        size = len(made.input_ids) + made.new_tokens
         if batch and max(longest, size) * (len(batch) + 1) > max_tokens:
             yield batch
             batch, longest = [], 0
@@ -87,11 +87,11 @@ def _batches(prompts: Iterable[TokenPrompt], max_tokens: int) -> Iterator[list[T
 
 def _generated(reader: Reader, tokenizer: Any, batch: list[TokenPrompt]) -> Iterator[Answer]:
     """Yields the answers that the model generates, each of its prompt's number of tokens."""
-    most = max(made.prompt.new_tokens for made in batch)
+    most = max(made.new_tokens for made in batch)
     found = generate_answers(reader.model, [made.input_ids for made in batch], most)
     for made, ids in zip(batch, found, strict=True):
         prompt = made.prompt
-        text = tokenizer.decode(ids[: prompt.new_tokens], skip_special_tokens=True)
+        text = tokenizer.decode(ids[: made.new_tokens], skip_special_tokens=True)
         yield Answer(
             text,
             ruler_score(text, prompt.references, prompt.match),

@@ -19,13 +19,21 @@ class Prompt:
         text: Context and question, up to where the answer begins.
         references: Expected texts.
         match: "all" if the answer needs all references, "part" if it needs one.
-        new_tokens: Largest number of tokens in the answer.
+        new_tokens: Largest number of tokens in the answer; more if the expected one has more.
+        form: The expected answer as the prompt asks for it; empty for the references in a list.
     """
 
     text: str
     references: tuple[str, ...]
     match: str = "all"
     new_tokens: int = 128
+    form: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The expected answer: all references, or the first one if one is enough."""
+        words = self.references[:1] if self.match == "part" else self.references
+        return self.form or ", ".join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +49,11 @@ class TokenPrompt:
     input_ids: np.ndarray
     answer_ids: np.ndarray
     prompt: Prompt
+
+    @property
+    def new_tokens(self) -> int:
+        """Largest number of tokens in the answer: with fine tokens, those of the expected one."""
+        return max(self.prompt.new_tokens, len(self.answer_ids))
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
@@ -65,14 +78,14 @@ def tokenized(tokenizer: Any, prompt: Prompt) -> TokenPrompt:
     """
     ids = tokens_of(tokenizer, prompt.text)
     words = prompt.references[:1] if prompt.match == "part" else prompt.references
-    whole = tokens_of(tokenizer, f"{prompt.text} {', '.join(words)}")
+    whole = tokens_of(tokenizer, f"{prompt.text} {prompt.answer}")
     same = 0
     while same < min(len(ids), len(whole)) and ids[same] == whole[same]:
         same += 1
     answer = whole[same:]
     if not answer or ruler_score(tokenizer.decode(answer), words, "all") < 1.0:
         raise ValueError(
-            f"tokenizer must represent the answer {', '.join(words)!r}, got "
+            f"tokenizer must represent the answer {prompt.answer!r}, got "
             f"{tokenizer.decode(answer)!r} back. Leave this task out with this tokenizer."
         )
     prefix = ids if same == len(ids) else whole[:same]
@@ -85,7 +98,8 @@ def fitting_units(
     """Returns the largest number of units with which a prompt fits, by doubling and bisection.
 
     Args:
-        tokens: Returns the tokens of a prompt of a number of units; it rises with them.
+        tokens: Returns the tokens of a prompt of a number of units. Where it no longer rises, the
+            search ends.
         room: Largest number of tokens of the prompt.
         smallest: Smallest number of units of a prompt.
         name: Name of the task, for the message.
@@ -101,8 +115,11 @@ def fitting_units(
             f"{room + extra}. Leave it out."
         )
     low, high = smallest, max(2 * smallest, 2)
-    while tokens(high) <= room:
-        low, high = high, 2 * high
+    before = shortest
+    while before < (size := tokens(high)) <= room:
+        low, high, before = high, 2 * high, size
+    if size <= room:
+        return low
     while high - low > max(1, low // 64):  # a prompt within 2 % of the length
         middle = (low + high) // 2
         low, high = (middle, high) if tokens(middle) <= room else (low, middle)

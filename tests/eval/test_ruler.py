@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ def test_a_length_that_nothing_fits_is_an_error_and_no_endless_search(subject):
 
 def test_fitting_units_are_the_most_that_fit():
     assert fitting_units(lambda units: 10 + 3 * units, 100, 1, "x", 5) == 30
+    assert fitting_units(lambda units: min(10 + 3 * units, 60), 100, 1, "x", 5) >= 16
 
 
 def test_text_that_is_repeated_is_counted(subject, answering, caplog):
@@ -170,7 +172,58 @@ def test_likelihood_is_right_where_the_likeliest_tokens_are_the_answer(subject, 
     for document in seen:
         text = subject.tokenizer.decode(document.input_ids)
         answer = subject.tokenizer.decode(document.input_ids[document.answer_start :])
-        assert sorted(answer.strip().split(", ")) == sorted(solve(text).split(", ")[:4])
+        assert answer.strip().split(", ") == solve(text).split(", ")[:4]
+
+
+@pytest.mark.parametrize("name", ["vt", "cwe"])
+def test_the_likely_answer_has_the_form_of_the_solved_example(subject, name):
+    task = Ruler(tasks=[name])
+    task.prepare(subject, (1500,))
+    prompt = task.prompt(name, 1500, 0).prompt
+    form = prompt.text.partition("they are:" if name == "vt" else "in the list are:")[2]
+    example = form.partition("\n")[0].split()
+    answer = prompt.answer.split()
+    assert [word for word in answer if word not in prompt.references] == [
+        word for word in example if word.endswith(".")
+    ]
+    assert len(answer) == len(example)
+    listed = [word for word in prompt.text.rpartition("\n")[0].split() if word in answer]
+    assert [word for word in dict.fromkeys(listed) if word[-1] != "."] == list(prompt.references)
+
+
+class Letters:
+    """A tokenizer with a token per character, so that answers are long."""
+
+    eos_token_id = bos_token_id = unk_token_id = None
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids))
+
+
+def test_a_length_holds_an_answer_of_more_tokens_than_ruler_reads(subject, questions):
+    long = Path(questions).read_text().replace('"author', f'"{"long" * 20}')
+    Path(questions).write_text(long)
+    task = Ruler(tasks=["qa"], questions=questions)
+    task.prepare(Subject(subject.model, Letters(), subject.documents), (3000,))
+    made = task.prompt("qa", 3000, 1)
+    assert made.new_tokens == len(made.answer_ids) == 82
+    assert made.prompt.new_tokens == 32
+    assert 2500 < len(made.input_ids) + len(made.answer_ids) <= 3000
+
+
+def test_every_prompt_is_checked_before_the_first_is_scored(subject, tmp_path):
+    entries = [
+        {"question": f"Q{n}?", "answers": ["a"], "context": f"a is {n}. " + "So. " * size}
+        for n, size in enumerate([1] * 5 + [200])
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, entries)))
+    with pytest.raises(ValueError, match=r"lengths must be at least \d+ for qa"):
+        Ruler(tasks=["qa"], questions=str(file), items=40).prepare(subject, (200,))
+    Ruler(tasks=["qa"], questions=str(file), items=40).prepare(subject, (800,))
 
 
 def test_an_answer_that_the_tokenizer_cannot_represent_is_an_error(subject):
@@ -210,6 +263,7 @@ def test_parts_of_documents_are_no_prompts_to_generate_from(subject):
         ('{"question": "a"}', r"got line 1 of .* \('answers'\)"),
         ('{"question": "a", "answers": [""], "context": "b"}', "No text may be empty"),
         ("no json", "got line 1 of"),
+        ('{"question": "a", "answers": ["b"], "context": "c"}', "at least two contexts, got one"),
     ],
 )
 def test_a_bad_file_of_questions_is_an_error(tmp_path, content, message):

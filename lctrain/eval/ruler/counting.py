@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lctrain.eval.prompt import Prompt
@@ -33,27 +34,30 @@ class CommonWords:
         shown = ""
         if self.example:
             question, words = self._question(10, 3, 1, numbers)
-            answer = " ".join(f"{n}. {word}" for n, word in enumerate(words, 1))
-            shown = f"{question} {answer}\n"
+            shown = f"{question} {_numbered(words)}\n"
         question, words = self._question(units, self.often, self.seldom, numbers)
-        return Prompt(shown + question, words, "all", 120)
+        return Prompt(shown + question, words, "all", 120, _numbered(words))
 
     def _question(
         self, others: int, often: int, seldom: int, numbers: random.Random
     ) -> tuple[str, tuple[str, ...]]:
-        """Returns a question up to its answer, and the common words."""
+        """Returns a question up to its answer, and the common words as they first appear."""
         common = made_up_words(numbers, self.common)
         rest = [w for w in made_up_words(numbers, others + self.common) if w not in common]
         words = common * often + rest[:others] * seldom
         numbers.shuffle(words)
-        context = " ".join(f"{n}. {word}" for n, word in enumerate(words, 1))
+        context = _numbered(words)
         text = (
             "Below is a numbered list of words. In these words, some appear more often than "
             f"others. Memorize the ones that appear most often.\n{context}\nQuestion: What are the "
             f"{self.common} most common words in the above list? Answer: The top {self.common} "
             "words that appear most often in the list are:"
         )
-        return text, tuple(common)
+        return text, tuple(sorted(common, key=words.index))
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{n}. {word}" for n, word in enumerate(words, 1))
 
 
 @dataclass(frozen=True)

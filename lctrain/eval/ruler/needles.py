@@ -45,15 +45,17 @@ class Needles:
         names = distinct(numbers, KINDS[self.keys], hidden, taken)
         found = {name: distinct(numbers, KINDS[self.values], self.per_key, taken) for name in names}
         asked = numbers.sample(names, self.asked)
-        needles = [self._needle(name, value) for name in names for value in found[name]]
-        order = numbers.sample(needles, len(needles))
+        pairs = [(name, value) for name in names for value in found[name]]
+        order = numbers.sample(pairs, len(pairs))
         depths = sorted(numbers.randint(0, 39) / 39 for _ in order)
         start = numbers.randint(0, 1_000_000)
         filler = self._filler(units, start, numbers, taken)
         places = [round(depth * len(filler)) for depth in depths]
         between = " " if self.haystack == "text" else "\n"
-        context = between.join(placed(filler, order, places))
-        return self._prompt(context, asked, tuple(v for name in asked for v in found[name]))
+        context = between.join(placed(filler, [self._needle(*pair) for pair in order], places))
+        # an answer names the values of a key in their order in the text
+        values = tuple(value for name in asked for key, value in order if key == name)
+        return self._prompt(context, asked, values)
 
     def _filler(self, units: int, start: int, numbers: random.Random, taken: set[str]) -> list[str]:
         if self.haystack == "noise":

@@ -44,7 +44,7 @@ class Questions:
         asked = numbers.choice(list(self.entries))
         others = sorted({e.context for e in self.entries if e.context != asked.context})
         numbers.shuffle(others)
-        rest = [others[n % len(others)] for n in range(units - 1)] if others else []
+        rest = [others[n % len(others)] for n in range(units - 1)]
         place = numbers.random()
         rest.insert(round(place * len(rest)), asked.context)
         context = "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(rest, 1))
@@ -66,7 +66,8 @@ def read_questions(file: str | Path) -> list[Question]:
         file: Path of the file.
 
     Raises:
-        ValueError: if the file is not there, a line is no such entry, or an answer is empty.
+        ValueError: if the file is not there, a line is no such entry, an answer is empty, or all
+            questions have one context.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -93,4 +94,9 @@ def read_questions(file: str | Path) -> list[Question]:
         found.append(Question(question, answers, context))
     if not found:
         raise ValueError(f"ruler.questions must hold a question, got none in {file}. Add some.")
+    if len({entry.context for entry in found}) == 1:
+        raise ValueError(
+            f"ruler.questions must hold at least two contexts, got one in {file}. Those of other "
+            "questions surround the one with the answer."
+        )
     return found

@@ -36,7 +36,7 @@ class VariableTracking:
             question, names = self._question(5, 3, numbers)
             shown = f"{question} {' '.join(names)}\n\n\n\n"
         question, names = self._question(units, 5, numbers)
-        return Prompt(shown + question, names, "all", 30)
+        return Prompt(shown + question, names, "all", 30, " ".join(names))
 
     def _question(
         self, units: int, letters: int, numbers: random.Random

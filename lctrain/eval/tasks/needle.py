@@ -77,7 +77,7 @@ class Needle(Task):
         )
 
     def prepare(self, subject: Subject, lengths: tuple[int, ...]) -> None:
-        """Checks that a needle fits into the shortest length: see Task.
+        """Checks that every needle fits into the shortest length: see Task.
 
         Raises:
             ValueError: if it does not, or the tokenizer cannot represent an answer.
@@ -87,8 +87,9 @@ class Needle(Task):
         self._begin = np.array(begin, dtype=np.int64)
         texts = [document.input_ids for document in subject.documents]
         self._filler = Filler.of(texts, len(self._begin))
-        made = self.prompt(lengths[0], 0.0, 0)
-        check_model(subject.model, [made.input_ids, made.answer_ids, *texts], lengths[-1])
+        made = [self.prompt(lengths[0], 0.0, number) for number in range(self.needles)]
+        ids = [part for one in made for part in (one.input_ids, one.answer_ids)]
+        check_model(subject.model, [*ids, *texts], lengths[-1])
 
     def make(self, length: int) -> list[tuple[float, int]]:
         """Returns the depths and numbers of the needles: see Task."""
@@ -127,7 +128,7 @@ class Needle(Task):
         )
         asked = tokenized(self.subject.tokenizer, question)
         ids = asked.input_ids[len(self._begin) :]
-        room = length - NEW_TOKENS - len(self._begin) - len(needle) - len(ids)
+        room = length - asked.new_tokens - len(self._begin) - len(needle) - len(ids)
         if room < 0:
             raise ValueError(
                 f"needle lengths must be at least {length - room}, the tokens of needle, question "

@@ -79,21 +79,22 @@ class Ruler(Task):
         )
 
     def prepare(self, subject: Subject, lengths: tuple[int, ...]) -> None:
-        """Checks that the smallest prompt of each task fits into the shortest length: see Task.
+        """Checks that every prompt, at its smallest, fits into the shortest length: see Task.
 
         Raises:
             ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
         """
         super().prepare(subject, lengths)
         subject.require_tokenizer(self.name)
-        text = self._text()
+        in_text = any(haystack == "text" for haystack, _ in self._haystacks())
+        text = self._text() if in_text else []
         require(
-            bool(text) or not any(f == "text" for f, *_ in self._haystacks()),
+            bool(text) or not in_text,
             "ruler must hide needles in text, got documents without a word. Use more data.",
         )
         self._families = families(text, self.entries)
-        for name in self.tasks:
-            made = self._fitted(name, lengths[0], 0, self._families[name].smallest)
+        for name, number in self.make(lengths[0]):
+            made = self._fitted(name, lengths[0], number, self._families[name].smallest)
             check_model(subject.model, [made.input_ids, made.answer_ids], lengths[-1])
 
     def make(self, length: int) -> list[tuple[str, int]]:
@@ -123,7 +124,7 @@ class Ruler(Task):
         key = (name, length)
         if key not in self._units:
             family = self._families[name]
-            first = family.build(family.smallest, self._numbers(name, length, 0))
+            first = self._fitted(name, length, 0, family.smallest)
             self._units[key] = fitting_units(
                 lambda units: self._tokens(family.build(units, self._numbers(name, length, 0))),
                 length - first.new_tokens,
@@ -140,13 +141,13 @@ class Ruler(Task):
         while True:
             prompt = family.build(units, self._numbers(name, length, number))
             made = tokenized(self.subject.tokenizer, prompt)
-            room = length - prompt.new_tokens
+            room = length - made.new_tokens
             over = len(made.input_ids) - room
             if over <= 0:
                 return made
             if units <= family.smallest:
                 raise ValueError(
-                    f"lengths must be at least {len(made.input_ids) + prompt.new_tokens} for "
+                    f"lengths must be at least {len(made.input_ids) + made.new_tokens} for "
                     f"{name} with this tokenizer, got {length}. Leave it out, or the task."
                 )
             per_unit = max(1.0, len(made.input_ids) / units)
