@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.callbacks.patching import say
@@ -61,7 +62,8 @@ class LengthSchedule(pl.Callback):
         """Checks that the trainer's data can be divided.
 
         Raises:
-            ValueError: if the data are not in a PackedDataModule, or `overfit_batches` is set.
+            ValueError: if the data are not in a PackedDataModule, `overfit_batches` is set, or the
+                number of packs of an optimizer step changes.
         """
         if stage != "fit":
             return
@@ -77,14 +79,28 @@ class LengthSchedule(pl.Callback):
             f"overfit_batches must be 0 with LengthSchedule, got {trainer.overfit_batches}. Leave "
             "one of them out.",
         )
+        require(
+            not any(isinstance(one, GradientAccumulationScheduler) for one in trainer.callbacks),
+            "LengthSchedule needs the same number of packs in every optimizer step, got a "
+            "GradientAccumulationScheduler. Set accumulate_grad_batches.",
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the learning-rate schedule count tokens, if asked.
 
         Raises:
-            ValueError: if a scheduler is not a LambdaLR, or the length of the run is unknown.
+            ValueError: if the limited epochs of the run divide an optimizer step, a scheduler is
+                not a LambdaLR, or the length of the run is unknown.
         """
         self._length = None
+        epoch, loader = int(trainer.num_training_batches), trainer.train_dataloader
+        packs = min(trainer.accumulate_grad_batches, len(loader))  # of a rank's optimizer step
+        require(
+            epoch % packs == 0 or bool(trainer.fast_dev_run),
+            f"limit_train_batches must be a multiple of accumulate_grad_batches={packs} with "
+            f"LengthSchedule, got {epoch} batches: the last step of an epoch would be shorter. "
+            "Change one of them.",
+        )
         if self.learning_rate == "steps":
             return
         steps = trainer.estimated_stepping_batches

@@ -8,6 +8,7 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.batch import IGNORE_INDEX
@@ -86,6 +87,14 @@ def test_a_stage_lasts_for_whole_optimizer_steps(tmp_path):
     assert len(module.batches) == len(sizes)
     for (tokens, _), size in zip(module.batches, sizes, strict=True):
         assert size // 2 < len(tokens) <= size
+
+
+def test_limited_epochs_keep_the_stages(tmp_path):
+    settings = {"accumulate_grad_batches": 2, "limit_train_batches": 4}
+    assert (
+        fit(tmp_path, Seen(), **settings).batches
+        == fit(tmp_path, Seen(), accumulate_grad_batches=2).batches
+    )
 
 
 def test_documents_are_cut_at_borders_only():
@@ -230,6 +239,11 @@ def test_bad_options_are_refused(tmp_path):
         fit(tmp_path, Seen(), stages={0: 8, 2: 64})
     with pytest.raises(ValueError, match=r"overfit_batches must be 0 .*, got 2"):
         fit(tmp_path, Seen(), overfit_batches=2)
+    changing = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="packs in every optimizer step, got a Gradient"):
+        fit(tmp_path, Seen(), changing)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2 .*, got 3 batches"):
+        fit(tmp_path, Seen(), accumulate_grad_batches=2, limit_train_batches=3)
     trainer = make_trainer(tmp_path, [LengthSchedule({0: 8})])
     with pytest.raises(ValueError, match="in a PackedDataModule, got a data loader"):
         trainer.fit(Seen(), torch.utils.data.DataLoader([1]))
