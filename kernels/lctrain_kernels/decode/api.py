@@ -9,7 +9,14 @@ from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.decode import pytorch
-from lctrain_kernels.decode.checks import check_metadata, check_new_tokens, check_tensors
+from lctrain_kernels.decode.checks import (
+    check_metadata,
+    check_new_tokens,
+    check_no_gradients,
+    check_plan,
+    check_stored,
+    check_tensors,
+)
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import (
@@ -76,8 +83,9 @@ def flash_attn_with_kvcache(
             causal or has a window; otherwise every query is rotated by cache_seqlens.
         rotary_sin: Sines, in the shape of rotary_cos.
         cache_seqlens: Tokens that the cache holds before the call, [B] int32 or one int; None for a
-            full cache.
+            full cache. -S_new marks a request without keys, for which nothing is written.
         cache_batch_idx: Row of k_cache of each request, [B] int32; by default, request b has row b.
+            Requests may share a row that the call does not write to.
         cache_leftpad: First token of each request in the cache, [B] int32; 0 by default.
         block_table: Page numbers of each request, [B, pages per request] int32. Entries beyond a
             request's length are not read. Pages have 16, 32, 64, 128 or 256 tokens.
@@ -95,7 +103,7 @@ def flash_attn_with_kvcache(
         plan: Plan of make_decode_plan, made once per step for all layers. It leaves out splits that
             no query sees. Without one, calls with lengths on a GPU make their own.
         max_seqlen_k: Upper bound of the lengths after the call, a Python int, so that no program is
-            started for keys beyond; the length of the cache by default. Keys beyond are ignored.
+            started for keys beyond; the length of the cache by default.
         backend: "auto", "triton" or "pytorch".
 
     Returns:
@@ -104,11 +112,20 @@ def flash_attn_with_kvcache(
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if shapes, devices or values do not fit. On a GPU, lengths and page numbers are
-            read only if LCTRAIN_CHECK_CACHE=1 is set, since reading them synchronises. Without it,
-            a new token beyond the cache is not written.
+        ValueError: if shapes, devices or values do not fit. Lengths and page numbers in tensors on
+            a GPU are read only if LCTRAIN_CHECK_CACHE=1 is set, since reading them synchronises.
+            Without it, a new token beyond the cache is not written.
     """
     check_tensors(q, k_cache, v_cache)
+    check_no_gradients(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=k,
+        v=v,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+    )
     requests, heads, head_dim = q.shape[0], q.shape[2], q.shape[3]
     cos, sin = unit_stride(rotary_cos, rotary_sin)
     new = NewTokens(k, v, cos, sin, rotary_interleaved)
@@ -121,11 +138,14 @@ def flash_attn_with_kvcache(
     longest = max_seqlen_k
     if not isinstance(cache_seqlens, Tensor):
         stored = cache.capacity if cache_seqlens is None else cache_seqlens
+        check_stored(stored, cache.capacity, new.tokens)
         longest = stored + new.tokens if longest is None else longest
         cache_seqlens = torch.full((requests,), stored, dtype=torch.int32, device=q.device)
     cache = cache._replace(seqlens=cache_seqlens)
-    check_metadata(q, cache, new)
+    check_metadata(q, cache, new, max_seqlen_k)
     _, left, right = resolve_window(window_size, causal)
+    if plan is not None:
+        check_plan(plan, q, cache, new, left)
     slopes, sink, *vectors = unit_stride(
         alibi_slopes, learnable_sink, cache.seqlens, cache_batch_idx, cache_leftpad, block_table
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.checks import check_floating
-from lctrain_kernels.decode.structures import KVCache, NewTokens
+from lctrain_kernels.decode.structures import DecodePlan, KVCache, NewTokens
 
 SWITCH = "LCTRAIN_CHECK_CACHE"
 MIN_PAGE, MAX_PAGE = 16, 256
@@ -53,11 +53,18 @@ def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             f"query heads must be a multiple of key/value heads, got {heads} and {heads_kv}. "
             "Check the layout [B, S, H, D]."
         )
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
-        raise ValueError(
-            "flash_attn_with_kvcache has no backward, and q or k_cache requires a gradient. Call "
-            "it under torch.no_grad(), or train with flash_attn_varlen_func."
-        )
+
+
+def check_no_gradients(**tensors: Tensor | None) -> None:
+    """Raises if autograd records and an operand, given by its name, requires a gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"flash_attn_with_kvcache has no backward, and {name} requires a gradient. Call it "
+                "under torch.no_grad(), or train with flash_attn_varlen_func."
+            )
 
 
 def check_new_tokens(q: Tensor, k_cache: Tensor, new: NewTokens, has_seqlens: bool) -> None:
@@ -107,15 +114,83 @@ def check_new_tokens(q: Tensor, k_cache: Tensor, new: NewTokens, has_seqlens: bo
             )
 
 
-def check_metadata(q: Tensor, cache: KVCache, new: NewTokens) -> None:
+def check_stored(stored: object, capacity: int, new_tokens: int) -> None:
+    """Raises unless cache_seqlens is an int, and the cache has room for the new tokens.
+
+    Args:
+        stored: Tokens that the cache holds of every request.
+        capacity: Most tokens of a request.
+        new_tokens: Tokens that the call appends to each request.
+    """
+    if not isinstance(stored, int) or isinstance(stored, bool):
+        raise TypeError(
+            "cache_seqlens must be an int, an int32 tensor or None, got "
+            f"{type(stored).__name__}. Pass torch.tensor(lengths, dtype=torch.int32)."
+        )
+    if not 0 <= stored <= capacity - new_tokens:
+        raise _does_not_fit("cache_seqlens", stored, capacity, new_tokens)
+
+
+def _does_not_fit(name: str, stored: int, capacity: int, new_tokens: int) -> ValueError:
+    return ValueError(
+        f"{name} must be from 0 to {capacity - new_tokens}, got {stored}: the cache holds "
+        f"{capacity} tokens of a request, and {new_tokens} are appended. Nothing was written; make "
+        "the cache longer."
+    )
+
+
+def check_plan(plan: DecodePlan, q: Tensor, cache: KVCache, new: NewTokens, left: int) -> None:
+    """Raises unless a plan lists all splits that a call needs.
+
+    Args:
+        plan: Plan of the call.
+        q: Queries [B, Sq, H, D].
+        cache: Cache of the call.
+        new: New tokens of the call.
+        left: Visible keys before a query's own position; -1 is unbounded. The plan may have more.
+    """
+    requests = q.shape[0]
+    if plan.work.device != q.device:
+        raise ValueError(
+            f"plan must be on the device of q, {q.device}, got {plan.work.device}. Make it from "
+            "the lengths on that device."
+        )
+    planned = (plan.work.numel() - 1) // plan.max_splits
+    for name, made, called in (
+        ("requests", planned if plan.max_splits > 1 else requests, requests),
+        ("seqlen_q", plan.seqlen_q, q.shape[1]),
+        ("new_tokens", plan.new_tokens, new.tokens),
+        ("cache_leftpad", plan.has_leftpad, cache.leftpad is not None),
+    ):
+        if made != called:
+            raise ValueError(
+                f"plan must have the {name} of the call, {called}, got {made}. Pass {name} to "
+                "make_decode_plan, and make a plan in every step."
+            )
+    if plan.window_left >= 0 and not 0 <= left <= plan.window_left:
+        raise ValueError(
+            f"plan must have a left window of at least the call's, {left}, got "
+            f"{plan.window_left}. Make one plan without a window for layers that differ."
+        )
+
+
+def check_metadata(q: Tensor, cache: KVCache, new: NewTokens, longest: int | None = None) -> None:
     """Raises unless lengths, indices and page table fit the cache and the new tokens.
 
     Args:
         q: Queries [B, Sq, H, D].
         cache: Cache of the call.
         new: New tokens of the call.
+        longest: max_seqlen_k of the call.
     """
     requests = q.shape[0]
+    for name, side in (("k_cache", cache.k), ("v_cache", cache.v)):
+        strides = zip(side.shape, side.stride(), strict=True)
+        if new.tokens and any(size > 1 and stride == 0 for size, stride in strides):
+            raise ValueError(
+                f"{name} must be no expanded tensor if k and v are given, got strides "
+                f"{side.stride()}. Requests would overwrite each other's tokens; clone it."
+            )
     vectors = {
         "cache_seqlens": cache.seqlens,
         "cache_batch_idx": cache.batch_index,
@@ -123,14 +198,14 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens) -> None:
     }
     for name, vector in vectors.items():
         if vector is not None:
-            _check_int32(name, vector, q)
+            check_int32(name, vector, q.device)
             if tuple(vector.shape) != (requests,):
                 raise ValueError(
                     f"{name} must have shape [{requests}], got {tuple(vector.shape)}. Pass one "
                     "number per request."
                 )
     if cache.block_table is not None:
-        _check_int32("block_table", cache.block_table, q)
+        check_int32("block_table", cache.block_table, q.device)
         if cache.block_table.dim() != 2 or cache.block_table.shape[0] != requests:
             raise ValueError(
                 f"block_table must have shape [{requests}, pages per request], got "
@@ -158,7 +233,7 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens) -> None:
             f"{new.cos.shape[0]}. Build longer tables."
         )
     if _reads_values(q.device):
-        _check_values(cache, new.tokens)
+        _check_values(cache, new.tokens, longest)
 
 
 def _reads_values(device: torch.device) -> bool:
@@ -169,16 +244,22 @@ def _reads_values(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def _check_values(cache: KVCache, new_tokens: int) -> None:
+def _check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
     """Raises unless lengths fit the capacity, and every page that a request uses exists."""
     lengths = cache.seqlens.tolist()
     pads = [0] * len(lengths) if cache.leftpad is None else cache.leftpad.tolist()
+    rows = [] if cache.batch_index is None else cache.batch_index.tolist()
+    written: set[int] = set()
     for request, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
+        if length + new_tokens == 0 and pad == 0:
+            continue  # a request without keys, with which a batch is padded
         if length < 0 or length + new_tokens > cache.capacity:
+            name = f"cache_seqlens[{request}]"
+            raise _does_not_fit(name, length, cache.capacity, new_tokens)
+        if longest is not None and length + new_tokens > longest:
             raise ValueError(
-                f"cache_seqlens[{request}] must be from 0 to {cache.capacity - new_tokens}, got "
-                f"{length}: the cache holds {cache.capacity} tokens of a request, and "
-                f"{new_tokens} are appended. Nothing was written; make the cache longer."
+                f"max_seqlen_k must be at least {length + new_tokens}, the keys of request "
+                f"{request}, got {longest}. Pass an upper bound, or None."
             )
         if not 0 <= pad <= length:
             raise ValueError(
@@ -194,8 +275,14 @@ def _check_values(cache: KVCache, new_tokens: int) -> None:
                     f"block_table[{request}] must name pages from 0 to {cache.k.shape[0] - 1}, got "
                     f"{wrong[0]} among the first {used}. Nothing was written; allocate a page."
                 )
-        elif cache.batch_index is not None:
-            row = int(cache.batch_index[request])
+        elif rows:
+            row = rows[request]
+            if new_tokens and row in written:
+                raise ValueError(
+                    f"cache_batch_idx must name a row once if k and v are given, got {row} twice. "
+                    "Requests would overwrite each other's tokens; nothing was written."
+                )
+            written.add(row)
             if not 0 <= row < cache.k.shape[0]:
                 raise ValueError(
                     f"cache_batch_idx[{request}] must be from 0 to {cache.k.shape[0] - 1}, got "
@@ -216,11 +303,12 @@ def _check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> No
         )
 
 
-def _check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
+def check_int32(name: str, tensor: object, device: torch.device) -> None:
+    """Raises unless an argument is an int32 tensor on a device."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be an int32 tensor, got {got}. Call .to(torch.int32).")
-    if tensor.device != q.device:
+    if tensor.device != device:
         raise ValueError(
-            f"{name} must be on the device of q, {q.device}, got {tensor.device}. Move it."
+            f"{name} must be on the device of q, {device}, got {tensor.device}. Move it."
         )

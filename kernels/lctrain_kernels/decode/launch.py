@@ -45,6 +45,7 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
     k, v = new.k, new.v
     if k is None or v is None or k.numel() == 0:
         return
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     requests, tokens, heads_kv, head_dim = k.shape
     tile = TileConfig(0, 0, APPEND_WARPS, 1)
     grid = (requests * triton.cdiv(tokens, APPEND_TOKENS) * heads_kv,)

@@ -43,7 +43,10 @@ def fill_plan(
     keys = capacity if longest is None else min(longest, capacity)
     max_splits = max(1, triton.cdiv(keys, split_size))
     work = torch.zeros(1 + requests * max_splits, dtype=torch.int32, device=seqlens.device)
-    plan = DecodePlan(work, max_splits, split_size, seqlen_q, new_tokens, window_left)
+    plan = DecodePlan(
+        *(work, max_splits, split_size, seqlen_q, new_tokens, window_left),
+        has_leftpad=leftpad is not None,
+    )
     if requests:
         launch(decode_plan_kernel, (requests,))(
             seqlens,

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
+from lctrain_kernels.decode.checks import check_int32
 from lctrain_kernels.decode.structures import DecodePlan
+from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import check_window, resolve_window
 
 
@@ -43,28 +45,38 @@ def make_decode_plan(
         max_seqlen_k: Upper bound of the lengths after the step, a Python int.
 
     Raises:
-        TypeError: if cache_seqlens is not an int32 tensor.
+        TypeError: if cache_seqlens or cache_leftpad is not an int32 tensor.
         ValueError: if a size does not fit.
     """
-    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype != torch.int32:
-        got = cache_seqlens.dtype if isinstance(cache_seqlens, Tensor) else type(cache_seqlens)
+    if not isinstance(cache_seqlens, Tensor):
+        got = type(cache_seqlens).__name__
         raise TypeError(f"cache_seqlens must be an int32 tensor [B], got {got}. Convert it.")
+    device = cache_seqlens.device
+    for name, vector in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
+        if vector is not None:
+            check_int32(name, vector, device)
+            if vector.dim() != 1 or len(vector) != len(cache_seqlens):
+                raise ValueError(
+                    f"{name} must have shape [B], one number per request, got "
+                    f"{tuple(vector.shape)}. Flatten it."
+                )
     for name, value in (("capacity", capacity), ("seqlen_q", seqlen_q), ("head_dim", head_dim)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     check_window(window_size, cache_seqlens.device)
     _, left, _ = resolve_window(window_size, causal)
-    device = cache_seqlens.device
     if select_backend(device, dtype, head_dim=head_dim, warn=False) == "pytorch":
         work = torch.zeros(1, dtype=torch.int32, device=device)
-        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left)
+        padded = cache_leftpad is not None
+        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left, padded)
     from lctrain_kernels.decode.launch_config import decode_config
     from lctrain_kernels.decode.launch_plan import fill_plan
 
     config = decode_config(torch.empty(0, 1, 1, head_dim, dtype=dtype, device=device))
+    seqlens, leftpad = unit_stride(cache_seqlens, cache_leftpad)
     return fill_plan(
-        cache_seqlens.contiguous(),
-        cache_leftpad,
+        seqlens,
+        leftpad,
         capacity,
         config.split_size,
         seqlen_q=seqlen_q,

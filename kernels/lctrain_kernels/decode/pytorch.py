@@ -19,6 +19,8 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
     if new.k is None or new.v is None:
         return
     for request, stored in enumerate(cache.seqlens.tolist()):
+        if stored < 0:  # a request without keys
+            continue
         positions = torch.arange(stored, stored + new.tokens, device=new.k.device)
         page, slot = cache_places(cache, request, positions)
         cache.k[page, slot] = rotate(new.k[request], positions, new)
@@ -83,14 +85,14 @@ def rotate(x: Tensor, positions: Tensor, new: NewTokens) -> Tensor:
 
     Args:
         x: Queries or keys of one request.
-        positions: Position of each token; those beyond the tables are not rotated.
+        positions: Position of each token; those without a row in the tables are not rotated.
         new: New tokens, with the tables.
     """
     if new.cos is None or new.sin is None:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    known = (positions < new.cos.shape[0])[:, None, None]
-    at = positions.clamp(max=new.cos.shape[0] - 1)
+    at = positions.clamp(0, new.cos.shape[0] - 1)
+    known = (at == positions)[:, None, None]
     cos, sin = (table[at].to(wide)[:, None] for table in (new.cos, new.sin))
     cos, sin = torch.where(known, cos, 1.0), torch.where(known, sin, 0.0)
     turned, rest = x[..., : new.rotary].to(wide), x[..., new.rotary :]

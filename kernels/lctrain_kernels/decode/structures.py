@@ -109,6 +109,7 @@ class DecodePlan(NamedTuple):
         seqlen_q: Queries of a request.
         new_tokens: Tokens that a call appends to each request.
         window_left: Visible keys before a query's own position; -1 is unbounded.
+        has_leftpad: Whether requests have padding on the left.
     """
 
     work: Tensor
@@ -117,3 +118,4 @@ class DecodePlan(NamedTuple):
     seqlen_q: int
     new_tokens: int
     window_left: int
+    has_leftpad: bool = False

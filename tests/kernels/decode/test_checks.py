@@ -54,7 +54,19 @@ CASES = {
         DENSE,
         {"q": zeros(2, 1, 4, 32).requires_grad_()},
         ValueError,
-        "has no backward, and q or k_cache requires a gradient",
+        "has no backward, and q requires a gradient",
+    ),
+    "gradient-new": (
+        DENSE,
+        {"v": zeros(*ROW).requires_grad_()},
+        ValueError,
+        "has no backward, and v requires a gradient",
+    ),
+    "expanded": (
+        DENSE,
+        {"v_cache": zeros(1, 32, 2, 32).expand(4, -1, -1, -1)},
+        ValueError,
+        "v_cache must be no expanded tensor if k and v are given, got strides .0,",
     ),
     "k-alone": (DENSE, {"v": None}, ValueError, "k and v must be given together"),
     "cos-alone": (DENSE, {"rotary_sin": None}, ValueError, "must be given together, got one"),
@@ -82,8 +94,9 @@ CASES = {
         ValueError,
         r"cache_seqlens\[1\] must be from 0 to 31, got 32.*Nothing was written",
     ),
+    "lengths-list": (DENSE, {"cache_seqlens": [20, 31]}, TypeError, "must be an int, an int32"),
     "lengths-int-full": (DENSE, {"cache_seqlens": 32}, ValueError, "from 0 to 31, got 32"),
-    "lengths-negative": (DENSE, {"cache_seqlens": ints(-1, 3)}, ValueError, "to 31, got -1"),
+    "lengths-negative": (DENSE, {"cache_seqlens": ints(-2, 3)}, ValueError, "to 31, got -2"),
     "leftpad": (
         DENSE,
         {"cache_leftpad": ints(0, 32)},
@@ -95,6 +108,12 @@ CASES = {
         {"cache_batch_idx": ints(0, 4)},
         ValueError,
         r"cache_batch_idx\[1\] must be from 0 to 3, got 4",
+    ),
+    "row-twice": (
+        DENSE,
+        {"cache_batch_idx": ints(1, 1)},
+        ValueError,
+        "cache_batch_idx must name a row once if k and v are given, got 1 twice",
     ),
     "row-with-pages": (
         PAGED,
@@ -135,6 +154,12 @@ CASES = {
         "num_splits must be 0 or 1 with split='exact'",
     ),
     "longest": (DENSE, {"max_seqlen_k": -1}, ValueError, "max_seqlen_k must be a Python int"),
+    "longest-short": (
+        DENSE,
+        {"max_seqlen_k": 31},
+        ValueError,
+        "max_seqlen_k must be at least 32, the keys of request 1, got 31",
+    ),
     "backend": (DENSE, {"backend": "hopper"}, ValueError, "backend='hopper'"),
 }
 
@@ -162,12 +187,45 @@ def test_a_dense_cache_with_too_few_rows():
         ({"cache_seqlens": [1]}, TypeError, "cache_seqlens must be an int32 tensor"),
         ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
         ({"window_size": 3}, TypeError, "window_size must be"),
+        ({"cache_leftpad": torch.zeros(2)}, TypeError, "cache_leftpad must be an int32 tensor"),
+        ({"cache_leftpad": ints(1)}, ValueError, r"cache_leftpad must have shape \[B\]"),
     ],
 )
 def test_bad_arguments_of_a_plan(changes, error, message):
     arguments = {"cache_seqlens": ints(1, 2), "capacity": 8, "head_dim": 8, "dtype": HALF}
     with pytest.raises(error, match=message):
         make_decode_plan(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seqlen_q": 2}, "plan must have the seqlen_q of the call, 1, got 2"),
+        ({"new_tokens": 0}, "plan must have the new_tokens of the call, 1, got 0"),
+        ({"has_leftpad": True}, "plan must have the cache_leftpad of the call, False, got True"),
+        ({"window_left": 8}, "plan must have a left window of at least the call's, 9, got 8"),
+        ({"work": torch.zeros(7), "max_splits": 2}, "the requests of the call, 2, got 3"),
+        ({"work": torch.zeros(1, device="meta")}, "plan must be on the device of q, cpu, got meta"),
+    ],
+)
+def test_plans_of_other_calls(changes, message):
+    """A plan without a split that the call needs would leave the results of the split unset."""
+    inputs = make_kv(DENSE, "cpu", torch.float32)
+    options = {"causal": True, "window_size": (9, 0)}
+    plan = make_decode_plan(
+        inputs.options["cache_seqlens"], 32, 32, torch.float32, window_size=(9, 0)
+    )
+    inputs.call(plan=plan, **options)
+    inputs.call(plan=plan._replace(window_left=-1), **options)
+    with pytest.raises(ValueError, match=message):
+        inputs.call(plan=plan._replace(**changes), **options)
+
+
+def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypatch):
+    monkeypatch.setattr("lctrain_kernels.decode.checks._reads_values", lambda _: False)
+    inputs = make_kv(DENSE, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="cache_seqlens must be from 0 to 31, got 32"):
+        inputs.call(cache_seqlens=32)
 
 
 def test_the_switch_reads_values_on_a_gpu(monkeypatch):

@@ -70,10 +70,10 @@ def test_float32(device):
 
 
 def test_strided_operands(device):
-    """Queries and new tokens share a tensor; heads come before tokens in the cache."""
+    """Queries and new tokens share a tensor, whose columns are apart; the cache has heads first."""
     case = CASES["rotary"]
     inputs = make_kv(case, device)
-    packed = torch.cat((inputs.q, inputs.k, inputs.v), 2)
+    packed = torch.cat((inputs.q, inputs.k, inputs.v), 2).mT.contiguous().mT
     inputs.q, inputs.k, inputs.v = packed.split((4, 2, 2), 2)
     for name in ("k_cache", "v_cache"):
         cache = getattr(inputs, name).transpose(1, 2).contiguous().transpose(1, 2)
@@ -99,6 +99,23 @@ def test_no_requests_and_no_queries(backend, device):
     out, lse = inputs.call(backend=backend)
     assert out.shape == (0, 1, 4, 32)
     assert lse.shape == (0, 4, 1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+@pytest.mark.parametrize("page", [0, 16])
+def test_requests_without_keys_pad_a_batch(page, backend, device):
+    case = KVCase(lengths=(30, 30), new=1, causal=True, rotary=16, page=page)
+    alone = make_kv(case, device).call(backend=backend)
+    inputs = make_kv(case, device)
+    inputs.options["cache_seqlens"][0] = -1
+    page_and_slot = inputs.places(0, torch.arange(160, device=device))
+    before = inputs.k_cache[page_and_slot].nan_to_num(7.0)
+    out, lse = inputs.call(backend=backend)
+    assert torch.equal(inputs.k_cache[page_and_slot].nan_to_num(7.0), before)
+    assert not out[0].any()
+    assert (lse[0] == float("-inf")).all()
+    assert torch.equal(out[1], alone[0][1])
+    assert torch.equal(lse[1], alone[1][1])
 
 
 def test_a_token_beyond_the_cache_is_not_written(device):
