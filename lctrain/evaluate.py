@@ -22,7 +22,7 @@ from lctrain.command import Command
 from lctrain.config import EvalConfig, PasskeyConfig, to_dataclass
 from lctrain.limits import check_lengths, check_methods
 from lctrain.model_names import check_model_name
-from lctrain.preflight import check_evaluation, check_task_methods, check_tasks
+from lctrain.preflight import check_evaluation, check_task_methods, check_task_settings, check_tasks
 from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
 
@@ -91,6 +91,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     check_tasks(config.tasks, config.own_tasks)
     check_methods(config.methods)
     check_task_methods(config)
+    check_task_settings(config)
     longest_documents((), config.documents)  # raises ValueError if the number is below 1
     check_dtype(config.dtype)
     device = pick_device(config.device)

@@ -20,6 +20,7 @@ from lctrain.attention.spec import ATTENTION_NAMES, make_spec
 from lctrain.config import TASKS, PretrainedModelConfig, ScratchModelConfig
 from lctrain.limits import (
     check_lengths,
+    check_longppl,
     check_methods,
     check_passkeys,
     check_windows,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         DataConfig,
         EvalConfig,
         EvaluationConfig,
+        HarnessConfig,
         ModelConfig,
         TrainConfig,
     )
@@ -263,6 +265,7 @@ def check_evaluation(config: EvalConfig) -> None:
     check_targets("own_tasks", config.own_tasks)
     check_methods(config.methods)
     check_task_methods(config)
+    check_task_settings(config)
     check_passkeys(
         config.passkey.depths, config.passkey.keys_per_cell, config.passkey.seed, "passkey."
     )
@@ -285,12 +288,6 @@ def check_evaluation(config: EvalConfig) -> None:
     check_data_files(config.data)
     check_targets("logger", config.logger)
     check_logger_folders(config.logger, config.paths.output_dir)
-    if config.window is not None:
-        require(
-            config.window >= 2,
-            f"window must be at least 2, got {config.window}. It is the number of tokens that the "
-            "model was trained on.",
-        )
 
 
 def check_task_methods(config: EvalConfig) -> None:
@@ -298,6 +295,60 @@ def check_task_methods(config: EvalConfig) -> None:
     for field in fields(config):
         methods = getattr(getattr(config, field.name), "methods", None)
         check_methods(methods or (), f"{field.name}.methods")
+
+
+def check_task_settings(config: EvalConfig) -> None:
+    """Raises ValueError if the window, or lengths or settings of a task in `tasks`, do not fit."""
+    require(
+        config.window is None or config.window >= 2,
+        f"window must be at least 2, got {config.window}. It is the number of tokens that the "
+        "model was trained on.",
+    )
+    tasks = config.tasks
+    for name in tasks:
+        own = getattr(getattr(config, name, None), "lengths", None)
+        if own is not None:
+            check_lengths(own, config.forward_tokens(), f"{name}.")
+    require(
+        "context_gain" not in tasks or len(set(config.lengths)) > 1,
+        f"lengths must name at least two for context_gain, got {list(config.lengths)}. Add a "
+        "shorter one.",
+    )
+    longest = max(config.lengths)
+    require(
+        "sliding_perplexity" not in tasks or (config.document_tokens or longest) >= longest,
+        f"document_tokens must be at least the longest length, {longest}, for sliding_perplexity, "
+        f"got {config.document_tokens}. Raise it, or leave that length out.",
+    )
+    if "longppl" in tasks:
+        o = config.longppl
+        check_longppl(o.short_context, o.step, o.lengths or config.lengths)
+        name = o.evaluator
+        require(
+            name is None or not looks_like_path(name) or Path(name).expanduser().is_dir(),
+            f"longppl.evaluator must be a folder or a name on the Hugging Face hub, got {name}, "
+            "which does not exist. null takes the model itself.",
+        )
+    if "harness" in tasks:
+        check_harness(config.harness)
+
+
+def check_harness(config: HarnessConfig) -> None:
+    """Raises ValueError if the task harness lacks tasks, its package or its folder."""
+    require(
+        len(config.tasks) > 0,
+        "harness.tasks must name at least one task of lm-evaluation-harness, got none. Name "
+        "some, or leave harness out of tasks.",
+    )
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "harness must have the package lm_eval, got none. Install it: pip install lm_eval.",
+    )
+    require(
+        config.include_path is None or Path(config.include_path).expanduser().is_dir(),
+        f"harness.include_path must be a folder with tasks, got {config.include_path}, which is "
+        "not there. Check the path.",
+    )
 
 
 def check_tasks(tasks: Sequence[str], own: Collection[str] = ()) -> None:

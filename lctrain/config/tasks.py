@@ -99,7 +99,7 @@ class LongPerplexityConfig:
         lengths: Lengths of the long context in tokens; None for `lengths` of the evaluation.
         methods: Methods to compare; None for `methods` of the evaluation.
         evaluator: Model that chooses the key tokens, a folder or hub name with the same tokenizer;
-            None for the evaluated model itself.
+            None for the evaluated model itself, without a method.
         short_context: Largest number of tokens in a short context.
         step: Number of tokens that a window of the short context scores.
         gain: Smallest drop of the loss of a key token from the short to the long context, in nats.

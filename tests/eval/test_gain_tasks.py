@@ -1,5 +1,6 @@
 """Tests sliding perplexity, the gain from context and LongPPL on models whose losses are known."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lctrain.config import EvalConfig, LongPerplexityConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TokenizedDocument
 from lctrain.eval import Run, Subject, computed, perplexity_by_length
 from lctrain.eval.reading import GivenReading
@@ -111,6 +113,22 @@ def test_key_tokens_are_those_that_need_the_long_context():
     assert row["longppl"] == near(1 / (0.9 + 0.1 / VOCABULARY))
     with pytest.raises(ValueError, match="documents must hold key tokens at length 96, got none"):
         table_of(LongPerplexity(short_context=32, step=4), LooksBack(distance), documents, (96,))
+
+
+def test_key_tokens_do_not_depend_on_the_methods(make_llama, tmp_path):
+    """With methods, the evaluated model is loaded once more and stays without a method."""
+    model = PretrainedModelConfig(name_or_path="m", revision="r")
+    config = EvalConfig(
+        model=model,
+        paths=PathsConfig(output_dir=str(tmp_path)),
+        longppl=LongPerplexityConfig(short_context=8, step=4),
+        dtype="float16",
+    )
+    assert LongPerplexity.of(config).evaluator is None
+    task = LongPerplexity.of(dataclasses.replace(config, methods=["yarn", "plain"]))
+    assert (task.evaluator, task.dtype) == (model, "float16")
+    with pytest.raises(ValueError, match=r"longppl.evaluator must be given with methods, got none"):
+        LongPerplexity(methods=["yarn"])
 
 
 def test_settings_and_documents_that_longppl_cannot_use(make_llama):

@@ -11,7 +11,13 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from lctrain import PackedDataModule
-from lctrain.config import AttentionConfig, PretrainedModelConfig
+from lctrain.config import (
+    AttentionConfig,
+    LongPerplexityConfig,
+    NeedleConfig,
+    PretrainedModelConfig,
+    RulerConfig,
+)
 from lctrain.data import TextSource, TokenizedDocument
 from lctrain.eval import perplexity_by_length
 from lctrain.eval.device import pick_device
@@ -292,8 +298,34 @@ def test_documents_can_be_cut(make_config) -> None:
             "methods must be among plain, .* got 'pose'",
         ),
         ({"methods": ["plain"], "window": 1}, "window must be at least 2, got 1"),
+        ({"tasks": ["context_gain"], "lengths": [8]}, "lengths must name at least two for context"),
+        (
+            {"tasks": ["sliding_perplexity"], "document_tokens": 9},
+            "document_tokens must be at least the longest length, 64, for sliding_perplexity, got",
+        ),
+        ({"tasks": ["longppl"]}, "lengths must be above longppl.short_context . 1 = 4097, got 8"),
+        (
+            {"tasks": ["longppl"], "longppl": LongPerplexityConfig([64], None, "./none", 16, 4)},
+            "longppl.evaluator must be a folder or a name .* got ./none, which does not exist",
+        ),
+        (
+            {"tasks": ["needle"], "needle": NeedleConfig(lengths=[1])},
+            "needle.lengths must be at least 2, got 1",
+        ),
+        (
+            {"tasks": ["ruler"], "max_tokens": 99, "ruler": RulerConfig(lengths=[100])},
+            "ruler.lengths must be at most max_tokens = 99, got 100",
+        ),
+        ({"tasks": ["harness"]}, "harness.tasks must name at least one task"),
+        (
+            {"tasks": ["ruler"], "ruler": RulerConfig(questions="none.jsonl")},
+            "ruler.questions must be a file of JSON lines, got none.jsonl, which is not there",
+        ),
     ],
 )
-def test_bad_tasks_and_methods_are_an_error(make_config, change, message) -> None:
+def test_bad_tasks_and_methods_are_an_error_before_the_model_is_loaded(
+    make_config, change, message, monkeypatch
+) -> None:
+    monkeypatch.setattr("lctrain.models.pretrained.load_pretrained", None)
     with pytest.raises(ValueError, match=message):
         evaluate(make_config(**change))

@@ -17,7 +17,7 @@ from lctrain.eval.records import Item, Measure, Subject
 from lctrain.eval.runner import score_windows
 from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows, cut_windows
-from lctrain.limits import check_longppl
+from lctrain.limits import check_longppl, require
 from lctrain.models.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class LongPerplexity(Task):
     short one: its loss drops by more than `gain` nats, and is below `loss`.
 
     Args:
-        evaluator: Model that chooses the key tokens, a folder or hub name with the same tokenizer;
-            None for the evaluated model itself, without a method.
+        evaluator: Model that chooses the key tokens, with the same tokenizer: a folder or hub name;
+            None for the evaluated model itself. With methods it must be given, since the key tokens
+            must not depend on a method.
         short_context: Largest number of tokens in a short context.
         step: Tokens that a window of the short context scores.
         gain: Smallest drop of the loss of a key token, in nats.
@@ -40,6 +41,7 @@ class LongPerplexity(Task):
         documents: Number of documents, the longest first; None for all.
         lengths: Lengths of the long context in tokens; None for those of the evaluation.
         methods: Methods to compare; None for those of the evaluation.
+        dtype: Dtype of the evaluator's weights: auto (as they are stored), float32, ...
     """
 
     name = "longppl"
@@ -52,7 +54,7 @@ class LongPerplexity(Task):
     def __init__(
         self,
         *,
-        evaluator: str | None = None,
+        evaluator: str | PretrainedModelConfig | None = None,
         short_context: int = 4096,
         step: int = 1024,
         gain: float = 2.0,
@@ -60,9 +62,18 @@ class LongPerplexity(Task):
         documents: int | None = None,
         lengths: Sequence[int] | None = None,
         methods: Sequence[str] | None = None,
+        dtype: str = "auto",
     ) -> None:
         check_longppl(short_context, step, lengths)
+        require(
+            evaluator is not None or not methods,
+            f"longppl.evaluator must be given with methods, got none and {list(methods or ())}. "
+            "Name the model itself to choose key tokens without a method.",
+        )
+        if isinstance(evaluator, str):
+            evaluator = PretrainedModelConfig(name_or_path=evaluator)
         self.evaluator = evaluator
+        self.dtype = dtype
         self.short_context = short_context
         self.step = step
         self.gain = gain
@@ -76,8 +87,12 @@ class LongPerplexity(Task):
     def of(cls, config: EvalConfig) -> LongPerplexity:
         """Returns the task with the settings of an evaluation."""
         o = config.longppl
+        evaluator: str | PretrainedModelConfig | None = o.evaluator
+        if evaluator is None and (o.methods or config.methods):
+            evaluator = config.model  # once more, without a method
         return cls(
-            evaluator=o.evaluator,
+            evaluator=evaluator,
+            dtype="auto" if evaluator is o.evaluator else config.dtype,
             short_context=o.short_context,
             step=o.step,
             gain=o.gain,
@@ -109,14 +124,17 @@ class LongPerplexity(Task):
         check_model(subject.model, self._tokens, lengths[-1])
         self._model = subject.model
         if self.evaluator is not None:
-            if not same_ids(load_tokenizer(self.evaluator), subject.tokenizer):
+            one = self.evaluator
+            tokenizer = load_tokenizer(
+                one.name_or_path, revision=one.revision, trust_remote_code=one.trust_remote_code
+            )
+            if not same_ids(tokenizer, subject.tokenizer):
                 raise ValueError(
                     "longppl.evaluator must have the tokenizer of the model, got "
-                    f"{self.evaluator}, which has another one. Choose a model of the same family."
+                    f"{one.name_or_path}, which has another one. Choose a model of the same family."
                 )
-            self._model = load_pretrained(
-                PretrainedModelConfig(name_or_path=self.evaluator), "auto"
-            ).to(next(subject.model.parameters()).device)
+            device = next(subject.model.parameters()).device
+            self._model = load_pretrained(one, self.dtype).to(device)
 
     def make(self, length: int) -> list[int]:
         """Returns the numbers of the documents that are long enough: see Task."""

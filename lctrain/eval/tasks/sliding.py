@@ -71,6 +71,11 @@ class SlidingPerplexity(Task):
             ValueError: if none has, or the model does not support the tokens or lengths.
         """
         super().prepare(subject, lengths)
+        require(
+            (self.document_tokens or lengths[-1]) >= lengths[-1],
+            f"document_tokens must be at least the longest length, {lengths[-1]}, for {self.name}, "
+            f"got {self.document_tokens}. Raise it, or leave that length out.",
+        )
         chosen = longest_documents(subject.documents, self.documents)
         self._tokens = [np.asarray(d.input_ids, dtype=np.int64) for d in chosen]
         self._names = [f"{number} {document.name}" for number, document in enumerate(chosen)]
