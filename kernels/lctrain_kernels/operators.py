@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lctrain_kernels.fused_operator import define_autograd, define_operator
+from lctrain_kernels.fused_operator import Operation, define_autograd, define_operator
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose
@@ -73,14 +73,32 @@ class Arguments(NamedTuple):
     options: AttentionOptions
 
 
-def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
+class Operators(NamedTuple):
+    """The operators of an attention. Calling the object runs the forward.
+
+    Attributes:
+        forward: Operation whose arguments are the fields of `Arguments`, one by one.
+        backward: Operation whose arguments are the gradients of out and lse, those of the forward,
+            and the saved results.
+    """
+
+    forward: Operation
+    backward: Operation
+
+    def __call__(self, operands: Any, pack: Pack, options: AttentionOptions) -> tuple[Tensor, ...]:
+        """Returns the results of the forward."""
+        found: tuple[Tensor, ...] = self.forward(*operands, *pack.tensors(), *options)
+        return found
+
+
+def build_operators(attention: Attention) -> Operators:
     """Defines the forward and the backward operator of an attention in torch.library.
 
     Args:
         attention: Description of the attention.
 
     Returns:
-        Function of (operands, Pack, AttentionOptions) that calls the forward operator.
+        The operators.
     """
     nouns = (attention.operands, PackTensors, AttentionOptions)
     fields = {name: kind for noun in nouns for name, kind in get_type_hints(noun).items()}
@@ -176,10 +194,7 @@ def build_operators(attention: Attention) -> Callable[..., tuple[Tensor, ...]]:
             _flop_formula(arguments, skipped, len(fields), count)
         )
 
-    def call(operands: Any, pack: Pack, options: AttentionOptions) -> tuple[Tensor, ...]:
-        return forward_op(*operands, *pack.tensors(), *options)
-
-    return call
+    return Operators(forward_op, backward_op)
 
 
 def _is_tensor(kind: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lctrain.kernels import geglu, swiglu
 from lctrain.made_class import makes_class
-from lctrain.models import fused_encoders, fused_modules
+from lctrain.models import encoder_layer, fused_encoders, fused_modules
 from lctrain.models.code import own_forward, parameters, same_code, unwrapped, with_globals
 from lctrain.warn import warn_caller
 
@@ -70,11 +70,14 @@ class FusedSwap:
         for module in list(model.modules()):
             self._swap_attention(module)
             self._swap_mlp(module)
+        encoder_layers = [one for one in model.modules() if encoder_layer.is_encoder_layer(one)]
         for module in list(model.modules()):
             if _is_residual_layer(module):
                 self._swap(module, fused_modules.ResidualLayer)
             elif (encoder_mixin := fused_encoders.find_mixin(module)) is not None:
                 self._swap(module, encoder_mixin)
+        for module in encoder_layers:
+            self._swap(module, encoder_layer.EncoderLayer)
 
     def undo(self) -> None:
         """Restores the class of every module."""

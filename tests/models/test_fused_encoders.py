@@ -11,9 +11,21 @@ from tests.models.tiny import tiny_config, tiny_model
 from tests.numerics import assert_equal_in_float64
 
 SWAPPED = {
-    "bert": {"LayerNorm", "BertSelfOutput", "BertOutput", "BertIntermediate"},
-    "roberta": {"LayerNorm", "RobertaSelfOutput", "RobertaOutput", "RobertaIntermediate"},
-    "electra": {"LayerNorm", "ElectraSelfOutput", "ElectraOutput", "ElectraIntermediate"},
+    "bert": {"LayerNorm", "BertSelfOutput", "BertOutput", "BertIntermediate", "BertLayer"},
+    "roberta": {
+        "LayerNorm",
+        "RobertaSelfOutput",
+        "RobertaOutput",
+        "RobertaIntermediate",
+        "RobertaLayer",
+    },
+    "electra": {
+        "LayerNorm",
+        "ElectraSelfOutput",
+        "ElectraOutput",
+        "ElectraIntermediate",
+        "ElectraLayer",
+    },
     "modernbert": {"LayerNorm", "ModernBertAttention", "ModernBertMLP", "ModernBertEncoderLayer"},
 }
 
