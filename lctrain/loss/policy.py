@@ -111,15 +111,20 @@ def policy_loss(
 
 
 def group_advantages(
-    rewards: Tensor, members: Sequence[Sequence[int]] | int, *, scale: bool = True
+    rewards: Tensor,
+    members: Sequence[Sequence[int]] | Sequence[int] | int,
+    *,
+    scale: bool = True,
 ) -> Tensor:
     """Returns each completion's reward relative to the mean of its group, [C].
 
     Compute it before a group is divided over packs, micro-batches or ranks.
 
     Args:
-        rewards: [C], one reward for each completion, group after group.
-        members: Number of completions in every group, or a list with the number of each group.
+        rewards: [C], one reward for each completion, group after group. Integers and booleans are
+            converted to the default dtype.
+        members: Number of completions in every group; or a list with the number of each group, or
+            with the completions of each group, such as `batch.groups.members`.
         scale: Whether to divide by the standard deviation of the group, plus 1e-4.
 
     Raises:
@@ -133,12 +138,19 @@ def group_advantages(
             )
         sizes = [members] * (len(rewards) // members)
     else:
-        sizes = [len(group) for group in members]
+        sizes = [group if isinstance(group, int) else len(group) for group in members]
+    if min(sizes, default=1) < 1:
+        raise ValueError(
+            f"members must give every group at least one completion, got {min(sizes)}. Leave empty "
+            "groups out."
+        )
     if sum(sizes) != len(rewards):
         raise ValueError(
             f"rewards must be one for each of {sum(sizes)} completions, got {len(rewards)}. Pass "
             "them group after group."
         )
+    if not rewards.is_floating_point():
+        rewards = rewards.to(torch.get_default_dtype())
     found = []
     for group in rewards.split(sizes):
         advantage = group - group.mean()

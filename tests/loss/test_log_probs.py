@@ -308,7 +308,12 @@ def test_advantages_are_relative_to_the_group():
     assert found.tolist() == near(
         [-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0.0, 0.0, 0.0]
     )
+    assert torch.equal(group_advantages(rewards, [2, 3]), found)
     assert group_advantages(rewards[:2], 2, scale=False).tolist() == [-1.0, 1.0]
+    assert group_advantages(torch.tensor([1, 3]), 2, scale=False).tolist() == [-1.0, 1.0]
+    assert group_advantages(torch.tensor([True, False]), 2, scale=False).tolist() == [0.5, -0.5]
+    with pytest.raises(ValueError, match="members must give every group at least one"):
+        group_advantages(rewards, [5, 0])
     with pytest.raises(ValueError, match="members must divide the 5 rewards into groups, got 2"):
         group_advantages(rewards, 2)
     with pytest.raises(ValueError, match="rewards must be one for each of 2 completions, got 5"):
