@@ -45,7 +45,11 @@ def _sft(record: dict[str, Any]) -> str:
 
 def _passkeys(stage: str, record: dict[str, Any]) -> str:
     ranked = stage == "dpo"
-    title = "pairs ranked correctly" if ranked else "mean reward, first and second half"
+    title = (
+        "trained pairs ranked correctly, first and last ten packs"
+        if ranked
+        else "mean reward, first and second half"
+    )
     lines = [
         f"{stage.upper()}, on {record['device']}, torch {record['torch']}, documents of "
         f"{record['length']} tokens:",
