@@ -9,7 +9,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lctrain.kernels import bias_gelu, flash_attn_varlen_func, layer_norm
+from lctrain.kernels import bias_gelu, flash_attn_varlen_func, fused_add_rms_norm, layer_norm
 from lctrain_kernels.fused_operator import Operation, is_unwatched
 
 
@@ -168,3 +168,27 @@ def test_rows_of_any_shape(shape, broken):
         expected = torch.autograd.grad(wanted, (rows, bias), gradient)
         assert torch.equal(found[0], expected[0].reshape(shape))
         assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8), (2, 3, 1, 8), (1, 1, 8)], ids=str)
+def test_rows_whose_strides_pytorch_ignores(shape, device):
+    """A dimension of size 1 may have any stride, as in [1, S, H] transposed for one sequence."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(3, *shape, generator=generator).to(device)
+    weight, bias = torch.randn(2, 8, generator=generator).to(device)
+    moved = [torch.empty_like(row).copy_(row) for row in rows]
+    strides = (*moved[0].stride()[:-2], 999, 1)
+    x, residual, dout = (row.as_strided(shape, strides) for row in moved)
+    assert x.is_contiguous()
+    options = {"backend": "triton"}
+    for call in (
+        lambda x, residual: fused_add_rms_norm(x, residual, weight, **options)[0],
+        lambda x, residual: bias_gelu(x, bias, **options) + residual,
+    ):
+        found = [tensor.detach().requires_grad_() for tensor in (x, residual)]
+        wanted = [tensor.detach().requires_grad_() for tensor in rows[:2]]
+        out, expected = call(*found), call(*wanted)
+        assert torch.equal(out, expected)
+        gradients = torch.autograd.grad(out, found, dout)
+        expected = torch.autograd.grad(expected, wanted, rows[2])
+        assert all(map(torch.equal, gradients, expected))

@@ -64,9 +64,11 @@ def flat_rows(x: Tensor) -> Tensor:
 def rows_of(tensor: Tensor) -> Tensor:
     """Returns a tensor [..., H] in a form that the kernels read; copies if needed.
 
-    That is [T, H] with column stride 1, or [..., H] in contiguous memory.
+    That is [T, H] with column stride 1, or [..., H] in contiguous memory, whose rows are
+    stride(-2) elements apart. A dimension of size 1 may have any stride: [1, S, H] transposed is
+    contiguous, and its stride(-2) is S * H.
     """
-    if tensor.dim() > 1 and tensor.is_contiguous():
+    if tensor.dim() > 1 and tensor.stride(-2) == tensor.shape[-1] and tensor.is_contiguous():
         return tensor
     flat = flat_rows(tensor)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
