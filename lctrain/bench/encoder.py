@@ -9,7 +9,7 @@ average 0.6 of it. All contenders have the same weights and rows; on a GPU they 
 Kernel launches limit the speed of small batches. In `graph` cases every contender therefore replays
 a CUDA graph of the step. There lctrain gets rows that a collator has already packed, and
 FlashAttention-4 gets the places of the tokens, which it finds in each layer otherwise: reading them
-from the mask synchronises. The record is written after every case.
+from the mask synchronises. The record is written after every contender.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class EncoderCase:
         else:
             config = ModernBertConfig(**(MODERNBERT | smaller), max_position_embeddings=self.tokens)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = AutoModel.from_config(config, attn_implementation=implementation, dtype=dtype)
+        with device:  # a GPU draws weights in milliseconds, and a CPU in ten seconds or more
+            model = AutoModel.from_config(config, attn_implementation=implementation, dtype=dtype)
         if hasattr(model, "pooler"):
             model.pooler = None
         return model.to(device).train()
@@ -117,9 +118,13 @@ class Rows:
         shape, lengths = (case.rows, case.tokens), case.lengths()
         mask = (torch.arange(case.tokens) < torch.tensor(lengths)[:, None]).long()
         ids = torch.randint(5, model.config.vocab_size, shape, generator=generator) * mask
-        gradient = torch.randn((*shape, model.config.hidden_size), generator=generator)
-        gradient = gradient * mask[..., None] / case.tokens
-        return cls(ids.to(weight.device), mask.to(weight.device), gradient.to(weight), lengths)
+        device = weight.device
+        ids, mask = ids.to(device), mask.to(device)
+        generator = torch.Generator(device).manual_seed(1)
+        size = (*shape, model.config.hidden_size)
+        gradient = torch.randn(size, generator=generator, device=device)
+        gradient = (gradient * mask[..., None] / case.tokens).to(weight.dtype)
+        return cls(ids, mask, gradient, lengths)
 
     def pack(self) -> tuple[dict[str, Any], Tensor]:
         """Returns the model's arguments for the rows as one pack, and its gradient [1, T, E]."""
@@ -176,6 +181,7 @@ def run_case(
     device: torch.device,
     milliseconds: int,
     tiny: bool = False,
+    tell: Callable[[Result], None] = lambda result: None,
 ) -> None:
     """Adds the results of a case to the record.
 
@@ -187,9 +193,11 @@ def run_case(
         device: Device of the runs.
         milliseconds: Time to spend on one measurement.
         tiny: Whether to run a tiny model.
+        tell: Called with every result as soon as it is in the record.
     """
-    record.workloads[case.name] = {**asdict(case), "tokens_of_rows": sum(case.lengths())}
     differences: dict[str, float] = {}
+    facts = {"tokens_of_rows": sum(case.lengths()), "differences": differences}
+    record.workloads[case.name] = asdict(case) | facts
     reference = None
     for name in contenders:
         try:
@@ -208,11 +216,11 @@ def run_case(
         else:
             result = Result(case.name, name, "ok", step_ms=step_ms, peak_bytes=peak)
             record.results.append(result)
+        tell(record.results[-1])
         model = rows = hidden = None  # type: ignore[assignment]
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    record.workloads[case.name]["differences"] = differences
 
 
 def _time(
@@ -277,21 +285,16 @@ def timer_of(device: torch.device, milliseconds: int) -> Timer:
     return timer
 
 
-def describe(record: BenchmarkRecord, case: str) -> str:
-    """Returns lines with each contender's time, and how much longer it takes than lctrain."""
-    ours = record.find(case, "lctrain")
-    lines = []
-    for result in record.results:
-        if result.workload != case:
-            continue
-        if result.step_ms is None:
-            lines.append(f"{case:24s} {result.peer:8s} {result.reason}")
-            continue
-        line = f"{case:24s} {result.peer:8s} {result.step_ms:9.2f} ms"
-        if ours is not None and ours.step_ms:
-            line += f"  {result.step_ms / ours.step_ms:5.2f}x"
-        lines.append(line)
-    return "\n".join(lines)
+def describe(record: BenchmarkRecord, result: Result) -> str:
+    """Returns a line with a contender's time, and how much longer it takes than lctrain."""
+    start = f"{result.workload:24s} {result.peer:8s}"
+    if result.step_ms is None:
+        return f"{start} {result.reason}"
+    line = f"{start} {result.step_ms:9.2f} ms"
+    ours = record.find(result.workload, "lctrain")
+    if ours is not None and ours.step_ms:
+        line += f"  {result.step_ms / ours.step_ms:5.2f}x"
+    return line
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -334,10 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         version = installed_version(name)
         if version is not None:
             record.versions[name] = version
-    for case in chosen:
-        run_case(record, case, options.contenders, device, options.milliseconds, options.tiny)
-        print(describe(record, case.name), flush=True)
+
+    def tell(result: Result) -> None:
+        print(describe(record, result), flush=True)
         record.save(options.output)
+
+    for case in chosen:
+        run_case(record, case, options.contenders, device, options.milliseconds, options.tiny, tell)
     print(f"Wrote {options.output}")
     ours = [result for result in record.results if result.peer == "lctrain"]
     return int(any(result.status != "ok" for result in ours))

@@ -36,6 +36,17 @@ def test_lengths_average_six_tenths(case):
     assert max(lengths) == case.tokens
 
 
+def test_every_result_is_told_and_saved_at_once(tmp_path, monkeypatch):
+    """A run that is cut short keeps what it has measured."""
+    saved = []
+    monkeypatch.setattr(
+        BenchmarkRecord, "save", lambda self, path: saved.append([one.peer for one in self.results])
+    )
+    options = ["--tiny", "--contenders", "lctrain,sdpa", "--milliseconds", "1"]
+    assert main(["encoder", *options, "--output", str(tmp_path / "encoder.json")]) == 0
+    assert saved[:2] == [["lctrain"], ["lctrain", "sdpa"]]
+
+
 def test_what_fails_is_recorded(monkeypatch):
     device = torch.device("cpu")
     record = new_record([], device, 1, 1)
