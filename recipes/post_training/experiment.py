@@ -100,12 +100,17 @@ def _served(config: TrainConfig) -> TrainConfig:
         "are made for so many steps.",
     )
     ignored = {
-        "trainer.budget_s": trainer.budget_s,
-        "ckpt_path": config.ckpt_path,
+        "trainer.budget_s": (trainer.budget_s, None),
+        "ckpt_path": (config.ckpt_path, None),
+        "evaluation.enabled": (config.evaluation.enabled, False),
+        "task": (config.task, "causal"),
+        "show": (config.show, 0),
     }
-    for name, value in ignored.items():
+    for name, (value, served) in ignored.items():
+        expected = "null" if served is None else str(served).lower()
         require(
-            value is None, f"{name} must be null with DPO and GRPO here, got {value}. Leave it out."
+            value == served,
+            f"{name} must be {expected} with DPO and GRPO here, got {value}. Leave it out.",
         )
     assert config.attention is not None
     return replace(config, attention=replace(config.attention, fused=False))

@@ -220,6 +220,8 @@ def test_the_measured_texts_and_keys_are_no_training_ones(shipped, tmp_path, mon
         ("trainer.max_steps=0", "trainer.max_steps must be at least 1"),
         ("trainer.budget_s=5", "trainer.budget_s must be null"),
         ("ckpt_path=last", "ckpt_path must be null"),
+        ("evaluation.enabled=true", "evaluation.enabled must be false"),
+        ("show=2", "show must be 0"),
     ],
 )
 def test_settings_that_dpo_and_grpo_ignore_are_refused(tmp_path, override, message):
