@@ -323,11 +323,13 @@ def check_task_settings(config: EvalConfig) -> None:
     if "longppl" in tasks:
         o = config.longppl
         check_longppl(o.short_context, o.step, o.lengths or config.lengths)
-        name = o.evaluator
+        evaluator = o.evaluator
         require(
-            name is None or not looks_like_path(name) or Path(name).expanduser().is_dir(),
-            f"longppl.evaluator must be a folder or a name on the Hugging Face hub, got {name}, "
-            "which does not exist. null takes the model itself.",
+            evaluator is None
+            or not looks_like_path(evaluator)
+            or Path(evaluator).expanduser().is_dir(),
+            "longppl.evaluator must be a folder or a name on the Hugging Face hub, got "
+            f"{evaluator}, which does not exist. null takes the model itself.",
         )
     if "harness" in tasks:
         check_harness(config.harness)

@@ -37,7 +37,8 @@ class LongContextEval(pl.Callback):
     The losses of the training are the same to the bit with and without the callback: training modes
     and random numbers are restored, even after an error. Ranks with a copy of the model each
     compute a part of the cells; ranks that share a model compute all cells together. Cells that
-    would exceed the budget are left out with a warning; short lengths come first.
+    would exceed the budget, or that cannot be computed, are left out with a warning; short lengths
+    come first.
 
     Args:
         lengths: Context lengths in tokens.
@@ -146,14 +147,18 @@ class LongContextEval(pl.Callback):
         if self._step // self.every_n_steps == before // self.every_n_steps:
             return
         model = self._runs[0].subject.model
-        with untouched(model), trainer.precision_plugin.forward_context():
-            done = through_root(trainer, self._compute, Topology.of(trainer))
-        if Topology.of(trainer).is_first:
-            self._log(trainer, done)
+        with untouched(model):  # loggers too may draw random numbers
+            with trainer.precision_plugin.forward_context():
+                done = through_root(trainer, self._compute, Topology.of(trainer))
+            if Topology.of(trainer).is_first:
+                self._log(trainer, done)
         trainer.strategy.barrier("LongContextEval")
 
     def _compute(self, ranks: Topology) -> Done:
-        """Returns the results of the cells that the budget allows, of all ranks."""
+        """Returns the results of the cells that the budget allows, of all ranks.
+
+        A result without items is that of a cell that cannot be computed.
+        """
         together = ranks.is_sharded or ranks.context > 1 or ranks.size == 1
         cells = [(run, cell) for run in self._runs for cell in run.cells()]
         cells.sort(key=lambda pair: pair[1].length)  # the order of tasks is kept
@@ -164,14 +169,21 @@ class LongContextEval(pl.Callback):
             for run, cell in mine:
                 if self._spent(began, ranks if together else Topology()):
                     break
-                run.compute_cell(cell, done, bar)
+                try:
+                    run.compute_cell(cell, done, bar)
+                except ValueError as error:  # such as no key tokens yet; the training goes on
+                    done[cell] = Result(())
+                    log.warning(
+                        "LongContextEval left out %s at %d: %s", cell.task, cell.length, error
+                    )
         if not together:
             done = _gathered(done, ranks)
-        if len(done) < len(cells) and ranks.is_first:
+        left = len(cells) - len(done)
+        if left and ranks.is_first:
             log.warning(
                 "LongContextEval left out %d of %d cells, which budget_s=%s did not allow. Raise "
                 "it, or ask for less.",
-                len(cells) - len(done),
+                left,
                 len(cells),
                 self.budget_s,
             )
@@ -184,6 +196,7 @@ class LongContextEval(pl.Callback):
         return bool(ranks.of_first(time.monotonic() - began > self.budget_s))
 
     def _log(self, trainer: pl.Trainer, done: Done) -> None:
+        done = {cell: result for cell, result in done.items() if result.items}
         tables = [table for run in self._runs if (table := _table(run, done)) is not None]
         step = trainer.global_step - 1
         metrics = {

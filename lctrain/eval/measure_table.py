@@ -60,7 +60,8 @@ class MeasureTable(MeasureRows):
                     ends = np.exp([e.mean, e.low, e.high]).tolist()
                     values |= {name: ends[0], f"{name}_low": ends[1], f"{name}_high": ends[2]}
             found.append(values | dict(row.facts))
-        return found
+        keys = dict.fromkeys(key for values in found for key in values)
+        return [{key: values.get(key) for key in keys} for values in found]
 
     def metrics(self) -> dict[str, float]:
         """Returns the means of the first measure by method, length and columns, for loggers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,13 @@ from lctrain.eval.ratio import token_mean
 from lctrain.eval.records import Item, Measure
 
 STEM = "comparison"
+# Settings of a task that choose among its items. Paths of files may differ between machines.
+CHOOSE_ITEMS = (
+    *("lengths", "methods", "tasks", "items", "needles", "keys_per_cell", "depths", "limit"),
+    *("batch_size", "questions", "include_path"),
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,8 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
         folders: Folders of lctrain-eval, at least two.
 
     Raises:
-        ValueError: if there are fewer than two folders, one is no evaluation, or two runs have no
-            item in common.
+        ValueError: if there are fewer than two folders, one is no evaluation, two runs have no
+            item in common, or a task has other settings, such as a seed, and so other items.
     """
     if len(folders) < 2:
         raise ValueError(
@@ -131,6 +139,7 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
     rows: list[PairedRow] = []
     for number in range(1, len(stores)):
         pair = (stores[0], stores[number])
+        _require_same_items(pair, (paths[0], paths[number]))
         found = list(_compare(pair, (names[0], names[number])))
         if not found:
             raise ValueError(
@@ -139,6 +148,27 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
             )
         rows += found
     return RunComparison(tuple(rows))
+
+
+def _require_same_items(stores: tuple[CellStore, CellStore], paths: tuple[Path, Path]) -> None:
+    """Raises ValueError if a task of both runs has settings that give its items other contents."""
+    first, second = (store.identity for store in stores)
+    for key in first.keys() & second.keys():
+        task, _, name = key.partition(".")
+        together = all(task in store.tasks for store in stores)
+        if together and name and name not in CHOOSE_ITEMS and first[key] != second[key]:
+            raise ValueError(
+                f"compare must name runs of the same items, got {paths[0]} with "
+                f"{key}={first[key]!r} and {paths[1]} with {second[key]!r}. Evaluate both with the "
+                "same settings."
+            )
+    texts = "hash of the documents"
+    if first.get(texts) != second.get(texts):
+        log.warning(
+            "The documents of %s and %s have other texts or other tokens. Their items are paired "
+            "by name, so compare losses only if you know the texts to be the same.",
+            *paths,
+        )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -79,7 +79,7 @@ def open_cells(config: EvalConfig, subject: Subject) -> CellStore:
     questions = config.ruler.questions
     if questions is not None and Path(questions).expanduser().is_file():
         content = Path(questions).expanduser().read_bytes()
-        identity["hash of the questions"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+        identity["ruler.questions_hash"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     folder = Path(config.paths.output_dir)
     if config.resume is None:
         return CellStore.create(folder, identity)

@@ -134,6 +134,11 @@ class Run:
             items = tuple(self.task.score(reader, length, mine))
         if not alone:
             items = tuple(joined(items, len(made), ranks))
+        if not items:
+            raise ValueError(
+                f"{self.task.name} must score at least one {self.task.unit} at length {length}, "
+                "got none. Leave the task or the length out."
+            )
         return Result(items, self.task.facts(length))
 
     def results(self, done: MutableMapping[Cell, Result]) -> dict[str, dict[int, Result]]:

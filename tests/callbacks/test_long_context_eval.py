@@ -12,6 +12,7 @@ from lctrain.callbacks import LongContextEval, long_context_eval
 from lctrain.config import OptimConfig, RulerConfig
 from lctrain.data import TokenizedDocument
 from lctrain.distributed import Topology
+from lctrain.eval.run_task import Run
 from lctrain.eval.untouched import untouched
 from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
@@ -53,6 +54,7 @@ class Shown(Logger):
         pass
 
     def log_table(self, key, columns, data):
+        random.random()  # as a logger may that makes up names
         self.tables[key] = columns, data
 
     def log_image(self, key, images):
@@ -108,8 +110,11 @@ def test_losses_weights_and_random_numbers_are_the_same_to_the_bit(tmp_path, mak
 
 
 def test_tables_lines_and_heatmaps_are_logged(tmp_path, make_llama):
+    run(tmp_path, make_llama, [])
+    before = random.getstate()
     logger = Shown()
     run(tmp_path, make_llama, [LongContextEval([300, 400], every_n_steps=4, **TASKS)], logger)
+    assert random.getstate() == before
     stems = {"perplexity_by_length", "passkey_retrieval", "needle", "ruler"}
     assert set(logger.tables) == {f"val/{stem}" for stem in stems}
     assert set(logger.pictures.values()) == {b"\x89PNG"}
@@ -139,6 +144,24 @@ def test_cells_beyond_the_budget_are_left_out_with_a_warning(
     run(tmp_path, make_llama, [callback], logger)
     assert {name for name in logger.metrics if "val/" in name} == {"val/perplexity_16"}
     assert "left out 2 of 3 cells, which budget_s=1.5 did not allow. Raise it" in caplog.text
+
+
+def test_a_cell_that_cannot_be_computed_does_not_end_the_training(
+    tmp_path, make_llama, monkeypatch, caplog
+):
+    compute = Run.compute_cell
+
+    def fails(self, cell, done, bar):
+        if cell.length == 32:
+            raise ValueError("no key tokens")
+        compute(self, cell, done, bar)
+
+    monkeypatch.setattr(Run, "compute_cell", fails)
+    logger = Shown()
+    run(tmp_path, make_llama, [LongContextEval([16, 32], every_n_steps=4)], logger)
+    assert {name for name in logger.metrics if "val/" in name} == {"val/perplexity_16"}
+    assert "LongContextEval left out perplexity at 32: no key tokens" in caplog.text
+    assert "budget_s" not in caplog.text
 
 
 def test_ranks_divide_the_cells(tmp_path, make_llama, monkeypatch):

@@ -1,6 +1,7 @@
 """Tests the paired comparison of runs, on runs whose difference is known."""
 
 import csv
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ numbers = np.random.default_rng(0)
 EASE = numbers.normal(size=40)  # how easy an item is for every model
 
 
-def make_run(folder, gain=0.0, methods=("",), items=40, prefix="n", weight=1.0):
+def make_run(
+    folder, gain=0.0, methods=("",), items=40, prefix="n", weight=1.0, identity=MappingProxyType({})
+):
     folder.mkdir(parents=True)
-    store = CellStore.create(folder, {})
+    store = CellStore.create(folder, dict(identity))
     store.describe(Counting())
     for method in methods:
         for length in (8, 16):
@@ -73,6 +76,18 @@ def test_items_of_other_tokens_count_once_each(tmp_path):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", gain=0.1, weight=3.0)
     rows = compare_runs([first, second]).rows
     assert [row.difference for row in rows if row.measure.name == "cost"] == near([-0.1, -0.1])
+
+
+def test_items_of_the_same_name_and_other_contents_are_not_paired(tmp_path, caplog):
+    texts = "hash of the documents"
+    folder = make_run(tmp_path / "a", identity={"counting.seed": 0, "other.seed": 1, texts: "x"})
+    with pytest.raises(ValueError, match=r"got .*a with counting.seed=0 and .*b with 1"):
+        compare_runs([folder, make_run(tmp_path / "b", identity={"counting.seed": 1})])
+    free = {"counting.seed": 0, "counting.items": 9, "other.seed": 2, "dtype": "float16"}
+    assert compare_runs([folder, make_run(tmp_path / "c", identity=free | {texts: "x"})]).rows
+    assert "other texts" not in caplog.text
+    assert compare_runs([folder, make_run(tmp_path / "d", identity=free | {texts: "y"})]).rows
+    assert "other texts or other tokens" in caplog.text
 
 
 def test_runs_that_cannot_be_compared_are_an_error(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lctrain.data import TokenizedDocument
-from lctrain.eval import Item, Measure, Run, Subject, Task, computed
+from lctrain.eval import Item, Measure, Result, Run, Subject, Task, computed
 from lctrain.eval.measure_table import MeasureTable
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.registry import make_task
@@ -166,3 +166,20 @@ def test_perplexity_needs_no_tokenizer(make_llama):
     task = Perplexity(begin=None)
     run = Run.prepared(task, subject, [GivenReading()], (8,), max_tokens=64)
     assert run.size({}) == 29
+
+
+def test_rows_of_items_with_other_columns_have_the_same_keys(tmp_path):
+    totals = {"right": 1.0, "cost": 1.0}
+    results = {"": {8: Result((Item("a", totals, columns={"kind": "x"}), Item("b", totals)))}}
+    table = MeasureTable.of("own", "Own", "item", Counting.measures, results, Subject(None))
+    first, second = table.as_dicts()
+    assert list(first) == list(second)
+    assert (first["kind"], second["kind"]) == ("x", None)
+    assert table.save(tmp_path)["csv"].exists()
+
+
+def test_a_cell_without_items_is_an_error(make_llama):
+    task = Counting()
+    task.score = lambda reader, length, made: iter(())
+    with pytest.raises(ValueError, match="counting must score at least one number at length 8"):
+        computed(run_of(task, make_llama()))
