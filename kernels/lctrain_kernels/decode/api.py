@@ -29,6 +29,7 @@ from lctrain_kernels.options import (
 SPLITS = ("fixed", "exact")
 
 
+@torch._disable_dynamo
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -59,7 +60,8 @@ def flash_attn_with_kvcache(
     """Appends new keys and values to a cache in place, and attends to the cache.
 
     Positional arguments are those of FlashAttention's function of this name. Masks are aligned at
-    the bottom right: the last query of a request sees its last key. The call has no backward.
+    the bottom right: the last query of a request sees its last key. The call has no backward, and
+    torch.compile breaks its graph at it.
 
     Shapes: B requests, Sq queries each, H query heads, Hk key/value heads, head dim D.
 

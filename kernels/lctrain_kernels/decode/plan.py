@@ -14,6 +14,7 @@ from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import check_window, resolve_window
 
 
+@torch._disable_dynamo
 def make_decode_plan(
     cache_seqlens: Tensor,
     capacity: int,

@@ -101,6 +101,19 @@ def test_no_requests_and_no_queries(backend, device):
     assert lse.shape == (0, 4, 1)
 
 
+def test_torch_compile_breaks_its_graph(device):
+    """Dynamo does not trace into the launches; a StaticCache's generate compiles the model."""
+    inputs = make_kv(KVCase(lengths=(30, 9), new=1, causal=True), device)
+    expected = inputs.call(backend="triton")[0] * 2
+    q = inputs.q
+
+    def double(q):
+        inputs.q = q * 1.0
+        return inputs.call(backend="triton")[0] * 2
+
+    assert torch.equal(torch.compile(double, backend="eager")(q), expected)
+
+
 @pytest.mark.parametrize("backend", ["triton", "pytorch"])
 @pytest.mark.parametrize("page", [0, 16])
 def test_requests_without_keys_pad_a_batch(page, backend, device):
