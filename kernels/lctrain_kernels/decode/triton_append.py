@@ -94,7 +94,8 @@ def decode_append_kernel(
     inside = known[:, None] & (columns < TILE.head_dim)[None, :]
 
     row = request.to(tl.int64)
-    k_ptrs = pointers.k + row * strides.k_batch + token * strides.k_token + head * strides.k_head
+    new = token.to(tl.int64)
+    k_ptrs = pointers.k + row * strides.k_batch + new * strides.k_token + head * strides.k_head
     if TILE.rotary == 0:
         k = tl.load(k_ptrs[:, None] + columns[None, :], mask=inside, other=0.0)
     else:
@@ -109,7 +110,7 @@ def decode_append_kernel(
             TILE.rotary,
             FLAGS.interleaved,
         )
-    v_ptrs = pointers.v + row * strides.v_batch + token * strides.v_token + head * strides.v_head
+    v_ptrs = pointers.v + row * strides.v_batch + new * strides.v_token + head * strides.v_head
     v = tl.load(v_ptrs[:, None] + columns[None, :], mask=inside, other=0.0)
 
     page = page.to(tl.int64)

@@ -196,7 +196,7 @@ def rotated_rows(
         cos_ptr: Cosines [rotary_rows, ROTARY / 2].
         sin_ptr: Sines, in the shape of cos_ptr.
         positions: Position by which each row is rotated, [M].
-        rotary_rows: Number of rows of the tables; later positions are not rotated.
+        rotary_rows: Number of rows of the tables; positions without a row are not rotated.
         ROTARY: Number of rotated columns.
         INTERLEAVED: Whether columns 2i and 2i + 1 are a pair, instead of i and i + ROTARY / 2.
     """
@@ -209,7 +209,8 @@ def rotated_rows(
         pair = columns % HALF
         partner = tl.where(columns < HALF, columns + HALF, columns - HALF)
         first = columns < HALF
-    turned = (columns < ROTARY)[None, :] & inside & (positions < rotary_rows)[:, None]
+    known = (positions >= 0) & (positions < rotary_rows)
+    turned = (columns < ROTARY)[None, :] & inside & known[:, None]
     x = tl.load(ptrs[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.load(ptrs[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
     at = positions[:, None].to(tl.int64) * HALF + pair[None, :]
@@ -248,7 +249,7 @@ def load_queries(
     """
     columns = tl.arange(0, TILE.block_d)
     base = pointers.q + request.to(tl.int64) * strides.q_batch
-    ptrs = base + position.to(tl.int64) * strides.q_token + head * strides.q_head
+    ptrs = base + position.to(tl.int64) * strides.q_token + head.to(tl.int64) * strides.q_head
     inside = valid[:, None] & (columns < TILE.head_dim)[None, :]
     if TILE.rotary == 0:
         return tl.load(ptrs[:, None] + columns[None, :], mask=inside, other=0.0)

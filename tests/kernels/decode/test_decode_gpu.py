@@ -152,3 +152,22 @@ def test_caches_beyond_two_to_the_31_elements(device):
     small[0][:, 1999], small[1][:, 1999] = new[0][:, 0], new[1][:, 0]
     assert torch.equal(found, flash_attn_with_kvcache(q, *small, cache_seqlens=2000))
     assert torch.equal(rows[0][-1, 1999], new[0][0, 0])
+
+
+@pytest.mark.xdist_group("gpu_memory")
+def test_strides_whose_products_exceed_two_to_the_31(device):
+    """Heads of queries, and new tokens, lie 2^30 elements apart."""
+    generator = torch.Generator(device).manual_seed(5)
+    apart = torch.empty(3 * 2**30 + 4 * 64, device=device, dtype=torch.bfloat16)
+    q = torch.randn(1, 4, 4, 64, device=device, dtype=torch.bfloat16, generator=generator)
+    k = torch.randn(1, 4, 1, 64, device=device, dtype=torch.bfloat16, generator=generator)
+    expected, found = (torch.zeros(1, 64, 1, 64, device=device, dtype=q.dtype) for _ in range(2))
+    options = {"cache_seqlens": 9, "causal": True, "backend": "triton"}
+    wanted = flash_attn_with_kvcache(q, expected, expected.clone(), k, k, **options)
+    far = apart.as_strided(q.shape, (0, 64, 2**30, 1))
+    out = flash_attn_with_kvcache(far.copy_(q), found, found.clone(), k, k, **options)
+    assert torch.equal(out, wanted)
+    far = apart.as_strided(k.shape, (0, 2**30, 64, 1))
+    out = flash_attn_with_kvcache(q, found, found.clone(), far.copy_(k), far, **options)
+    assert torch.equal(out, wanted)
+    assert torch.equal(found, expected)
