@@ -135,28 +135,35 @@ def in_float64(name):
     return run(case, partial(FUNCTIONS[case.function], pack=pack), inputs)
 
 
+def gradients_of_queries(name):
+    """Returns the places of dq among the results: Hopper kernels add it in no fixed order."""
+    return range(1, 3 if CASES[name].function == "diff" else 2)
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_exchanged_heads_have_the_bits_of_one_gpu(found, name):
+def test_exchanged_heads_compute_what_one_gpu_does(found, name):
     """With windows, softcap, dropout 0.1, sinks and slopes in the case with options."""
-    mine = put_together(*found(RANKS, f"attention/{name}")[RANKS])
-    theirs = found(1, f"attention/{name}")
-    for index, (one, other) in enumerate(zip(mine.rows, theirs.rows, strict=True)):
-        assert torch.equal(one, other), index
+    mine = put_together(*found(RANKS, f"attention/{name}")[RANKS]).rows
+    theirs = found(1, f"attention/{name}").rows
+    queries = gradients_of_queries(name)
+    for index, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        if index not in queries:
+            assert torch.equal(one, other), index
+    exact = in_float64(name).rows
+    for index in queries:
+        assert_error_at_most_twice(mine[index], theirs[index], exact[index], f"result {index}")
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_gathered_keys_have_the_bits_of_one_gpu_in_queries(found, name):
-    """Gradients of keys and values are summed over ranks, and as exact as those of one GPU."""
+def test_gathered_keys_compute_what_one_gpu_does(found, name):
+    """Outputs are equal in all bits, and gradients as exact as those of one GPU."""
     mine = put_together(*found(RANKS, f"attention/{name}")[1])
     theirs = found(1, f"attention/{name}")
-    queries = 3 if CASES[name].function == "diff" else 2
-    for index, (one, other) in enumerate(zip(mine.rows, theirs.rows, strict=True)):
-        if index < queries:
-            assert torch.equal(one, other), index
+    assert torch.equal(mine.rows[0], theirs.rows[0])
     exact = in_float64(name)
-    results = [x.rows[queries:] + x.trained for x in (mine, theirs, exact)]
-    for index, (one, other, reference) in enumerate(zip(*results, strict=True)):
-        if index < len(mine.rows) - queries or one.dtype == torch.float32:  # lambda, not sinks:
+    results = [x.rows[1:] + x.trained for x in (mine, theirs, exact)]
+    for index, (one, other, reference) in enumerate(zip(*results, strict=True), start=1):
+        if index < len(mine.rows) or one.dtype == torch.float32:  # lambda, not sinks:
             # ranks round their sums of a sink's gradient to bfloat16 before they are added here
             assert_error_at_most_twice(one, other, reference, f"result {index}")
 
