@@ -8,6 +8,7 @@ depend on the stages, and batch n is a pure function of n.
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ class LengthStages:
         for length in self.lengths:
             require(
                 length <= max_tokens and max_tokens % length == 0,
-                f"stages must have lengths that divide max_tokens={max_tokens}, got {length}. Use "
-                f"for example {max_tokens // 4}, {max_tokens // 2} and {max_tokens}.",
+                f"stages must have lengths that divide max_tokens={max_tokens}, got {length}. Set "
+                f"max_tokens to a multiple of {math.lcm(*self.lengths)}, or choose other lengths.",
             )
 
 
