@@ -37,7 +37,7 @@ class TaskRecord:
     Attributes:
         title: Name for pictures.
         unit: Name of an item.
-        measures: What the task measures.
+        measures: What the totals of every item hold.
     """
 
     title: str
@@ -135,7 +135,7 @@ class CellStore(MutableMapping[Cell, Result]):
     def describe(self, task: Task) -> None:
         """Stores what is known of a task."""
         if task.name not in self.tasks:
-            self.tasks[task.name] = TaskRecord(task.title, task.unit, tuple(task.measures))
+            self.tasks[task.name] = TaskRecord(task.title, task.unit, task.item_measures)
             self._append(_task_line((task.name, self.tasks[task.name])))
 
     def __getitem__(self, cell: Cell) -> Result:

@@ -17,9 +17,10 @@ from lctrain.eval.cells import Cell
 from lctrain.eval.method_words import method_words
 from lctrain.eval.reader import Reader
 from lctrain.eval.reading import Reading
-from lctrain.eval.records import Result, Subject, Table
+from lctrain.eval.records import Item, Result, Subject, Table
 from lctrain.eval.shared_work import joined, share_of
 from lctrain.eval.task import Task
+from lctrain.limits import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,19 @@ class Run:
                 f"{self.task.name} must score at least one {self.task.unit} at length {length}, "
                 "got none. Leave the task or the length out."
             )
+        self._check_totals(items)
         return Result(items, self.task.facts(length))
+
+    def _check_totals(self, items: Sequence[Item]) -> None:
+        """Raises ValueError unless every item holds all that the task measures."""
+        names = {measure.name for measure in self.task.item_measures}
+        for item in items:
+            require(
+                names <= item.totals.keys(),
+                f"items of {self.task.name} must hold {', '.join(sorted(names))}, got "
+                f"{', '.join(item.totals) or 'nothing'} in {item.id}. Yield all that measures "
+                "names.",
+            )
 
     def results(self, done: MutableMapping[Cell, Result]) -> dict[str, dict[int, Result]]:
         """Returns the results of all cells by method and length."""

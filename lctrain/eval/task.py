@@ -80,6 +80,11 @@ class Task(ABC):
     def size(self, length: int) -> int:
         """Returns the number of units at one length by which `score` advances the progress bar."""
 
+    @property
+    def item_measures(self) -> tuple[Measure, ...]:
+        """What the totals of every item hold, by which stored runs are compared."""
+        return self.measures
+
     def work(self, length: int) -> float:
         """Returns the tokens to read at one length, from which the time left is estimated."""
         return self.size(length) * length

@@ -233,9 +233,13 @@ def test_bad_stages_are_refused(stages, message):
 def test_bad_options_are_refused(tmp_path):
     with pytest.raises(ValueError, match="learning_rate must be one of steps, tokens, got 'x'"):
         LengthSchedule({0: 8}, "x")
-    with pytest.raises(ValueError, match="max_tokens=32, got 12. Set max_tokens to a multiple of 12"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens=32, got 12\. Set max_tokens to a multiple of 12"
+    ):
         fit(tmp_path, Seen(), stages={0: 12})
-    with pytest.raises(ValueError, match="max_tokens=32, got 64. Set max_tokens to a multiple of 64"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens=32, got 64\. Set max_tokens to a multiple of 64"
+    ):
         fit(tmp_path, Seen(), stages={0: 8, 2: 64})
     with pytest.raises(ValueError, match=r"overfit_batches must be 0 .*, got 2"):
         fit(tmp_path, Seen(), overfit_batches=2)

@@ -61,6 +61,16 @@ def table(make_llama) -> MeasureTable:
     return run.task.table(computed(run))
 
 
+def test_items_without_a_measure_are_an_error(make_llama):
+    class Half(Counting):
+        def score(self, reader, length, made):
+            for item in super().score(reader, length, made):
+                yield Item(item.id, {"right": 1.0})
+
+    with pytest.raises(ValueError, match="of counting must hold cost, right, got right in n0"):
+        computed(run_of(Half(), make_llama()))
+
+
 def test_rows_are_means_by_length_and_column(table):
     measure, cost = table.measures
     assert table.means(measure, "").tolist() == [[1, 1], [1, 1], [1, 0], [0, 0]]

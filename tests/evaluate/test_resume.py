@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from lctrain.config import AttentionConfig, PasskeyConfig, PathsConfig
+from lctrain.config.tasks import LongPerplexityConfig, NeedleConfig
 from lctrain.data import TokenizedDocument
 from lctrain.eval import Subject
+from lctrain.eval.paired import compare_runs
 from lctrain.eval.resume import open_cells
 from lctrain.eval.run_task import Run
 from lctrain.evaluate import evaluate
@@ -73,6 +75,24 @@ def test_other_weights_or_texts_are_not_mixed(make_config, make_llama, tmp_path)
     documents = [TokenizedDocument("d", np.array([1, 2, 4]), 0)]
     with pytest.raises(ValueError, match="with hash of the documents="):
         open_cells(again, Subject(make_llama(), documents=documents))
+
+
+def test_every_task_can_be_compared(make_config, tmp_path) -> None:
+    tasks = ["perplexity", "sliding_perplexity", "context_gain", "longppl", "needle", "passkey"]
+    own = {"lengths": [200], "depths": [0.5]}
+    settings = {
+        "tasks": tasks,
+        "lengths": [150, 200],
+        "longppl": LongPerplexityConfig(short_context=8, step=4, gain=-50.0, loss=50.0),
+        "needle": NeedleConfig(needles=1, **own),
+        "passkey": PasskeyConfig(keys_per_cell=1, **own),
+        "paths": PathsConfig(output_dir=str(tmp_path / "out")),
+    }
+    evaluate(make_config(**settings))
+    rows = compare_runs([tmp_path / "out"] * 2).rows
+    assert list(dict.fromkeys(row.task for row in rows)) == tasks
+    gained = [row for row in rows if row.task == "context_gain"]
+    assert [(row.measure.name, row.length) for row in gained] == [("loss", 150), ("loss", 200)]
 
 
 def test_the_command_resumes_and_compares(run_main, model_folder, tmp_path, capsys) -> None:

@@ -25,6 +25,11 @@ class ContextGain(Perplexity):
     measures: ClassVar = (Measure("gain", "Gain (nats per token)"),)
     title: ClassVar = "Gain from context"
 
+    @property
+    def item_measures(self) -> tuple[Measure, ...]:
+        """The loss at every length, from which the gains are computed: see Task."""
+        return Perplexity.measures
+
     @classmethod
     def of(cls, config: EvalConfig) -> ContextGain:
         """Returns the task with the settings of an evaluation."""
