@@ -40,5 +40,5 @@ def documents_hash(documents: Iterable[TokenizedDocument]) -> str:
     for document in documents:
         ids = np.ascontiguousarray(document.input_ids, dtype=np.int64)
         found.update(f"{document.name} {len(ids)}".encode())
-        found.update(ids)
+        found.update(ids.tobytes())
     return found.hexdigest()

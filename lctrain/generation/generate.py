@@ -22,6 +22,7 @@ from lctrain.generation.arguments import (
 from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.sampler import Finish, Sampler
 from lctrain.loss import evaluation_mode
+from lctrain.models.kept_frequencies import kept_frequencies
 
 
 def generate(
@@ -42,9 +43,9 @@ def generate(
 ) -> list[Completion]:
     """Completes prompts, in batches of left-padded rows, by transformers' generation loop.
 
-    The model's training mode, torch's random state and the model's generation config are as before
-    when the call returns or raises. The cache is freed. Defaults of the model's generation config,
-    such as a temperature, are not used.
+    The model's training mode, torch's random state, the model's generation config and its rotary
+    frequencies are as before when the call returns or raises. The cache is freed. Defaults of the
+    model's generation config, such as a temperature, are not used.
 
     Args:
         model: A causal LM of transformers, a model of PEFT, or a module whose attribute `model` is
@@ -159,7 +160,8 @@ def _as_before(model: Any) -> Iterator[None]:
     on_gpu = device.type == "cuda"
     try:
         owner.generation_config = GenerationConfig()
-        with evaluation_mode(model), torch.random.fork_rng([device] if on_gpu else []):
+        generators = torch.random.fork_rng([device] if on_gpu else [])
+        with evaluation_mode(model), kept_frequencies(model), generators:
             yield
     finally:
         owner.generation_config = config

@@ -1,7 +1,13 @@
 """Tests that the report holds all results, and needs no network."""
 
 import math
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+
+import pytest
+from matplotlib.image import imread
 
 from lctrain.eval.plots import new_figure
 from lctrain.eval.report import Section, write_report
@@ -46,3 +52,34 @@ def test_the_report_holds_tables_and_pictures_and_no_link(tmp_path):
     assert [link[:22] for link in reader.links] == ["data:image/png;base64,"]
     for outside in ("http", "//", "url(", "@import", "<script", "<link"):
         assert outside not in page.replace(reader.links[0], "")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_without_a_network_shows_the_picture_and_runs_nothing(tmp_path):
+    """Names of models and answers are text; the picture of one colour is seen on the screen."""
+    figure = new_figure()
+    figure.set_facecolor("#ff00ff")
+    figure.savefig(tmp_path / "a.png")
+    run = "document.title='run'"
+    script = f'</pre><script>{run}</script><img src=x onerror="{run}">'
+    section = Section(script, script, [{"answer": script, "length": 8}], tmp_path / "a.png")
+    path = write_report(tmp_path / "report.html", script, [section], {script: script})
+    seen = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'browser'}",
+            f"--screenshot={tmp_path / 'screen.png'}",
+            "--window-size=900,900",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    reader = Reader()
+    reader.feed(seen)
+    assert "script" not in re.findall(r"<(\w+)", seen)
+    assert reader.text.count(run) == 14
+    pixels = imread(tmp_path / "screen.png")[..., :3]
+    assert (pixels == (1.0, 0.0, 1.0)).all(-1).mean() > 0.2

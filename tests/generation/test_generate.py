@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lctrain
+from lctrain.eval.untouched import untouched
 from lctrain.generation import SamplingOptions
 from lctrain.generation.sampler import Finish, Sampler
 from lctrain.loss import token_log_probs
@@ -149,6 +150,19 @@ def test_the_training_is_as_before(model):
     assert model.generation_config is config
     config.temperature = 1.0
     assert tokens(found) == tokens(lctrain.generate(model, PROMPTS, max_new_tokens=3))
+
+
+def test_frequencies_that_follow_the_length_are_as_before(make_llama):
+    """With the rope type dynamic, transformers keeps the frequencies of the longest input."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = make_llama(max_position_embeddings=8, rope_parameters=rope)
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    lctrain.generate(model, [list(range(20))], max_new_tokens=2)
+    assert torch.equal(model(ids).logits, before)
+    with untouched(model):
+        assert not torch.equal(model(torch.arange(30)[None]).logits[:, :12], before)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_no_prompts(model):
