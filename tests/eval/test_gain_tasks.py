@@ -1,7 +1,9 @@
 """Tests sliding perplexity, the gain from context and LongPPL on models whose losses are known."""
 
 import dataclasses
+import functools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from torch import nn
 
 from lctrain.config import EvalConfig, LongPerplexityConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TokenizedDocument
+from lctrain.distributed import Topology
 from lctrain.eval import Run, Subject, computed, perplexity_by_length
 from lctrain.eval.reading import GivenReading
+from lctrain.eval.run_task import progress_bar
 from lctrain.eval.tasks.context_gain import ContextGain
 from lctrain.eval.tasks.longppl import LongPerplexity
 from lctrain.eval.tasks.sliding import SlidingPerplexity
@@ -129,6 +133,81 @@ def test_key_tokens_do_not_depend_on_the_methods(make_llama, tmp_path):
     assert (task.evaluator, task.dtype) == (model, "float16")
     with pytest.raises(ValueError, match=r"longppl.evaluator must be given with methods, got none"):
         LongPerplexity(methods=["yarn"])
+
+
+def test_key_tokens_are_chosen_anew_by_a_model_in_training():
+    distance = 24
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=96)
+    ids[40:60] = ids[40 - distance : 60 - distance]
+    subject = Subject(LooksBack(2), None, [TokenizedDocument("d", ids, 0)])
+    task = LongPerplexity(short_context=16, step=4)
+    run = Run.prepared(task, subject, [GivenReading()], (96,), max_tokens=200)
+    with pytest.raises(ValueError, match="documents must hold key tokens"):
+        computed(run)
+    run.subject.model.distance = distance  # what training does
+    (row,) = task.table(computed(run)).as_dicts()
+    assert row["key_tokens"] == 20
+
+
+@pytest.mark.parametrize("documents", [1, 3, 4])
+def test_ranks_share_the_documents_of_longppl(documents):
+    """The key tokens are in the first document, so a rank may find none; it still goes on."""
+    distance, size = 24, 2
+    random = np.random.default_rng(0)
+    texts = [random.integers(VOCABULARY, size=96) for _ in range(documents)]
+    texts[0][40:60] = texts[0][40 - distance : 60 - distance]
+    given = [TokenizedDocument(f"d{n}", ids, n) for n, ids in enumerate(texts)]
+    subject = Subject(LooksBack(distance), None, given)
+
+    def result(ranks):
+        task = LongPerplexity(short_context=16, step=4)
+        run = Run.prepared(
+            task, subject, [GivenReading()], (96,), max_tokens=200, device="cpu", ranks=ranks
+        )
+        (cell,) = run.cells()
+        done = {}
+        with progress_bar(0, "token", shown=False) as bar:
+            run.compute_cell(cell, done, bar)
+        return done[cell]
+
+    ranks = AllAtOnce(size)
+    shared = ranks.run(result)
+    assert shared == [result(Topology())] * size
+    assert [item.id for item in shared[0].items] == ["0 d0"]
+
+
+class AllAtOnce:
+    """Runs a function on every rank, each in a thread of its own.
+
+    Args:
+        size: Number of ranks.
+    """
+
+    def __init__(self, size):
+        self.size, self.barrier = size, threading.Barrier(size, timeout=60)
+        self.values = [None] * size
+
+    def gather(self, rank, value):
+        self.values[rank] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+    def run(self, function):
+        found = [None] * self.size
+
+        def call(rank):
+            topology = Topology(rank, self.size)
+            object.__setattr__(topology, "gather", functools.partial(self.gather, rank))
+            found[rank] = function(topology)
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
 
 
 def test_settings_and_documents_that_longppl_cannot_use(make_llama):

@@ -15,6 +15,7 @@ from lctrain.eval.longest import longest_documents
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Item, Measure, Subject
 from lctrain.eval.runner import score_windows
+from lctrain.eval.shared_work import joined, share_of
 from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows, cut_windows
 from lctrain.limits import check_longppl, require
@@ -50,6 +51,7 @@ class LongPerplexity(Task):
     )
     title: ClassVar = "Perplexity of key tokens"
     unit: ClassVar = "document"
+    shares_itself: ClassVar = True
 
     def __init__(
         self,
@@ -81,7 +83,8 @@ class LongPerplexity(Task):
         self.documents = documents
         self.lengths = lengths
         self.methods = methods
-        self._keys: dict[int, list[np.ndarray]] = {}
+        self._keys: dict[int, list[np.ndarray]] = {}  # of this rank's documents, by length
+        self._counts: dict[int, int] = {}  # key tokens of all documents, by length
 
     @classmethod
     def of(cls, config: EvalConfig) -> LongPerplexity:
@@ -143,24 +146,35 @@ class LongPerplexity(Task):
     def score(self, reader: Reader, length: int, made: Sequence[int]) -> Iterator[Item]:
         """Yields the loss of the key tokens of every document that has some: see Task.
 
+        Ranks share the documents. All of them raise the error if it is one.
+
         Raises:
             ValueError: if no document has a key token.
         """
-        texts = [self._tokens[number][:length] for number in made]
-        if length not in self._keys:
+        ranks = reader.ranks
+        texts = [self._tokens[number][:length] for number in share_of(made, ranks)]
+        if (
+            self.evaluator is None or length not in self._keys
+        ):  # the model itself may be in training
             self._keys[length] = self._key_positions(reader, texts, length)
         keys = self._keys[length]
-        if not any(len(one) for one in keys):
+        counts = joined([len(one) for one in keys], len(made), ranks)
+        self._counts[length] = sum(counts)
+        if not any(counts):
             raise ValueError(
                 f"documents must hold key tokens at length {length}, got none: no loss drops by "
                 f"more than {self.gain} nats to below {self.loss}. Lower longppl.gain, or choose "
                 "another longppl.evaluator."
             )
         losses = self._long(reader, reader.model, reader.segment, texts)
-        for number, mine, positions in zip(made, losses, keys, strict=True):
-            if len(positions):
-                chosen = mine[positions - self.short_context]
-                yield Item(self._names[number], {"loss": float(chosen.sum())}, len(positions))
+        sums = [
+            float(mine[positions - self.short_context].sum())
+            for mine, positions in zip(losses, keys, strict=True)
+        ]
+        sums = joined(sums, len(made), ranks)
+        for number, count, loss in zip(made, counts, sums, strict=True):
+            if count:
+                yield Item(self._names[number], {"loss": loss}, count)
         reader.advance(len(made))
 
     def size(self, length: int) -> int:
@@ -170,7 +184,7 @@ class LongPerplexity(Task):
     def facts(self, length: int) -> dict[str, float]:
         """Returns the numbers of key tokens and of documents left out: see Task."""
         return {
-            "key_tokens": sum(map(len, self._keys.get(length, []))),
+            "key_tokens": self._counts.get(length, 0),
             "short_documents": len(self._tokens) - len(self.make(length)),
         }
 
