@@ -137,12 +137,20 @@ def test_memory_of_partial_dq(lengths, form, head_dim, hopper, monkeypatch):
     assert inputs.q.numel() <= sums[0].numel() <= 2 * inputs.q.numel()
 
 
-def test_packs_of_long_documents_keep_the_bits_of_dk_and_dv(hopper):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(equal_lengths(300, 0, 70), 2, 1, 128, FLOAT16, causal=True),
+        Case(UNEQUAL, 2, 1, 104, FLOAT16, window=(40, 30)),
+    ],
+    ids=["causal", "D104-window"],
+)
+def test_packs_of_long_documents_keep_the_bits_of_dk_and_dv(case, hopper):
     """Long documents add dq in another way; dk and dv of a document do not depend on its pack."""
-    adder, registers = (config.backward_tile(128, False, True, long) for long in (False, True))
+    dim = case.head_dim
+    adder, registers = (config.backward_tile(dim, False, True, long) for long in (False, True))
     assert (adder.reduce_from_registers, registers.reduce_from_registers) == (False, True)
-    assert config.backward_tile(128, True, True, True) == adder
-    case = Case(equal_lengths(300, 0, 70), 2, 1, 128, FLOAT16, causal=True)
+    assert config.backward_tile(dim, True, True, True) == adder
     inputs = make_inputs(case)
     results = []
     for form in (adder, registers):

@@ -29,6 +29,7 @@ LONG_CASES = {
     "D128-window-softcap": Case(
         LONG, 4, 1, 128, torch.bfloat16, causal=True, window=(200, -1), softcap=10.0
     ),
+    "D128-window-g1": Case(LONG, 2, 2, 128, torch.bfloat16, window=(300, 100)),
     "D64-causal-g1": Case(LONG, 4, 4, 64, torch.bfloat16, causal=True),
     "D64-dropout-window-g1": Case(LONG, 4, 4, 64, torch.bfloat16, window=(300, 100), dropout_p=0.2),
     "D96-causal-g4": Case(LONG, 4, 1, 96, torch.bfloat16, causal=True),
