@@ -67,9 +67,9 @@ def policy_loss(
         clip_high: How far the ratio may rise above 1; None takes clip_low.
         reference: [n], log-probabilities of the reference model; None without a divergence.
         kl: Factor of the divergence from the reference, at least 0.
-        token_weights: [n] constant factors of the tokens' losses, such as the ratios of a trainer
-            to its sampler; None for 1. A token of weight 0 is left out of every sum, mean and
-            count.
+        token_weights: [n] constant factors of the tokens' losses, the divergence included, such as
+            the ratios of a trainer to its sampler; None for 1. A token of weight 0 is left out of
+            every sum, mean and count.
         average: "token" adds up the tokens' losses, and the divisor is their number (DAPO).
             "completion" adds up each completion's mean, and the divisor is the number of
             completions that have a token (GRPO).
