@@ -15,6 +15,7 @@ from typing import Any
 from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.balance_report import balance_table
 from lctrain_kernels.bench.curves_report import curves_table
+from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.memory_plot import draw_curve
@@ -25,6 +26,7 @@ from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.scale_report import NOT_MEASURED, newest_scale_record, scale_table
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
+from lctrain_kernels.bench.shares_report import shares_table
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
 from lctrain_kernels.bench.workloads import WORKLOADS
 
@@ -43,6 +45,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "longest": longest_table,
     "shared_prefix": shared_prefix_table,
     "encoder": encoder_table,
+    "decode": decode_table,
+    "shares": shares_table,
 }
 
 

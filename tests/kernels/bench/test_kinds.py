@@ -6,6 +6,7 @@ import pytest
 
 from lctrain_kernels.bench import report
 from lctrain_kernels.bench.backward_report import backward_table
+from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.memory_plot import draw_curve
@@ -18,6 +19,7 @@ from lctrain_kernels.bench.memory_report import (
 )
 from lctrain_kernels.bench.newest import RESULTS, newest_record
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
+from lctrain_kernels.bench.shares_report import shares_table
 
 HEAD = {"device": "GPU X", "date": "2026-11-30T01:00:00+00:00", "versions": {"torch": "2.11"}}
 
@@ -155,3 +157,25 @@ def test_the_backward_in_use_is_compared_within_a_round():
     assert "| `1x32k` | 2 | 3.00 | 2.00 | 4.00 | 2.00 | 1.00 | 1.50 | 1.50 |" in text
     assert "| `new` | 2 | - | 2.00 | 5.00 | 2.50 | - | - | - |" in text
     assert "dropout" not in text
+
+
+def test_decode_has_times_of_installed_libraries_only():
+    head = {**HEAD, "copy_bytes_per_s": {"256": 4e12, "512": 2e12}}
+    place = {"case": "1x8k", "layout": "page16"}
+    ours = {**place, "contender": "lctrain", "microseconds": 1234.56, "bytes_per_s": 2e12}
+    results = [ours, {**place, "contender": "fa4", "error": "ModuleNotFoundError"}]
+    results.append({**ours, "layout": "dense", "contender": "sdpa", "microseconds": 9.0})
+    text = decode_table({**head, "results": results})
+    assert "Copies move 4.00 TB/s." in text
+    assert "FlashAttention-4" not in text
+    assert "| 1x8k | page16 | 1,234.6 (2.00) | - |" in text
+    assert "| 1x8k | dense | - | 9.0 (2.00) |" in text
+
+
+def test_shares_show_the_slowest_share():
+    row = {"exchange": "keys", "whole_seconds": 0.8, "share_seconds": [0.1, 0.125]}
+    settings = {"tokens": 131_072, "ranks": 2}
+    shares = [{**row, "efficiency": 0.8}]
+    text = shares_table({**HEAD, "settings": settings, "shares": shares})
+    assert "131,072 tokens" in text
+    assert "| keys | 0.8000 | 0.1250 | 0.800 |" in text
