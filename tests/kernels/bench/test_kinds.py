@@ -44,7 +44,7 @@ def test_every_kind_has_a_record_and_a_place_on_the_page(kind):
 def test_every_folder_of_records_is_read_or_named():
     """The others hold details of a log entry, and no page shows them."""
     details = {"groups", "profile"}
-    shown = {*report.KINDS, *report.SECTIONS, "step", "ops", "memory"}
+    shown = {*report.KINDS, *report.SECTIONS, "step", "ops", "memory", "scale"}
     assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == shown | details
 
 
