@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -29,8 +30,9 @@ def harness_model(
 ) -> Iterator[Any]:
     """Context manager that gives lm-evaluation-harness a model with lctrain's attention.
 
-    The harness switches a model to eval mode for good and seeds every random generator. At the end
-    of the context, training modes, random numbers and attention are as before.
+    The harness switches a model to eval mode for good, seeds every random generator, and gives a
+    tokenizer a padding token. At the end of the context, training modes, random numbers and
+    attention are as before; the tokenizer is copied.
 
         with harness_model(model, tokenizer) as lm:
             lm_eval.simple_evaluate(model=lm, tasks=["my_task"])
@@ -59,5 +61,8 @@ def harness_model(
     patched = nullcontext() if as_it_is else models.patch_model(model, str(attention), **options)
     with untouched(model), patched:
         yield import_module(f"{PACKAGE}.models.huggingface").HFLM(
-            pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            max_length=max_length,
+            batch_size=batch_size,
         )

@@ -40,6 +40,7 @@ def fake(monkeypatch):
     class HFLM:
         def __init__(self, pretrained, tokenizer, max_length, batch_size):
             pretrained.eval()
+            tokenizer.pad_token = "x"
             seen.update(model=pretrained, max_length=max_length, patched=is_patched(pretrained))
 
     def simple_evaluate(model, tasks, task_manager, limit, log_samples, bootstrap_iters):
@@ -70,9 +71,11 @@ def test_mode_random_numbers_and_attention_are_as_before(fake, make_llama):
 
     model = make_llama().train()
     before = random.getstate(), torch.get_rng_state()
-    with harness_model(model, WordTokenizer(), max_length=64) as lm:
+    tokenizer = WordTokenizer()
+    with harness_model(model, tokenizer, max_length=64) as lm:
         lm_eval.simple_evaluate(lm, ["x"], None, None, True, 0)
         assert not model.training
+    assert not hasattr(tokenizer, "pad_token")
     assert fake["patched"]
     assert fake["max_length"] == 64
     assert not is_patched(model)
