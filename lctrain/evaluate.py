@@ -12,8 +12,8 @@ With methods, it compares several methods of reading beyond the trained window:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from lctrain.config import EvalConfig, PasskeyConfig, to_dataclass
 from lctrain.limits import check_lengths, check_methods
 from lctrain.model_names import check_model_name
 from lctrain.preflight import check_evaluation, check_task_methods, check_task_settings, check_tasks
+from lctrain.run.rank import is_rank_zero, launched_size
 from lctrain.run.start import without_empty_folder
 from lctrain.schemas import register_schemas
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-    from lctrain.eval.cells import CellStore
-    from lctrain.eval.records import Subject, Table
+    from lctrain.distributed import Topology
+    from lctrain.eval.cells import Cell
+    from lctrain.eval.records import Result, Subject, Table
     from lctrain.eval.task import Task
 
 __all__ = ["EvalConfig", "Evaluation", "PasskeyConfig", "evaluate", "main"]
@@ -66,11 +68,13 @@ class Evaluation:
 def evaluate(config: EvalConfig) -> Evaluation:
     """Runs evaluation tasks on a stored model, and writes tables and plots.
 
+    Under torchrun, the ranks share the items of each task, and rank 0 writes the files.
+
     Args:
         config: Settings of the evaluation.
 
     Returns:
-        The tables, and the paths of the written files.
+        The tables, and the paths of the written files, which only rank 0 has.
 
     Raises:
         ValueError: if a setting is out of range, the data or the model cannot be used, or the
@@ -81,11 +85,13 @@ def evaluate(config: EvalConfig) -> Evaluation:
     from lctrain.eval import longest_documents
     from lctrain.eval.device import pick_device
     from lctrain.eval.documents import evaluation_documents
+    from lctrain.eval.ranks import device_of, first_rank_first
     from lctrain.eval.records import Subject
     from lctrain.eval.registry import make_task
     from lctrain.eval.resume import open_cells
     from lctrain.loggers import closing, log_evaluation
     from lctrain.models.pretrained import check_dtype, load_pretrained
+    from lctrain.process_group import launched_ranks
 
     check_lengths(config.lengths, config.forward_tokens())
     check_tasks(config.tasks, config.own_tasks)
@@ -97,33 +103,43 @@ def evaluate(config: EvalConfig) -> Evaluation:
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
     tasks = [make_task(name, config) for name in dict.fromkeys(config.tasks)]
-    loggers = instantiate_all("logger", config.logger)
-    with own_folder(config), closing([*loggers.values()]):
-        # The model is loaded before its tokenizer, so that an error about the name is the model's.
-        model = load_pretrained(config.model, config.dtype)
-        preparation = build_datamodule(config.data, config.model).preparation
-        assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
-        subject = Subject(
-            model=model,
-            tokenizer=preparation.given_tokenizer(),
-            documents=evaluation_documents(preparation, config.split),
-            window=config.window,
-            name=Path(config.model.name_or_path).name,
-        )
-        cells = open_cells(config, subject)
-        model.to(device)
-        tables = run_tasks(config, tasks, subject, device, cells)
-        files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
-        metrics = {
-            key: value for table in tables.values() for key, value in table.metrics().items()
-        }
-        for logger in loggers.values():
-            logger.log_metrics(metrics, 0)
-            for name, table in tables.items():
-                log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
-            logger.finalize("success")
-        paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
-        paths["report"] = report(config, tasks, tables, files)
+    with launched_ranks(launched_size()) as ranks:
+        device = device_of(device, ranks)
+        loggers = instantiate_all("logger", config.logger if ranks.is_first else {})
+        folder = own_folder(config) if ranks.is_first else nullcontext()
+        with folder, closing([*loggers.values()]):
+            # The model is loaded before its tokenizer: an error about the name is the model's.
+            model = load_pretrained(config.model, config.dtype)
+            preparation = build_datamodule(config.data, config.model).preparation
+            assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
+            with first_rank_first(ranks):
+                documents = evaluation_documents(preparation, config.split)
+            subject = Subject(
+                model=model,
+                tokenizer=preparation.given_tokenizer(),
+                documents=documents,
+                window=config.window,
+                name=Path(config.model.name_or_path).name,
+            )
+            cells = open_cells(config, subject) if ranks.is_first else None
+            done = ranks.of_first(None if cells is None else dict(cells))
+            model.to(device)
+            tables = run_tasks(
+                config, tasks, subject, device, done if cells is None else cells, ranks
+            )
+            if cells is None:
+                return Evaluation(tables, {})
+            files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
+            metrics = {
+                key: value for table in tables.values() for key, value in table.metrics().items()
+            }
+            for logger in loggers.values():
+                logger.log_metrics(metrics, 0)
+                for name, table in tables.items():
+                    log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
+                logger.finalize("success")
+            paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
+            paths["report"] = report(config, tasks, tables, files)
     return Evaluation(tables, paths)
 
 
@@ -153,14 +169,24 @@ def run_tasks(
     tasks: Sequence[Task],
     subject: Subject,
     device: torch.device,
-    done: CellStore,
+    done: MutableMapping[Cell, Result],
+    ranks: Topology,
 ) -> dict[str, Table]:
     """Computes all cells that are not done, and returns the tables of the tasks by name.
 
     Every task is checked before the first one is computed. One progress bar counts the tokens to
     read for all tasks.
+
+    Args:
+        config: Settings of the evaluation.
+        tasks: The tasks.
+        subject: Model, tokenizer and documents.
+        device: Device of the model.
+        done: Finished cells, the same on all ranks: a CellStore on rank 0.
+        ranks: Ranks that share the items.
     """
     from lctrain.eval import trained_window
+    from lctrain.eval.cells import CellStore
     from lctrain.eval.limits import warn_beyond_positions
     from lctrain.eval.reading import ConfiguredReading, Reading, make_extensions
     from lctrain.eval.run_task import Run, progress_bar
@@ -176,9 +202,12 @@ def run_tasks(
         elif config.attention is None or config.attention.name != "dual_chunk":
             warn_beyond_positions(subject.model, config.window, lengths, task.name)
         shared: dict[str, Any] = {"max_tokens": config.forward_tokens(), "device": device}
+        shared["ranks"] = ranks
         runs.append(Run.prepared(task, subject, readings, lengths, **shared))
-        done.describe(task)
-    with progress_bar(sum(run.work(done) for run in runs), "token", True, in_tokens=True) as bar:
+        if isinstance(done, CellStore):
+            done.describe(task)
+    own = sum(run.work(done) for run in runs) / ranks.data_size
+    with progress_bar(own, "token", ranks.is_first, in_tokens=True) as bar:
         for run in runs:
             run.compute(done, bar, in_tokens=True)
     return {run.task.name: run.table(done) for run in runs}
@@ -281,8 +310,9 @@ def run(config: DictConfig) -> None:
         if plain.resume is not None:
             plain = in_folder_to_resume(config, plain)
         evaluation = evaluate(plain)
-    print(evaluation)
-    print_paths(evaluation.paths)
+    if is_rank_zero():
+        print(evaluation)
+        print_paths(evaluation.paths)
 
 
 def in_folder_to_resume(config: DictConfig, plain: EvalConfig) -> EvalConfig:

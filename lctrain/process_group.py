@@ -1,9 +1,38 @@
-"""leave_at_exit: destroys the process group of a rank when its process ends."""
+"""leave_at_exit and launched_ranks: leave and join the process group of a run."""
+
+from __future__ import annotations
 
 import atexit
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed
+
+from lctrain.distributed import ONE_RANK, Topology
+
+LIMIT = timedelta(days=7)  # a rank may wait while another one reads the data
+
+
+@contextmanager
+def launched_ranks(size: int) -> Iterator[Topology]:
+    """Context manager that joins the ranks which torchrun started, and yields their topology.
+
+    The collectives take values on the CPU. A process that has a process group already is a single
+    rank.
+
+    Args:
+        size: Number of ranks that torchrun started; 1 without torchrun.
+    """
+    if size == 1 or torch.distributed.is_initialized():
+        yield ONE_RANK
+        return
+    torch.distributed.init_process_group("gloo", timeout=LIMIT)
+    try:
+        yield Topology.of_process()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def leave_at_exit() -> None:

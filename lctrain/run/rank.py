@@ -41,6 +41,11 @@ def ranks_on_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def launched_size() -> int:
+    """Returns the number of ranks that torchrun started, from WORLD_SIZE; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if is_launched() else 1
+
+
 def is_launched() -> bool:
     """Whether torchrun started this process as one of its ranks."""
     return "RANK" in os.environ
