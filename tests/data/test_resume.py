@@ -200,13 +200,15 @@ def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = Fal
         return main(flags)
     folders = filter(None, (str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == (-signal.SIGKILL if dies else 0), done.stderr[-2000:]
+    output = folder / "output.txt"  # a pipe would end with the last worker of a killed rank
+    with output.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *flags],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    assert done.returncode == (-signal.SIGKILL if dies else 0), output.read_text()[-2000:]
 
 
 @pytest.mark.slow
