@@ -86,7 +86,7 @@ class CellStore(MutableMapping[Cell, Result]):
             name: Name of the setting that named the folder, for messages.
 
         Raises:
-            ValueError: if the folder has no such file.
+            ValueError: if the folder has no such file, or it is damaged or of another version.
         """
         path = folder / CELLS
         if not path.is_file():
@@ -102,7 +102,13 @@ class CellStore(MutableMapping[Cell, Result]):
             )
         store = cls(path, lines[0]["identity"])
         for line in lines[1:]:
-            store._take(line)
+            try:
+                store._take(line)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{name} must be a folder of this version's lctrain-eval, got {folder}, whose "
+                    f"{CELLS} has a line without the expected fields. Evaluate again."
+                ) from error
         return store
 
     @classmethod
@@ -176,6 +182,8 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
         try:
             found = json.loads(line)
         except ValueError:
+            return
+        if not isinstance(found, dict):
             return
         yield found
 

@@ -58,7 +58,17 @@ def test_other_settings_are_refused(store, tmp_path):
         CellStore.reopen(tmp_path, IDENTITY | {"seed": 3})
 
 
-@pytest.mark.parametrize("content", [None, "", "no json\n", '{"task": "x"}\n'])
+@pytest.mark.parametrize(
+    "line", [{"task": "x"}, {"items": [{"name": "other"}], "task": "x", "method": "", "length": 8}]
+)
+def test_a_line_of_another_version_is_an_error(store, tmp_path, line):
+    with (tmp_path / CELLS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="compare must be a folder of this version's lctrain-eval"):
+        CellStore.read(tmp_path, "compare")
+
+
+@pytest.mark.parametrize("content", [None, "", "no json\n", "3\n", '{"task": "x"}\n'])
 def test_a_folder_without_cells_is_an_error(tmp_path, content):
     if content is not None:
         (tmp_path / CELLS).write_text(content)
