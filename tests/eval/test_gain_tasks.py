@@ -154,7 +154,7 @@ def test_ranks_share_the_documents_of_longppl(documents):
     """The key tokens are in the first document, so a rank may find none; it still goes on."""
     distance, size = 24, 2
     random = np.random.default_rng(0)
-    texts = [random.integers(VOCABULARY, size=96) for _ in range(documents)]
+    texts = [random.permutation(VOCABULARY)[:96] for _ in range(documents)]
     texts[0][40:60] = texts[0][40 - distance : 60 - distance]
     given = [TokenizedDocument(f"d{n}", ids, n) for n, ids in enumerate(texts)]
     subject = Subject(LooksBack(distance), None, given)
