@@ -50,6 +50,8 @@ class IsolationCheck(pl.Callback):
     A batch is a PackedBatch, or a mapping with transformers' names that says where documents end.
     Batches with one document per row, padded or not, are not checked.
 
+    Each rank checks its own batch. With ShardedStrategy all ranks check that of rank 0 together.
+
     Args:
         model: Attribute path of the model in the module; None takes the only model, or the only
             model with trainable weights.
