@@ -1,4 +1,4 @@
-"""The command `lctrain-eval`: evaluates a causal LM of Hugging Face at several context lengths.
+"""The command `lctrain-eval`: evaluates a model of Hugging Face at several context lengths.
 
     lctrain-eval model=<folder or hub name> data=text 'data.files=[books/*.txt]' split=all \
         lengths=[1024,8192]
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lctrain.command import Command
-from lctrain.config import EvalConfig, PasskeyConfig, to_dataclass
-from lctrain.limits import check_lengths, check_methods
+from lctrain.config import DEFAULT_TASKS, EvalConfig, PasskeyConfig, to_dataclass
+from lctrain.limits import check_lengths, check_methods, require
 from lctrain.model_names import check_model_name
 from lctrain.preflight import check_evaluation, check_task_methods, check_task_settings, check_tasks
 from lctrain.run.rank import is_rank_zero, launched_size
@@ -85,16 +85,18 @@ def evaluate(config: EvalConfig) -> Evaluation:
     from lctrain.eval import longest_documents
     from lctrain.eval.device import pick_device
     from lctrain.eval.documents import evaluation_documents
+    from lctrain.eval.limits import require_kind
     from lctrain.eval.ranks import device_of, first_rank_first
     from lctrain.eval.records import Subject
     from lctrain.eval.registry import make_task
     from lctrain.eval.resume import open_cells
     from lctrain.loggers import closing, log_evaluation
-    from lctrain.models.pretrained import check_dtype, load_pretrained
+    from lctrain.models.pretrained import check_dtype, load_pretrained, stored_task
     from lctrain.process_group import launched_ranks
 
     check_lengths(config.lengths, config.forward_tokens())
-    check_tasks(config.tasks, config.own_tasks)
+    if config.tasks is not None:
+        check_tasks(config.tasks, config.own_tasks)
     check_methods(config.methods)
     check_task_methods(config)
     check_task_settings(config)
@@ -102,14 +104,19 @@ def evaluate(config: EvalConfig) -> Evaluation:
     check_dtype(config.dtype)
     device = pick_device(config.device)
     check_model_name(config.model.name_or_path)
-    tasks = [make_task(name, config) for name in dict.fromkeys(config.tasks)]
+    kind = stored_task(config.model)
+    names = DEFAULT_TASKS[kind] if config.tasks is None else config.tasks
+    tasks = [make_task(name, config) for name in dict.fromkeys(names)]
     with launched_ranks(launched_size()) as ranks:
         device = device_of(device, ranks)
         loggers = instantiate_all("logger", config.logger if ranks.is_first else {})
         folder = own_folder(config) if ranks.is_first else nullcontext()
         with folder, closing([*loggers.values()]):
             # The model is loaded before its tokenizer: an error about the name is the model's.
-            model = load_pretrained(config.model, config.dtype)
+            model = load_pretrained(config.model, config.dtype, task=kind)
+            for task in tasks:
+                require_kind(task.name, task.reads, model)
+            check_kind_settings(config, kind)
             preparation = build_datamodule(config.data, config.model).preparation
             assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
             with first_rank_first(ranks):
@@ -141,6 +148,20 @@ def evaluate(config: EvalConfig) -> Evaluation:
             paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
             paths["report"] = report(config, tasks, tables, files)
     return Evaluation(tables, paths)
+
+
+def check_kind_settings(config: EvalConfig, kind: str) -> None:
+    """Raises ValueError if a setting does not fit the kind of the model, "causal" or "mlm"."""
+    fraction = getattr(config.data, "mask_fraction", None)
+    require(
+        kind == "mlm" or fraction is None,
+        f"data.mask_fraction must be null for a causal model, got {fraction}. Leave it out.",
+    )
+    require(
+        kind == "causal" or not config.methods,
+        "methods must be empty for a masked language model, got "
+        f"{list(config.methods)}. They extend causal attention: leave them out.",
+    )
 
 
 def report(
@@ -261,7 +282,7 @@ COMMAND = Command(
     "lctrain-eval",
     "eval",
     """\
-lctrain-eval evaluates a causal language model of Hugging Face at several context lengths.
+lctrain-eval evaluates a causal or masked language model of Hugging Face at several context lengths.
 
   lctrain-eval model=FOLDER lengths=[1024,8192]      perplexity on held-out text
   lctrain-eval model=NAME data=text 'data.files=[books/*.txt]' split=all
@@ -279,7 +300,6 @@ lctrain-eval evaluates a causal language model of Hugging Face at several contex
         "data.packing_window",
         "data.balance_window",
         "data.passkey_fraction",
-        "data.mask_fraction",
         "data.num_workers",
         "data.seed",
         "model.dtype",  # the option dtype

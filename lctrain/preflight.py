@@ -261,7 +261,8 @@ def check_targets(group: str, configs: Any) -> None:
 def check_evaluation(config: EvalConfig) -> None:
     """Raises ValueError if a setting of lctrain-eval is wrong. It does not import torch."""
     check_lengths(config.lengths, config.forward_tokens())
-    check_tasks(config.tasks, config.own_tasks)
+    if config.tasks is not None:
+        check_tasks(config.tasks, config.own_tasks)
     check_targets("own_tasks", config.own_tasks)
     check_methods(config.methods)
     check_task_methods(config)
@@ -304,7 +305,7 @@ def check_task_settings(config: EvalConfig) -> None:
         f"window must be at least 2, got {config.window}. It is the number of tokens that the "
         "model was trained on.",
     )
-    tasks = config.tasks
+    tasks = config.tasks or []
     for name in tasks:
         own = getattr(getattr(config, name, None), "lengths", None)
         if own is not None:
@@ -363,6 +364,6 @@ def check_tasks(tasks: Sequence[str], own: Collection[str] = ()) -> None:
     known = [*TASKS, *own]
     if not tasks or not set(tasks) <= set(known):
         raise ValueError(
-            f"tasks must be some of {', '.join(known)}, got {list(tasks)}. The default is "
-            "[perplexity]."
+            f"tasks must be some of {', '.join(known)}, got {list(tasks)}. Leave them "
+            "out for perplexity."
         )

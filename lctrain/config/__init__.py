@@ -31,6 +31,7 @@ from lctrain.config.optim import SCHEDULES, OptimConfig
 from lctrain.config.paths import PathsConfig
 from lctrain.config.schema import MISSING, store_schema, to_dataclass
 from lctrain.config.tasks import (
+    DEFAULT_TASKS,
     TASKS,
     HarnessConfig,
     LongPerplexityConfig,
@@ -42,6 +43,7 @@ from lctrain.config.train import TrainConfig
 from lctrain.config.trainer import STRATEGIES, TrainerConfig
 
 __all__ = [
+    "DEFAULT_TASKS",
     "MISSING",
     "SCHEDULES",
     "STRATEGIES",

@@ -38,7 +38,8 @@ class EvalConfig:
         paths: Folder of the evaluation.
         split: "held_out" for the documents that training on this data holds out; "all" for every
             document.
-        tasks: Names of the tasks to run: lctrain's are in `lctrain.config.TASKS`.
+        tasks: Names of the tasks to run: lctrain's are in `lctrain.config.TASKS`. None runs
+            perplexity, or masked_perplexity for a masked language model.
         own_tasks: Settings of tasks of your own by name, each with the class that it builds.
         methods: Methods of reading beyond the trained window to compare: see
             `lctrain.eval.extension`. Without methods the model is evaluated unchanged.
@@ -78,7 +79,7 @@ class EvalConfig:
     logger: dict[str, Any] = field(default_factory=dict)
     paths: PathsConfig = MISSING
     split: str = "held_out"
-    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    tasks: list[str] | None = None
     own_tasks: dict[str, Any] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
     window: int | None = None

@@ -8,6 +8,7 @@ from lctrain.limits import check_by, check_longppl, check_passkeys, check_ruler,
 
 TASKS = {
     "perplexity": "lctrain.eval.tasks.perplexity.Perplexity",
+    "masked_perplexity": "lctrain.eval.tasks.masked.MaskedPerplexity",
     "sliding_perplexity": "lctrain.eval.tasks.sliding.SlidingPerplexity",
     "context_gain": "lctrain.eval.tasks.context_gain.ContextGain",
     "longppl": "lctrain.eval.tasks.longppl.LongPerplexity",
@@ -17,6 +18,9 @@ TASKS = {
     "harness": "lctrain.eval.tasks.harness.Harness",
 }
 """Classes of lctrain's tasks by the name in `tasks`; a class has `of(config)`."""
+
+DEFAULT_TASKS = {"causal": ["perplexity"], "mlm": ["masked_perplexity"]}
+"""Names of the tasks that run if none is named, by the kind of the model."""
 
 
 @dataclass(frozen=True)

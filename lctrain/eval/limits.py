@@ -41,6 +41,33 @@ def check_model(model: Any, tokens: Sequence[np.ndarray], longest_window: int) -
     require_positions(model, longest_window, "lengths", "Leave longer ones out.")
 
 
+def kind_of(model: Any) -> str:
+    """Returns "mlm" for a transformers model for masked language modeling, else "causal"."""
+    masked = any(base.__name__.endswith("ForMaskedLM") for base in type(model).__mro__)
+    return "mlm" if masked else "causal"
+
+
+def require_kind(task: str, reads: str, model: Any) -> None:
+    """Raises ValueError unless a task can read with a model.
+
+    Args:
+        task: Name of the task.
+        reads: Kind of model that the task reads with, "causal" or "mlm".
+        model: A model of transformers.
+    """
+    if reads == kind_of(model):
+        return
+    if reads == "causal":
+        raise ValueError(
+            f"tasks must be [masked_perplexity] for a masked language model, got {task}, which "
+            f"needs a causal one, with a {type(model).__name__}. Leave tasks out."
+        )
+    raise ValueError(
+        f"tasks must be some that a causal language model can run, got {task}, which needs a "
+        f"masked one, with a {type(model).__name__}. Choose perplexity."
+    )
+
+
 def warn_beyond_positions(
     model: Any, window: int | None, lengths: Sequence[int], task: str
 ) -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.cells import Cell
+from lctrain.eval.limits import require_kind
 from lctrain.eval.method_words import method_words
 from lctrain.eval.reader import Reader
 from lctrain.eval.reading import Reading
@@ -62,6 +63,7 @@ class Run:
         Raises:
             ValueError: if the task cannot be run.
         """
+        require_kind(task.name, task.reads, subject.model)
         task.prepare(subject, lengths)
         device = _device(subject.model) if device is None else torch.device(device)
         return cls(task, subject, readings, lengths, max_tokens, device, ranks)

@@ -29,6 +29,8 @@ class Task(ABC):
         unit: Name of an item.
         shares_itself: Whether `score` divides the work over `reader.ranks`, and yields all items on
             all ranks. Otherwise every rank scores some of what `make` returns, an item for each.
+        reads: Kind of model that the task reads with: "causal", or "mlm" for a masked language
+            model.
         lengths: Context lengths of this task in tokens; None for those of the evaluation.
         methods: Methods of reading beyond the window of this task; None for those of the
             evaluation.
@@ -40,6 +42,7 @@ class Task(ABC):
     title: ClassVar[str]
     unit: ClassVar[str] = "item"
     shares_itself: ClassVar[bool] = False
+    reads: ClassVar[str] = "causal"
     lengths: Sequence[int] | None = None
     methods: Sequence[str] | None = None
     subject: Subject

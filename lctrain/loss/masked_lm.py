@@ -73,6 +73,47 @@ def masked_losses(
     Raises:
         ValueError: as in `masked_lm_loss`.
     """
+    inner = _checked(model, model_kwargs)
+    if not has_known_head(model, inner, targets.device):
+        logits = _logits(model, model_kwargs, positions)
+        return functional.cross_entropy(logits, targets, reduction=reduction)
+    hidden = _encoder(model, inner)(**model_kwargs)[0].flatten(0, 1)
+    return head_losses(inner, hidden[positions], targets, reduction)
+
+
+def masked_scores(
+    model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the cross-entropy at chosen positions, and whether the likeliest token is right.
+
+    The arguments are those of `masked_losses`. No gradient is recorded.
+
+    Returns:
+        Losses [n] float32 (float64 for a float64 model), and hits [n] bool.
+
+    Raises:
+        ValueError: as in `masked_lm_loss`.
+    """
+    inner = _checked(model, model_kwargs)
+    with torch.no_grad():
+        if not has_known_head(model, inner, targets.device):
+            logits = _logits(model, model_kwargs, positions)
+            losses = functional.cross_entropy(logits, targets, reduction="none")
+            return losses, logits.argmax(-1) == targets
+        hidden = _encoder(model, inner)(**model_kwargs)[0].flatten(0, 1)[positions]
+        projection = inner.get_output_embeddings()
+        states = head_states(inner, hidden)
+        hits = [projection(part).argmax(-1) for part in states.split(HITS_TOKENS)]
+        found = torch.cat(hits) if hits else targets
+        return head_losses(inner, hidden, targets, "none"), found == targets
+
+
+HITS_TOKENS = 1024
+"""Tokens whose logits `masked_scores` holds at once."""
+
+
+def _checked(model: nn.Module, model_kwargs: Mapping[str, Any]) -> Any:
+    """Returns the model without wrappers; raises a ValueError if it cannot be read."""
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "model must be the module itself, got a DistributedDataParallel wrapper, whose "
@@ -82,12 +123,13 @@ def masked_losses(
     inner = without_wrappers(model)
     require_masked_lm(inner)
     require_flash_attention(inner, model_kwargs)
-    if not has_known_head(model, inner, targets.device):
-        logits = model(**model_kwargs)["logits"].flatten(0, 1)[positions]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return functional.cross_entropy(logits, targets, reduction=reduction)
-    hidden = _encoder(model, inner)(**model_kwargs)[0].flatten(0, 1)
-    return head_losses(inner, hidden[positions], targets, reduction)
+    return inner
+
+
+def _logits(model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """Returns the logits [n, V] of a model's own forward, float32 or float64."""
+    logits: Tensor = model(**model_kwargs)["logits"].flatten(0, 1)[positions]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def head_losses(

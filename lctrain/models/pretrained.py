@@ -1,4 +1,4 @@
-"""Loads causal LMs from the Hugging Face hub or a folder; errors name the model."""
+"""Loads language models from the Hugging Face hub or a folder; errors name the model."""
 
 from __future__ import annotations
 
@@ -142,6 +142,27 @@ def load_architecture(
             trust_remote_code=config.trust_remote_code,
             **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)}),
         )
+
+
+def stored_task(config: PretrainedModelConfig) -> str:
+    """Returns "mlm" if a stored model is a masked language model, else "causal".
+
+    Args:
+        config: Config of the pretrained model.
+
+    Raises:
+        ValueError: if the model does not exist.
+    """
+    from transformers import AutoConfig
+
+    with _naming(config):
+        architecture = AutoConfig.from_pretrained(
+            config.name_or_path,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+        )
+    names = getattr(architecture, "architectures", None) or []
+    return "mlm" if any(str(name).endswith("ForMaskedLM") for name in names) else "causal"
 
 
 def auto_class(task: str) -> Any:
