@@ -364,6 +364,6 @@ def check_tasks(tasks: Sequence[str], own: Collection[str] = ()) -> None:
     known = [*TASKS, *own]
     if not tasks or not set(tasks) <= set(known):
         raise ValueError(
-            f"tasks must be some of {', '.join(known)}, got {list(tasks)}. Leave them "
-            "out for perplexity."
+            f"tasks must be some of {', '.join(known)}, got {list(tasks)}. Leave "
+            "tasks out for perplexity."
         )
