@@ -135,6 +135,11 @@ class Run:
         with reading.at(model, length):
             mine = made if alone else share_of(made, ranks)
             items = tuple(self.task.score(reader, length, mine))
+        if not alone and len(items) != len(mine):
+            raise ValueError(
+                f"{self.task.name} must score an item for each part that make returns, got "
+                f"{len(items)} of {len(mine)}. Set shares_itself for a task that yields others."
+            )
         if not alone:
             items = tuple(joined(items, len(made), ranks))
         if not items:

@@ -12,11 +12,13 @@ from torch import nn
 
 from lctrain.config import EvalConfig, LongPerplexityConfig, PathsConfig, PretrainedModelConfig
 from lctrain.data import TokenizedDocument
-from lctrain.distributed import Topology
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval import Run, Subject, computed, perplexity_by_length
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.run_task import progress_bar
+from lctrain.eval.tasks import sliding
 from lctrain.eval.tasks.context_gain import ContextGain
+from lctrain.eval.tasks.harness import Harness
 from lctrain.eval.tasks.longppl import LongPerplexity
 from lctrain.eval.tasks.sliding import SlidingPerplexity
 from tests.eval.conftest import VOCABULARY
@@ -73,6 +75,20 @@ def test_sliding_perplexity_is_that_of_the_published_loop(make_llama, tokens):
         assert row["perplexity"] == near(math.exp(expected))
     assert table.stem == "sliding_perplexity"
     assert "Sliding perplexity" in str(table)
+
+
+def test_ranks_share_all_windows(make_llama, monkeypatch):
+    """The sums of two ranks are those of one, and every window is an item on both."""
+    model, documents = make_llama(), documents_of(100, 50, 120)
+    task = SlidingPerplexity(stride=7, document_tokens=90)
+    kept = []
+    monkeypatch.setattr(sliding, "summed", lambda sums, ranks: kept.append(sums) or sums)
+    for ranks in (ONE_RANK, Topology(rank=0, size=2), Topology(rank=1, size=2)):
+        subject = Subject(model, None, documents, name="m")
+        run = Run.prepared(task, subject, [GivenReading()], (40,), max_tokens=200, ranks=ranks)
+        assert len(computed(run)[""][40].items) == len(kept[0])
+    assert (kept[1] + kept[2]).tolist() == near(kept[0].tolist())
+    assert Harness.shares_itself
 
 
 def test_documents_shorter_than_the_length_are_counted_and_never_padded(make_llama, caplog):

@@ -35,6 +35,7 @@ class Harness(Task):
     measures: ClassVar = (Measure("score", "Score of the harness"),)
     title: ClassVar = "lm-evaluation-harness"
     unit: ClassVar = "document"
+    shares_itself: ClassVar = True  # all ranks run all tasks, each of which has several items
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from lctrain.eval.longest import longest_documents
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Item, Measure, Subject
 from lctrain.eval.runner import score_windows
+from lctrain.eval.shared_work import summed
 from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows
 from lctrain.limits import require
@@ -46,6 +47,7 @@ class SlidingPerplexity(Task):
     )
     title: ClassVar = "Sliding perplexity"
     unit: ClassVar = "window"
+    shares_itself: ClassVar = True
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class SlidingPerplexity(Task):
             max_tokens=reader.max_tokens,
             device=reader.device,
             segment=reader.segment,
+            ranks=reader.ranks,
         ):
             for document in set(scored.documents.tolist()):
                 mine = scored.documents == document
@@ -125,6 +128,7 @@ class SlidingPerplexity(Task):
                 places = np.searchsorted(bounds, scored.positions[mine], side="right") - 1
                 sums += np.bincount(begin + places, scored.losses[mine], len(sums))
             reader.advance(len(scored.losses))
+        sums = summed(sums, reader.ranks)
         counts: dict[int, int] = {}
         for document, mean in zip(windows.documents.tolist(), sums / windows.scored, strict=True):
             number = counts[document] = counts.get(document, -1) + 1
