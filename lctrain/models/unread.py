@@ -38,6 +38,7 @@ def safetensors_files(name: str, revision: str | None) -> dict[str, Path]:
     Raises:
         WholeOnlyError: if the weights are not in safetensors files, or are those of adapters.
         OSError: if a file cannot be read or downloaded.
+        RuntimeError: if the index of the files is damaged.
     """
     from safetensors import safe_open
     from transformers.utils import cached_file
@@ -58,8 +59,12 @@ def safetensors_files(name: str, revision: str | None) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), single)
     if (index := find(INDEX)) is None:
         raise WholeOnlyError("its weights are not in safetensors files")
-    places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    files = {file: find(file, is_needed=True) for file in sorted(set(places.values()))}
+    try:
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names = sorted({str(file) for file in places.values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RuntimeError(f"{INDEX} does not name the file of every weight") from None
+    files = {file: find(file, is_needed=True) for file in names}
     return {weight: path for weight, file in places.items() if (path := files[file]) is not None}
 
 

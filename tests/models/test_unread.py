@@ -10,6 +10,7 @@ from lctrain.config import PretrainedModelConfig
 from lctrain.distributed.sharding import built_to_be_sharded, parameters_on_meta
 from lctrain.distributed.stored import stored_of
 from lctrain.models.pretrained import load_pretrained
+from lctrain.models.unread import safetensors_files
 
 
 def load(folder, dtype="float32", is_first=True, **options):
@@ -145,3 +146,10 @@ def test_models_that_are_not_sharded_are_loaded_as_before(folder):
     assert not load_pretrained(config).lm_head.weight.is_meta
     with parameters_on_meta():
         assert stored_of(load_pretrained(config).lm_head.weight) is None
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_an_error(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(RuntimeError, match=r"index\.json does not name the file of every weight"):
+        safetensors_files(str(tmp_path), None)
