@@ -63,7 +63,7 @@ class MaskedPerplexity(Task):
     )
     name = "masked_perplexity"
     title: ClassVar = "Masked perplexity"
-    unit: ClassVar = "masked token"
+    unit: ClassVar = "document"
     shares_itself: ClassVar = True
     reads: ClassVar = "mlm"
 
