@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -168,7 +168,10 @@ class LongContextModule(pl.LightningModule):
         if self.model is None:
             torch.manual_seed(self.seed)
             ranks = Topology.of(self._trainer)
-            with built_to_be_sharded(ranks.is_first) if ranks.is_sharded else nullcontext():
+            with ExitStack() as stack:
+                if ranks.is_sharded:  # a rank that goes on alone waits for parameters of rank 0
+                    stack.enter_context(ranks.failing_together())
+                    stack.enter_context(built_to_be_sharded(ranks.is_first))
                 self.model = self._build()
         if self.patch_handle is None and self.attention is not None and not is_patched(self.model):
             self.patch_handle = patch_model(

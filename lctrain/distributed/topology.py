@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +137,22 @@ class Topology:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Context manager from which all ranks raise if one does. All ranks must use it.
+
+        Raises:
+            ValueError: on ranks that did not fail, with the message of the first one that did.
+        """
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        for message in self.gather(None if error is None else str(error)):
+            if message is not None:
+                raise error or ValueError(message)
 
     def of_first(self, value: Any) -> Any:
         """Returns the value of rank 0, which is pickled, on every rank. All ranks must call it."""

@@ -130,3 +130,22 @@ def test_other_sharded_strategies_are_refused(name):
         check_strategy(type(name, (), {})())
     check_strategy(ShardedStrategy())
     check_strategy(type("DDPStrategy", (), {})())
+
+
+def test_all_ranks_fail_if_one_does(monkeypatch):
+    ranks = Topology(1, 3, is_sharded=True)
+    others: list = [None, None, None]
+
+    def gather(_, value):
+        return [others[0], value, others[2]]
+
+    monkeypatch.setattr(Topology, "gather", gather)
+    with ranks.failing_together():
+        pass
+    with pytest.raises(OSError, match="its own"), ranks.failing_together():
+        raise OSError("its own")
+    others[2] = "rank 2 cannot read its files"
+    with pytest.raises(ValueError, match="rank 2 cannot read"), ranks.failing_together():
+        pass
+    with pytest.raises(OSError, match="its own"), ranks.failing_together():
+        raise OSError("its own")
