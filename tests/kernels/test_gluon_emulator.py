@@ -169,7 +169,7 @@ def test_additions_of_four_values():
 
 @pytest.mark.parametrize(
     ("step", "error"),
-    [(8, (IndexError, "address")), (2, (AssertionError, "16 bytes")), (0, (AssertionError, "two"))],
+    [(8, (IndexError, "address")), (2, (AssertionError, "aligned")), (0, (AssertionError, "two"))],
 )
 def test_additions_to_wrong_addresses_are_errors(step, error):
     kind, message = error

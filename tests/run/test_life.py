@@ -236,7 +236,7 @@ def test_an_evaluation_has_its_folder_alone(tiny, tmp_path, monkeypatch, capfd, 
     assert len(folders) == 2
     assert all((folder / "run.json").exists() for folder in folders)
     capfd.readouterr()
-    for folder in (whole, folders[0]):
+    for folder, what in ((whole, "a run"), (folders[0], "an evaluation")):
         assert status(f"hydra.run.dir={folder}") == 2
-        assert "must be a folder without a run" in capfd.readouterr().err
+        assert f"must be a folder without {what}" in capfd.readouterr().err
     assert status("name=../x") == 2
