@@ -35,6 +35,7 @@ from lctrain.distributed.context import ContextShard, choose_heads
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.bench.__main__ import positive, results_folder
+from lctrain_kernels.bench.shares_report import share_rows
 from lctrain_kernels.bench.workloads import WORKLOADS
 from lctrain_kernels.varlen.api import flash_attn_pack_func
 
@@ -179,12 +180,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> str:
     """Returns the record as two tables in Markdown."""
-    size = record["settings"]["ranks"]
-    lines = [f"| exchange, {size} ranks | whole s | slowest share s | efficiency |"]
-    lines.append("|---|---|---|---|")
-    for row in record["shares"]:
-        numbers = (row["whole_seconds"], max(row["share_seconds"]), row["efficiency"])
-        lines.append("| {} | {:.4f} | {:.4f} | {:.3f} |".format(row["exchange"], *numbers))
+    lines = share_rows(record)
     if record["steps"]:
         lines += ["", "| strategy, one rank | s/step | of plain | GiB |", "|---|---|---|---|"]
     for row in record["steps"]:

@@ -21,10 +21,17 @@ def shares_table(record: Mapping[str, Any]) -> str:
         f"One document of {settings['tokens']:,} tokens, forward and backward of attention, its "
         f"{settings['ranks']} shares one after the other on one GPU, without communication:",
         "",
-        "| exchange | whole s | slowest share s | efficiency |",
-        "|---|---|---|---|",
+        *share_rows(record),
     ]
+    return "\n".join([*lines, ""])
+
+
+def share_rows(record: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of the table: its head, and a row per exchange."""
+    size = record["settings"]["ranks"]
+    lines = [f"| exchange, {size} ranks | whole s | slowest share s | efficiency |"]
+    lines.append("|---|---|---|---|")
     for row in record["shares"]:
         numbers = (row["whole_seconds"], max(row["share_seconds"]), row["efficiency"])
         lines.append("| {} | {:.4f} | {:.4f} | {:.3f} |".format(row["exchange"], *numbers))
-    return "\n".join([*lines, ""])
+    return lines
