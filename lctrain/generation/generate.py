@@ -20,7 +20,7 @@ from lctrain.generation.arguments import (
     read_stops,
 )
 from lctrain.generation.options import Completion, SamplingOptions
-from lctrain.generation.sampler import Finish, Sampler
+from lctrain.generation.sampler import Finish, Sampler, require_distributions
 from lctrain.loss import evaluation_mode
 from lctrain.models.kept_frequencies import kept_frequencies
 
@@ -70,8 +70,9 @@ def generate(
 
     Raises:
         TypeError: if the model cannot generate, or `tokenizer` is no tokenizer.
-        ValueError: if an argument does not fit, a token is outside the vocabulary, or a prompt with
-            its completion is longer than the model's table of learned positions.
+        ValueError: if an argument does not fit, a token is outside the vocabulary, a prompt with
+            its completion is longer than the model's table of learned positions, or the logits of
+            a token of a completion give no distribution, such as NaN.
     """
     causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -94,6 +95,7 @@ def generate(
                 end,
                 stops,
                 tokenizer,
+                first,
             )
     return completions
 
@@ -107,8 +109,9 @@ def _complete(
     end: Sequence[int],
     stop: Sequence[str],
     tokenizer: Any,
+    first: int,
 ) -> list[Completion]:
-    """Returns the completions of one batch of prompts."""
+    """Returns the completions of one batch of prompts; `first` is the index of its first prompt."""
     from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
     device = next(model.parameters()).device
@@ -137,6 +140,7 @@ def _complete(
     for index, (row, length) in enumerate(zip(rows, finish.lengths.tolist(), strict=True)):
         count = length or len(tokens[index])
         made = tokens[index][:count]
+        require_distributions(log_probs[index][:count], first + index)
         results.append(
             Completion(
                 prompt_ids=row,

@@ -1,7 +1,11 @@
-"""Sampler: chooses the next tokens inside transformers' generation loop. Finish: ends requests."""
+"""Sampler: chooses the next tokens inside transformers' generation loop. Finish: ends requests.
+
+require_distributions: refuses completions that logits without a distribution have chosen.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +28,8 @@ class Sampler:
 
     Attributes:
         log_probs: Per step, [B] float32: log-probability of the chosen tokens, from the model's
-            logits over the temperature, if that is above 0.
+            logits over the temperature, if that is above 0. NaN where the logits have no
+            distribution, see require_distributions.
     """
 
     def __init__(self, options: SamplingOptions, real: Tensor, seeds: Sequence[int]) -> None:
@@ -104,6 +109,29 @@ class Finish:
         length = input_ids.shape[1] - self._prompt
         self.lengths = torch.where(done & (self.lengths == 0), length, self.lengths)
         return self.lengths > 0
+
+
+def require_distributions(log_probs: Sequence[float], prompt: int) -> None:
+    """Checks that every token of a completion was chosen from a distribution.
+
+    The logits of a step have none if one of them is NaN or +inf, or if all of them are -inf. The
+    chosen token is meaningless then, and its log-probability is NaN.
+
+    Args:
+        log_probs: Log-probability of each token of the completion.
+        prompt: Index of the prompt, for the message.
+
+    Raises:
+        ValueError: if a log-probability is NaN.
+    """
+    for step, value in enumerate(log_probs):
+        if math.isnan(value):
+            raise ValueError(
+                f"the logits of prompt {prompt} at generated token {step} must give a distribution "
+                "over the vocabulary, got NaN, +inf, or -inf for all tokens. Look for weights that "
+                "are not finite, or for activations beyond the range of the dtype: generate in "
+                "bfloat16 or float32."
+            )
 
 
 def _penalty(options: SamplingOptions) -> Any:

@@ -165,6 +165,48 @@ def test_frequencies_that_follow_the_length_are_as_before(make_llama):
     assert torch.equal(model(ids).logits, before)
 
 
+def spoil_logits(model, value, *, call: int, token: int | slice):
+    """Sets logits of row 0 in one call of the head, which is called once per generated token."""
+
+    def spoil(head, arguments, logits):
+        calls.append(call)
+        if len(calls) == call:
+            logits = logits.clone()
+            logits[0, -1, token] = value
+        return logits
+
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    ("value", "token"),
+    [(float("nan"), 5), (float("inf"), 5), (float("-inf"), slice(None))],
+    ids=["nan", "inf", "all-minus-inf"],
+)
+def test_logits_without_a_distribution_are_refused(model, value, token, temperature):
+    spoil_logits(model, value, call=4, token=token)
+    expected = r"logits of prompt 2 at generated token 1 must .*got NaN, \+inf"
+    with pytest.raises(ValueError, match=expected):
+        lctrain.generate(model, PROMPTS, max_new_tokens=2, batch_size=2, temperature=temperature)
+
+
+def test_logits_of_minus_infinity_are_allowed(model):
+    spoil_logits(model, float("-inf"), call=1, token=slice(6, None))
+    assert lctrain.generate(model, PROMPTS, max_new_tokens=1)[0].token_ids[0] < 6
+
+
+def test_logits_after_the_end_of_a_completion_do_not_count(model):
+    """A row that ended is padded until the last one ends."""
+    free = lctrain.generate(model, PROMPTS, max_new_tokens=3, temperature=0)
+    end = free[0].token_ids[0]
+    spoil_logits(model, float("nan"), call=3, token=0)
+    found = lctrain.generate(model, PROMPTS, max_new_tokens=3, temperature=0, eos_token_id=end)
+    assert found[0].token_ids == [end]
+    assert max(len(completion.token_ids) for completion in found) == 3
+
+
 def test_no_prompts(model):
     assert lctrain.generate(model, []) == []
 
