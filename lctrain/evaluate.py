@@ -239,11 +239,12 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
     """Context manager that creates and locks the folder of an evaluation.
 
     Raises:
-        ValueError: if the folder contains a run or an evaluation, or another process has locked it.
+        ValueError: if the folder contains a run or an evaluation, another process has locked it, or
+            the evaluation to resume had other settings.
         StorageError: if the disk is full or read-only.
         SystemExit: if a signal stops the evaluation.
     """
-    from lctrain.eval.resume import require_no_cells
+    from lctrain.eval.resume import require_no_cells, require_same_settings
     from lctrain.run.folder import RunFolder
     from lctrain.run.identity import plain_values
     from lctrain.run.log_file import log_file
@@ -253,6 +254,8 @@ def own_folder(config: EvalConfig) -> Iterator[None]:
     path = Path(config.paths.output_dir).absolute()
     if config.resume is None:
         require_no_cells(path)
+    else:  # before the folder's options are replaced
+        require_same_settings(config)
     open_folder = RunFolder.create if config.resume is None else RunFolder.reopen
     with (
         StopSignals() as signals,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class CellStore(MutableMapping[Cell, Result]):
     @classmethod
     def create(cls, folder: Path, identity: Mapping[str, Any]) -> CellStore:
         """Begins the file in a folder; one that is there is replaced."""
-        store = cls(folder / CELLS, json.loads(json.dumps(identity, default=str)))
+        store = cls(folder / CELLS, _plain(identity))
         store._path.unlink(missing_ok=True)
         store._append({"identity": store.identity})
         return store
@@ -112,31 +112,56 @@ class CellStore(MutableMapping[Cell, Result]):
         return store
 
     @classmethod
-    def reopen(cls, folder: Path, identity: Mapping[str, Any]) -> CellStore:
+    def reopen(
+        cls, folder: Path, identity: Mapping[str, Any], may_change: Collection[str] = ()
+    ) -> CellStore:
         """Reads the file of a folder, to add the cells that are missing.
 
         Args:
             folder: Folder of an evaluation.
             identity: Settings of this evaluation.
+            may_change: Tasks whose own settings may differ while none of their cells is finished.
 
         Raises:
             ValueError: if the stored settings are others.
         """
         store = cls.read(folder, "resume")
-        expected = json.loads(json.dumps(identity, default=str))
-        for key in sorted({*expected, *store.identity}):
-            theirs, ours = store.identity.get(key), expected.get(key)
-            if theirs != ours:
-                raise ValueError(
-                    f"resume must name an evaluation with the same settings, got {folder} with "
-                    f"{key}={theirs!r} instead of {ours!r}. Restore it, or start a new one."
-                )
+        store.require_same(identity, may_change)
+        store.identity = _plain(identity)
         lines = [{"identity": store.identity}, *map(_task_line, store.tasks.items())]
         lines += [_cell_line(cell, result) for cell, result in store.items()]
         temporary = store._path.with_suffix(".tmp")  # without the line that a kill cut off
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, store._path)
         return store
+
+    def require_same(
+        self,
+        identity: Mapping[str, Any],
+        may_change: Collection[str] = (),
+        unknown: Collection[str] = (),
+    ) -> None:
+        """Checks that the stored settings are those of another evaluation.
+
+        Args:
+            identity: Settings of the other evaluation.
+            may_change: Tasks whose own settings may differ while none of their cells is finished.
+            unknown: Names of settings that `identity` does not have yet.
+
+        Raises:
+            ValueError: if a setting differs.
+        """
+        begun = {cell.task for cell in self}
+        expected = _plain(identity)
+        for key in sorted({*expected, *self.identity} - {*unknown}):
+            task = key.partition(".")[0]
+            theirs, ours = self.identity.get(key), expected.get(key)
+            if theirs != ours and (task not in may_change or task in begun):
+                raise ValueError(
+                    "resume must name an evaluation with the same settings, got "
+                    f"{self._path.parent} with {key}={theirs!r} instead of {ours!r}. Restore it, "
+                    "or start a new one."
+                )
 
     def describe(self, task: Task) -> None:
         """Stores what is known of a task."""
@@ -174,6 +199,11 @@ class CellStore(MutableMapping[Cell, Result]):
             items = tuple(Item(**item) for item in line["items"])
             cell = Cell(line["task"], line["method"], line["length"])
             self._results[cell] = Result(items, line["facts"])
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings as JSON stores them."""
+    return dict(json.loads(json.dumps(identity, default=str)))
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lctrain.config.tasks import TASKS
 from lctrain.eval.cells import CELLS, CellStore
 from lctrain.eval.fingerprint import documents_hash, weights_hash
 from lctrain.run.identity import identity_of
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 # Further tasks may be added to a stopped evaluation; the others do not change its results.
 MAY_CHANGE = ("name", "resume", "compare", "tasks", "device", "max_tokens")
+# Known only after the data and the model are loaded.
+MEASURED = (
+    "documents that were read",
+    "tokens that were read",
+    "hash of the documents",
+    "hash of the weights",
+)
 MAY_CHANGE_BELOW = ("paths", "logger", "data.cache_dir", "data.num_workers", "data.num_proc")
 
 
@@ -60,27 +68,45 @@ def require_no_cells(folder: Path) -> None:
         )
 
 
+def require_same_settings(config: EvalConfig) -> None:
+    """Checks the settings of an evaluation that goes on, before its model is loaded.
+
+    Raises:
+        ValueError: if the stopped evaluation had other settings.
+    """
+    store = CellStore.read(Path(config.paths.output_dir), "resume")
+    store.require_same(_settings(config), TASKS, unknown=MEASURED)
+
+
 def open_cells(config: EvalConfig, subject: Subject) -> CellStore:
     """Returns the store of an evaluation's cells: a new one, or that of a stopped evaluation.
 
     Raises:
         ValueError: if the stopped evaluation had other settings, weights or documents.
     """
-    identity: dict[str, Any] = {
+    measured = (
+        len(subject.documents),
+        sum(len(document.input_ids) for document in subject.documents),
+        documents_hash(subject.documents),
+        weights_hash(subject.model),
+    )
+    identity = _settings(config) | dict(zip(MEASURED, measured, strict=True))
+    folder = Path(config.paths.output_dir)
+    if config.resume is None:
+        return CellStore.create(folder, identity)
+    return CellStore.reopen(folder, identity, TASKS)
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """Returns the settings on which the results depend, by dotted name."""
+    found: dict[str, Any] = {
         key: value
         for key, value in identity_of(config).items()
         if key not in MAY_CHANGE
         and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE_BELOW)
     }
-    identity["documents that were read"] = len(subject.documents)
-    identity["tokens that were read"] = sum(len(d.input_ids) for d in subject.documents)
-    identity["hash of the documents"] = documents_hash(subject.documents)
-    identity["hash of the weights"] = weights_hash(subject.model)
     questions = config.ruler.questions
     if questions is not None and Path(questions).expanduser().is_file():
         content = Path(questions).expanduser().read_bytes()
-        identity["ruler.questions_hash"] = hashlib.blake2b(content, digest_size=8).hexdigest()
-    folder = Path(config.paths.output_dir)
-    if config.resume is None:
-        return CellStore.create(folder, identity)
-    return CellStore.reopen(folder, identity)
+        found["ruler.questions_hash"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return found

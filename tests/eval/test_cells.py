@@ -56,6 +56,19 @@ def test_other_settings_are_refused(store, tmp_path):
         CellStore.reopen(tmp_path, IDENTITY | {"lengths": [8]})
     with pytest.raises(ValueError, match=r"with seed=None instead of 3. Restore it"):
         CellStore.reopen(tmp_path, IDENTITY | {"seed": 3})
+    store.require_same(IDENTITY | {"seed": 3}, unknown=["seed"])
+
+
+def test_settings_of_tasks_without_finished_cells_may_change(store, tmp_path):
+    tasks = ["counting", "other"]
+    again = CellStore.reopen(tmp_path, IDENTITY | {"other.seed": 3}, tasks)
+    assert again.identity["other.seed"] == 3
+    assert CellStore.read(tmp_path, "resume").identity == again.identity
+    CellStore.reopen(tmp_path, IDENTITY | {"other.seed": 4}, tasks)
+    with pytest.raises(ValueError, match=r"with counting.seed=None instead of 3"):
+        CellStore.reopen(tmp_path, IDENTITY | {"counting.seed": 3}, tasks)
+    with pytest.raises(ValueError, match=r"with other.seed=4 instead of 5"):
+        CellStore.reopen(tmp_path, IDENTITY | {"other.seed": 5}, ["counting"])
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,49 @@ def test_a_stopped_evaluation_goes_on_with_the_cells_that_are_missing(
     assert resumed.perplexity == whole.perplexity
     assert resumed.passkey.as_dicts() == whole.passkey.as_dicts()
     assert resumed.paths["report"].exists()
+
+
+def test_other_settings_are_refused_before_the_model_is_loaded(
+    make_config, tmp_path, monkeypatch
+) -> None:
+    settings = {"paths": PathsConfig(output_dir=str(tmp_path))}
+    evaluate(make_config(**settings))
+    options = (tmp_path / "config.yaml").read_text()
+    loaded: list[str] = []
+
+    def load(*arguments, **settings):
+        loaded.append("model")
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lctrain.models.pretrained.load_pretrained", load)
     settings |= {"resume": "x", "attention": AttentionConfig(name="dual_chunk")}
     with pytest.raises(ValueError, match="resume must name an evaluation with the same settings"):
         evaluate(make_config(**settings))
+    assert not loaded
+    assert (tmp_path / "config.yaml").read_text() == options
+    assert not list(tmp_path.glob("config_*.yaml"))
+
+
+def test_the_remedy_of_a_failed_task_may_be_used_by_the_resumed_evaluation(
+    make_config, tmp_path
+) -> None:
+    """No token is a key token with a gain of 50; with one of -50 every token is."""
+
+    def config(gain, **changes):
+        return make_config(
+            tasks=["perplexity", "longppl"],
+            lengths=[100, 150],
+            longppl=LongPerplexityConfig(short_context=8, step=4, gain=gain, loss=50.0),
+            paths=PathsConfig(output_dir=str(tmp_path)),
+            **changes,
+        )
+
+    with pytest.raises(ValueError, match=r"Lower longppl.gain.*start a new one then"):
+        evaluate(config(50.0))
+    tables = evaluate(config(-50.0, resume="x")).tables
+    assert [row.length for row in tables["longppl"].rows] == [100, 150]
+    with pytest.raises(ValueError, match=r"with longppl.gain=-50.0 instead of -40.0. Restore it"):
+        evaluate(config(-40.0, resume="x"))
 
 
 def test_other_weights_or_texts_are_not_mixed(make_config, make_llama, tmp_path) -> None:

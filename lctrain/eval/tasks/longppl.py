@@ -164,7 +164,8 @@ class LongPerplexity(Task):
             raise ValueError(
                 f"documents must hold key tokens at length {length}, got none: no loss drops by "
                 f"more than {self.gain} nats to below {self.loss}. Lower longppl.gain, or choose "
-                "another longppl.evaluator."
+                "another longppl.evaluator. An evaluation with finished cells of longppl keeps "
+                "their settings: start a new one then."
             )
         losses = self._long(reader, reader.model, reader.segment, texts)
         sums = [
