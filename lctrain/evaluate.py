@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,12 @@ def evaluate(config: EvalConfig) -> Evaluation:
     kind = stored_task(config.model)
     names = DEFAULT_TASKS[kind] if config.tasks is None else config.tasks
     tasks = [make_task(name, config) for name in dict.fromkeys(names)]
-    with launched_ranks(launched_size()) as ranks:
-        device = device_of(device, ranks)
-        loggers = instantiate_all("logger", config.logger if ranks.is_first else {})
-        folder = own_folder(config) if ranks.is_first else nullcontext()
-        with folder, closing([*loggers.values()]):
+    with launched_ranks(launched_size()) as ranks, ExitStack() as opened:
+        with ranks.failing_together():
+            device = device_of(device, ranks)
+            loggers = instantiate_all("logger", config.logger if ranks.is_first else {})
+            opened.enter_context(own_folder(config) if ranks.is_first else nullcontext())
+            opened.enter_context(closing([*loggers.values()]))
             # The model is loaded before its tokenizer: an error about the name is the model's.
             model = load_pretrained(config.model, config.dtype, task=kind)
             for task in tasks:
@@ -119,8 +120,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
             check_kind_settings(config, kind)
             preparation = build_datamodule(config.data, config.model).preparation
             assert not isinstance(preparation, TokenPreparation)  # a config names a source of texts
-            with first_rank_first(ranks):
-                documents = evaluation_documents(preparation, config.split)
+        with first_rank_first(ranks):
+            documents = evaluation_documents(preparation, config.split)
+        with ranks.failing_together():
             subject = Subject(
                 model=model,
                 tokenizer=preparation.given_tokenizer(),
@@ -129,24 +131,22 @@ def evaluate(config: EvalConfig) -> Evaluation:
                 name=Path(config.model.name_or_path).name,
             )
             cells = open_cells(config, subject) if ranks.is_first else None
-            done = ranks.of_first(None if cells is None else dict(cells))
             model.to(device)
-            tables = run_tasks(
-                config, tasks, subject, device, done if cells is None else cells, ranks
-            )
-            if cells is None:
-                return Evaluation(tables, {})
-            files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
-            metrics = {
-                key: value for table in tables.values() for key, value in table.metrics().items()
-            }
-            for logger in loggers.values():
-                logger.log_metrics(metrics, 0)
-                for name, table in tables.items():
-                    log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
-                logger.finalize("success")
-            paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
-            paths["report"] = report(config, tasks, tables, files)
+        done = ranks.of_first(None if cells is None else dict(cells))
+        tables = run_tasks(config, tasks, subject, device, done if cells is None else cells, ranks)
+        if cells is None:
+            return Evaluation(tables, {})
+        files = {name: table.save(config.paths.output_dir) for name, table in tables.items()}
+        metrics = {
+            key: value for table in tables.values() for key, value in table.metrics().items()
+        }
+        for logger in loggers.values():
+            logger.log_metrics(metrics, 0)
+            for name, table in tables.items():
+                log_evaluation(logger, table.as_dicts(), files[name]["png"], table.stem)
+            logger.finalize("success")
+        paths = {f"{name} {kind}": path for name in files for kind, path in files[name].items()}
+        paths["report"] = report(config, tasks, tables, files)
     return Evaluation(tables, paths)
 
 
@@ -213,20 +213,21 @@ def run_tasks(
     from lctrain.eval.run_task import Run, progress_bar
 
     runs = []
-    for task in tasks:
-        lengths = check_lengths(task.lengths or config.lengths, config.forward_tokens())
-        methods = check_methods(task.methods or config.methods)
-        readings: Sequence[Reading] = [ConfiguredReading(config.attention, config.window)]
-        if methods:
-            window = trained_window(subject.model, config.window)
-            readings = make_extensions(methods, window, config.attention)
-        elif config.attention is None or config.attention.name != "dual_chunk":
-            warn_beyond_positions(subject.model, config.window, lengths, task.name)
-        shared: dict[str, Any] = {"max_tokens": config.forward_tokens(), "device": device}
-        shared["ranks"] = ranks
-        runs.append(Run.prepared(task, subject, readings, lengths, **shared))
-        if isinstance(done, CellStore):
-            done.describe(task)
+    with ranks.failing_together():
+        for task in tasks:
+            lengths = check_lengths(task.lengths or config.lengths, config.forward_tokens())
+            methods = check_methods(task.methods or config.methods)
+            readings: Sequence[Reading] = [ConfiguredReading(config.attention, config.window)]
+            if methods:
+                window = trained_window(subject.model, config.window)
+                readings = make_extensions(methods, window, config.attention)
+            elif config.attention is None or config.attention.name != "dual_chunk":
+                warn_beyond_positions(subject.model, config.window, lengths, task.name)
+            shared: dict[str, Any] = {"max_tokens": config.forward_tokens(), "device": device}
+            shared["ranks"] = ranks
+            runs.append(Run.prepared(task, subject, readings, lengths, **shared))
+            if isinstance(done, CellStore):
+                done.describe(task)
     own = sum(run.work(done) for run in runs) / ranks.data_size
     with progress_bar(own, "token", ranks.is_first, in_tokens=True) as bar:
         for run in runs:

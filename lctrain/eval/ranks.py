@@ -13,12 +13,21 @@ from lctrain.run.rank import local_rank
 
 @contextmanager
 def first_rank_first(ranks: Topology) -> Iterator[None]:
-    """Context manager whose body the other ranks run after the first one, as to read its cache."""
+    """Context manager whose body the other ranks run after the first one, as to read its cache.
+
+    All ranks raise if one does. The body must not communicate.
+
+    Raises:
+        ValueError: on ranks that did not fail, with the message of the first one that did.
+    """
     if not ranks.is_first:
-        ranks.of_first(None)
-    yield
+        with ranks.failing_together():
+            pass  # the body of the first rank
+    with ranks.failing_together():
+        yield
     if ranks.is_first:
-        ranks.of_first(None)
+        with ranks.failing_together():
+            pass  # the body of the others
 
 
 def device_of(device: torch.device, ranks: Topology) -> torch.device:

@@ -1,12 +1,14 @@
 """Tests lctrain-eval under torchrun: two ranks share the work, and rank 0 writes what one does."""
 
 import json
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from lctrain.distributed import ONE_RANK, Topology
-from lctrain.eval.ranks import device_of
+from lctrain.eval.ranks import device_of, first_rank_first
+from lctrain.evaluate import evaluate
 from tests.distributed.ranks import run_ranks
 
 TASKS = ["tasks=[perplexity,passkey]", "lengths=[8,64]", "split=all"]
@@ -42,6 +44,68 @@ def test_two_ranks_write_what_one_rank_does(run_main, model_folder, texts, tmp_p
     assert len(cells) == 3
     assert "Perplexity by context length" in (folder / "rank_0.txt").read_text()
     assert "Perplexity by context length" not in (folder / "rank_1.txt").read_text()
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[str | None]:
+    """Lets `evaluate` run as rank 0 of 2, and lists what it tells rank 1: an error, or None."""
+    seen: list[str | None] = []
+
+    def gather(ranks, value):
+        seen.append(value)
+        return [value, None]
+
+    @contextmanager
+    def two_ranks(size):
+        yield Topology(0, 2)
+
+    monkeypatch.setattr(Topology, "gather", gather)
+    monkeypatch.setattr("lctrain.process_group.launched_ranks", two_ranks)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lctrain.eval.resume.require_no_cells",
+        "lctrain.models.pretrained.load_pretrained",
+        "lctrain.eval.documents.evaluation_documents",
+        "lctrain.eval.resume.open_cells",
+        "lctrain.eval.limits.warn_beyond_positions",
+    ],
+)
+def test_an_error_of_the_first_rank_reaches_the_others(make_config, told, monkeypatch, name):
+    def fail(*arguments, **settings):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(name, fail)
+    monkeypatch.setattr(Topology, "of_first", lambda ranks, value: value)
+    with pytest.raises(OSError, match="the disk is full"):
+        evaluate(make_config())
+    assert [*filter(None, told)] == ["the disk is full"] == told[-1:]
+
+
+@pytest.mark.parametrize("failing", [0, 1, None])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_wait_for_each_other_fail_together(monkeypatch, rank, failing):
+    """Every rank takes part in the same exchanges until one of them has failed."""
+    calls: list[str | None] = []
+
+    def gather(ranks, value):
+        """Returns what both ranks say: rank 0 its body first, then rank 1 its own."""
+        step = len(calls)
+        calls.append(value)
+        others = "broken" if step == failing != rank else None
+        return [value, others] if rank == 0 else [others, value]
+
+    monkeypatch.setattr(Topology, "gather", gather)
+    error = {None: None, rank: OSError}.get(failing, ValueError)
+    with pytest.raises(error, match="broken") if error else nullcontext():  # noqa: SIM117
+        with first_rank_first(Topology(rank, 2)):
+            assert len(calls) == rank
+            if failing == rank:
+                raise OSError("broken")
+    assert len(calls) == (2 if failing is None else failing + 1)
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
