@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 PIP_ARGS ?=
 OLDEST_TRITON := 3.6.0
 BETWEEN_TRITON := 3.8.0

@@ -5,6 +5,7 @@ a kernel is defined, so the variable is set before anything imports triton.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,33 @@ def pytest_collection_modifyitems(items):
         for marker, skip in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
-    # The long tests first: short ones fill what is left, so no worker waits for the other.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # Files with long tests first: short ones fill what is left, so no worker waits for the other.
+    files = Counter(map(file_of, items))
+    slow = {file_of(item) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (file_of(item) not in slow, -files[file_of(item)]))
+
+
+def file_of(item):
+    """Returns the file of a test, as pytest prints it."""
+    return item.nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Lets one worker run all tests of a file, which builds the fixtures of the module once.
+
+    With `--dist loadgroup`, a worker also runs all tests of an xdist_group, of whichever file.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            group = super()._split_scope(nodeid)
+            return nodeid.partition("::")[0] if group == nodeid else group
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
