@@ -35,7 +35,7 @@ from lctrain.distributed.context import ContextShard, choose_heads
 from lctrain.distributed.shared_pack import ContextGroups, SharedPack
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.bench.__main__ import positive, results_folder
-from lctrain_kernels.bench.shares_report import share_rows
+from lctrain_kernels.bench.shares_report import share_rows, step_rows
 from lctrain_kernels.bench.workloads import WORKLOADS
 from lctrain_kernels.varlen.api import flash_attn_pack_func
 
@@ -182,11 +182,7 @@ def table(record: dict[str, Any]) -> str:
     """Returns the record as two tables in Markdown."""
     lines = share_rows(record)
     if record["steps"]:
-        lines += ["", "| strategy, one rank | s/step | of plain | GiB |", "|---|---|---|---|"]
-    for row in record["steps"]:
-        name = "plain" if row["strategy"] == STRATEGIES[0] else row["strategy"]
-        numbers = (row["seconds"], row["of_plain"], row["peak_memory_gib"])
-        lines.append("| {} | {:.4f} | {:.3f} | {:.2f} |".format(name, *numbers))
+        lines += ["", *step_rows(record)]
     return "\n".join(lines)
 
 

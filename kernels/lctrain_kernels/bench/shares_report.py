@@ -9,7 +9,7 @@ from lctrain_kernels.bench.newest import origin
 
 
 def shares_table(record: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of the efficiency, with a row per exchange.
+    """Returns the efficiency of each exchange, and the cost of FSDP2 on one rank, in Markdown.
 
     Args:
         record: Record that `lctrain-bench shares` wrote.
@@ -23,6 +23,13 @@ def shares_table(record: Mapping[str, Any]) -> str:
         "",
         *share_rows(record),
     ]
+    if record["steps"]:
+        lines += [
+            "",
+            f"Steps of training of {settings['shape']} on the pack mix32k, without and with FSDP2:",
+            "",
+            *step_rows(record),
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -34,4 +41,14 @@ def share_rows(record: Mapping[str, Any]) -> list[str]:
     for row in record["shares"]:
         numbers = (row["whole_seconds"], max(row["share_seconds"]), row["efficiency"])
         lines.append("| {} | {:.4f} | {:.4f} | {:.3f} |".format(row["exchange"], *numbers))
+    return lines
+
+
+def step_rows(record: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of the table of steps: its head, and a row per strategy."""
+    lines = ["| strategy, one rank | s/step | of plain | GiB |", "|---|---|---|---|"]
+    for row in record["steps"]:
+        name = "plain" if row["strategy"] == "auto" else row["strategy"]
+        numbers = (row["seconds"], row["of_plain"], row["peak_memory_gib"])
+        lines.append("| {} | {:.4f} | {:.3f} | {:.2f} |".format(name, *numbers))
     return lines
