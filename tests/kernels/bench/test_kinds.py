@@ -174,8 +174,14 @@ def test_decode_has_times_of_installed_libraries_only():
 
 def test_shares_show_the_slowest_share():
     row = {"exchange": "keys", "whole_seconds": 0.8, "share_seconds": [0.1, 0.125]}
-    settings = {"tokens": 131_072, "ranks": 2}
+    settings = {"tokens": 131_072, "ranks": 2, "shape": "Llama-3.2-1B"}
     shares = [{**row, "efficiency": 0.8}]
-    text = shares_table({**HEAD, "settings": settings, "shares": shares})
+    record = {**HEAD, "settings": settings, "shares": shares, "steps": []}
+    text = shares_table(record)
     assert "131,072 tokens" in text
     assert "| keys | 0.8000 | 0.1250 | 0.800 |" in text
+    assert "FSDP2" not in text
+    step = {"strategy": "fsdp2", "seconds": 0.5, "of_plain": 1.25, "peak_memory_gib": 3.5}
+    text = shares_table(record | {"steps": [step]})
+    assert "Llama-3.2-1B" in text
+    assert "| fsdp2 | 0.5000 | 1.250 | 3.50 |" in text
