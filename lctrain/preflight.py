@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         EvalConfig,
         EvaluationConfig,
         HarnessConfig,
+        MemoryConfig,
         ModelConfig,
         TrainConfig,
     )
@@ -138,6 +139,19 @@ def check_chat_tokenizer(data: DataConfig, model: ModelConfig) -> None:
         or isinstance(model, PretrainedModelConfig),
         "data.tokenizer must be given for conversations, got null. Name the tokenizer of an "
         "instruct model, which has a chat template.",
+    )
+
+
+def check_reference(memory: MemoryConfig) -> None:
+    """Raises ValueError if a place is set for a reference model, which lctrain-train has not.
+
+    Args:
+        memory: Settings of memory.
+    """
+    require(
+        memory.reference is None,
+        f"memory.reference must be null for lctrain-train, which has no reference model, got "
+        f"{memory.reference}. Leave it out.",
     )
 
 

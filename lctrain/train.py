@@ -23,6 +23,7 @@ from lctrain.preflight import (
     check_logger_folders,
     check_model,
     check_passkey_model,
+    check_reference,
     check_targets,
 )
 from lctrain.run.launch import check_launch
@@ -113,6 +114,7 @@ def check_before_data(config: TrainConfig) -> None:
     from lctrain.eval import check_lengths
     from lctrain.optim import learning_rate_factor
 
+    check_reference(config.memory)
     if config.evaluation.enabled:
         check_lengths(config.evaluation.lengths, config.evaluation.forward_tokens())
     if config.trainer.max_steps > 0:

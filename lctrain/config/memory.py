@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lctrain.limits import require
 
 POLICIES = ("none", "checkpoint", "offload", "auto")
+REFERENCES = ("device", "host")
 WITH_HOST = ("offload", "auto")  # policies that keep tensors on the host
 
 
@@ -36,6 +37,9 @@ class MemoryConfig:
         tokens: Number of tokens of the longest pack, for which host memory is reserved and planned;
             None takes data.max_tokens.
         plan: Whether to print the memory plan and stop, without data or a GPU.
+        reference: Place of a frozen reference model's layers, in preference and policy training:
+            "device" or "host"; None takes the host with offload and auto, else the
+            device. lctrain-train has no reference model, and refuses the option.
     """
 
     name: str = "none"
@@ -48,6 +52,7 @@ class MemoryConfig:
     host_gib: float | None = None
     tokens: int | None = None
     plan: bool = False
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -108,6 +113,18 @@ class MemoryConfig:
             self.tokens is None or self.tokens >= 2,
             f"memory.tokens must be at least 2, got {self.tokens}. Use null for data.max_tokens.",
         )
+        require(
+            self.reference is None or self.reference in REFERENCES,
+            f"memory.reference must be null or one of {', '.join(REFERENCES)}, got "
+            f"{self.reference!r}. null chooses by the policy.",
+        )
+
+    @property
+    def reference_on_host(self) -> bool:
+        """Whether the layers of a frozen reference model are in the host's memory."""
+        if self.reference is None:
+            return self.name in WITH_HOST
+        return self.reference == "host"
 
 
 def check_tiles(memory: MemoryConfig | None, precision: str, *, is_sharded: bool = False) -> None:

@@ -99,25 +99,26 @@ def check_fit(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) ->
 
 
 def read_seeds(seeds: Any, count: int) -> list[int]:
-    """Returns one seed per prompt.
+    """Returns one seed per completion.
 
     Args:
-        seeds: One seed, to which the index of the prompt is added, or the seed of each prompt.
-        count: Number of prompts.
+        seeds: One seed, to which the index of the completion is added, or one of each completion.
+        count: Number of completions.
 
     Raises:
-        ValueError: if there are more or fewer seeds than prompts, or one is no integer of 64 bits.
+        ValueError: if there are more or fewer seeds than completions, or one is no integer of 64
+            bits.
     """
     found = range(seeds, seeds + count) if is_int(seeds) else seeds
     if isinstance(found, str) or not hasattr(found, "__len__"):
         raise ValueError(
-            f"seeds must be an int, or a list with one per prompt, got {seeds!r}. 0 numbers the "
-            "prompts from 0."
+            f"seeds must be an int, or a list with one per completion, got {seeds!r}. 0 numbers "
+            "the completions from 0."
         )
     if len(found) != count:
         raise ValueError(
-            f"seeds must have one number per prompt ({count}), got {len(found)}. Pass one int to "
-            "number the prompts from."
+            f"seeds must have one number per completion ({count}), got {len(found)}. Pass one int "
+            "to number the completions from."
         )
     for seed in found:
         if not is_int(seed) or int(seed) not in SEEDS:

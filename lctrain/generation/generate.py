@@ -40,6 +40,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     tokenizer: Any = None,
     batch_size: int = 64,
+    samples: int = 1,
 ) -> list[Completion]:
     """Completes prompts, in batches of left-padded rows, by transformers' generation loop.
 
@@ -57,16 +58,18 @@ def generate(
         top_p: The fewest most probable tokens whose probabilities sum to this may be drawn.
         min_p: Tokens with less than this share of the highest probability are not drawn.
         repetition_penalty: Divisor of positive logits of tokens that have occurred; 1 for none.
-        seeds: Seed of each prompt, or one number, to which the index of the prompt is added. A
-            prompt draws the same noise in every batch.
+        seeds: Seed of each completion, or one number, to which the index of the completion is
+            added. A completion draws the same noise in every batch.
         stop: Strings that end a completion; they are part of it. A string that begins in the prompt
             does not count. They need a tokenizer.
         eos_token_id: Tokens that end a completion; by default those of the model.
         tokenizer: Tokenizer of transformers, for prompts of text and for the completions' text.
-        batch_size: Prompts that are completed together.
+        batch_size: Completions that are made together; all samples of a prompt are, even if they
+            are more.
+        samples: Completions of each prompt. The cache of a prompt is computed once.
 
     Returns:
-        One Completion per prompt, in the order of the prompts.
+        `samples` Completions per prompt, prompt after prompt, in the order of the prompts.
 
     Raises:
         TypeError: if the model cannot generate, or `tokenizer` is no tokenizer.
@@ -76,20 +79,21 @@ def generate(
     """
     causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
     stops = read_stops(stop, tokenizer)
     rows = read_prompts(prompts, tokenizer)
-    numbers = read_seeds(seeds, len(rows))
+    numbers = read_seeds(seeds, len(rows) * samples)
     end = read_end_tokens(causal_lm, eos_token_id)
     check_fit(causal_lm, rows, max_new_tokens)
     completions: list[Completion] = []
+    together = max(1, batch_size // samples)
     with _as_before(causal_lm):
-        for first in range(0, len(rows), batch_size):
-            batch = slice(first, first + batch_size)
+        for first in range(0, len(rows), together):
+            batch = slice(first, first + together)
             completions += _complete(
                 causal_lm,
                 rows[batch],
-                numbers[batch],
+                numbers[batch.start * samples : batch.stop * samples],
                 options,
                 max_new_tokens,
                 end,
@@ -111,9 +115,13 @@ def _complete(
     tokenizer: Any,
     first: int,
 ) -> list[Completion]:
-    """Returns the completions of one batch of prompts; `first` is the index of its first prompt."""
+    """Returns as many completions of each prompt of a batch as it has seeds.
+
+    Prompt `first` is the first one.
+    """
     from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+    samples = len(seeds) // len(rows)
     device = next(model.parameters()).device
     longest = max(map(len, rows))
     pad = end[0] if end else 0
@@ -121,6 +129,9 @@ def _complete(
     real = torch.arange(longest, device=device) >= torch.tensor(
         [[longest - len(row)] for row in rows], device=device
     )
+    cache = _prompt_cache(model, ids, real, pad, samples)
+    ids, real = (tensor.repeat_interleave(samples, 0) for tensor in (ids, real))
+    rows = [row for row in rows for _ in range(samples)]
     sampler = Sampler(options, real, seeds)
     stops = StopStringCriteria(tokenizer, list(stop)) if stop else None
     finish = Finish(longest, torch.tensor(end, dtype=torch.int64, device=device), stops)
@@ -132,6 +143,7 @@ def _complete(
         pad_token_id=pad,
         logits_processor=LogitsProcessorList([sampler]),
         stopping_criteria=StoppingCriteriaList([finish]),
+        **cache,
     )
     tokens = found[:, longest:].tolist()
     log_probs = torch.stack(sampler.log_probs, 1).tolist()
@@ -140,7 +152,7 @@ def _complete(
     for index, (row, length) in enumerate(zip(rows, finish.lengths.tolist(), strict=True)):
         count = length or len(tokens[index])
         made = tokens[index][:count]
-        require_distributions(log_probs[index][:count], first + index)
+        require_distributions(log_probs[index][:count], first + index // samples)
         results.append(
             Completion(
                 prompt_ids=row,
@@ -151,6 +163,36 @@ def _complete(
             )
         )
     return results
+
+
+def _prompt_cache(model: Any, ids: Tensor, real: Tensor, pad: int, samples: int) -> dict[str, Any]:
+    """Returns the argument of generate() with the cache of prompts, repeated for their samples.
+
+    The cache holds all tokens of the prompts but the last one. It is left out for one sample, for a
+    prompt of one token, and for a cache that cannot be repeated.
+
+    Args:
+        model: The causal LM.
+        ids: [P, n] int64, left-padded prompts.
+        real: [P, n] bool, True at tokens that are not padding.
+        pad: Token id of the padding.
+        samples: Number of completions of each prompt.
+    """
+    if samples == 1 or not bool(real[:, -2:].all()) or ids.shape[1] == 1:
+        return {}
+    found = model.generate(
+        input_ids=ids[:, :-1],
+        attention_mask=real[:, :-1].long(),
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    )
+    cache = found.past_key_values
+    if not hasattr(cache, "batch_repeat_interleave"):
+        return {}
+    cache.batch_repeat_interleave(samples)
+    return {"past_key_values": cache}
 
 
 @contextmanager

@@ -7,5 +7,6 @@ policy.
 from lctrain.memory.layers import LayerCheckpoints, LayerPolicy
 from lctrain.memory.plan import Plan, plan
 from lctrain.memory.policy import use_policy
+from lctrain.memory.reference import ReferenceModel
 
-__all__ = ["LayerCheckpoints", "LayerPolicy", "Plan", "plan", "use_policy"]
+__all__ = ["LayerCheckpoints", "LayerPolicy", "Plan", "ReferenceModel", "plan", "use_policy"]

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from lctrain.batch import PackedBatch
 from lctrain.config import TrainConfig
+from lctrain.generation import generate
 from lctrain.loss import preference_loss, token_log_probs
 from lctrain.module import LongContextModule
 from lctrain.recipes.post_training.experiment import Experiment
 from lctrain.recipes.post_training.passkeys import QuestionSets
-from lctrain.recipes.post_training.reference import Reference
-from lctrain.recipes.post_training.runs import train_seeds
-from lctrain.recipes.post_training.sampling import sample
+from lctrain.recipes.post_training.runs import reference_of, train_seeds
 from lctrain.recipes.post_training.scale import Scale
 
 
@@ -34,9 +33,8 @@ class Dpo(LongContextModule):
 
     def __init__(self, model: Any, config: TrainConfig, scale: Scale) -> None:
         super().__init__(model, config.optim, config.attention, config.seed, config.memory)
-        assert config.attention is not None
         self.scale = scale
-        self.reference = Reference(model, config.attention)
+        self.reference = reference_of(model, config)
         self.ranked: list[float] = []
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -63,16 +61,22 @@ def make_pairs(questions: QuestionSets, model: Any) -> list[PackedBatch]:
         model: The model before training, patched.
     """
     scale = questions.scale
-    device = next(model.parameters()).device
     pairs: list[tuple[Tensor, list[Tensor]]] = []
     for step in range(-(-scale.pairs // scale.prompts)):
         prompts, answers = questions.questions(step, scale.prompts)
-        sampled = sample(model, prompts.to(device), scale.samples, answers.shape[1])
+        sampled = generate(
+            model,
+            prompts,
+            samples=scale.samples,
+            max_new_tokens=answers.shape[1],
+            seeds=step * scale.prompts * scale.samples,
+            batch_size=scale.prompts * scale.samples,
+        )
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             own = sampled[number * scale.samples : (number + 1) * scale.samples]
-            wrong = [row.cpu() for row in own if not torch.equal(row.cpu(), answer)]
+            wrong = [row.token_ids for row in own if row.token_ids != answer.tolist()]
             if wrong:
-                pairs.append((prompt, [answer, wrong[0]]))
+                pairs.append((prompt, [answer, torch.tensor(wrong[0])]))
     if not pairs:
         raise ValueError(
             f"length must be one at which the model errs, got {scale.length}, at which all "

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lctrain.batch import PackedBatch
 from lctrain.config import TrainConfig
+from lctrain.generation import generate
 from lctrain.loss import group_advantages, policy_loss, token_log_probs
 from lctrain.module import LongContextModule
 from lctrain.recipes.post_training.experiment import Experiment
 from lctrain.recipes.post_training.passkeys import Questions, rewards
-from lctrain.recipes.post_training.reference import Reference
-from lctrain.recipes.post_training.runs import train_seeds
-from lctrain.recipes.post_training.sampling import sample
+from lctrain.recipes.post_training.runs import reference_of, train_seeds
 from lctrain.recipes.post_training.scale import Scale
 
 
@@ -33,17 +33,25 @@ class Grpo(LongContextModule):
 
     def __init__(self, model: Any, config: TrainConfig, scale: Scale) -> None:
         super().__init__(model, config.optim, config.attention, config.seed, config.memory)
-        assert config.attention is not None
         self.scale = scale
-        self.reference = Reference(model, config.attention)
+        self.reference = reference_of(model, config)
         self.mean_rewards: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Samples completions of every question, and returns the summed policy loss."""
         questions: Questions = batch
         samples = self.scale.samples
-        words = questions.answers.shape[1]
-        completions = sample(self.model, questions.prompts, samples, words)
+        count = samples * len(questions.prompts)
+        found = generate(
+            self.model,
+            questions.prompts,
+            samples=samples,
+            max_new_tokens=questions.answers.shape[1],
+            seeds=first_seed(self.seed, batch_idx, count),
+            batch_size=count,
+        )
+        completions = [torch.tensor(completion.token_ids) for completion in found]
+        old = torch.tensor([value for completion in found for value in completion.log_probs])
         reward = rewards(completions, questions.answers)
         pack = PackedBatch.from_groups(
             [
@@ -51,10 +59,9 @@ class Grpo(LongContextModule):
                 for number, prompt in enumerate(questions.prompts)
             ]
         ).to(self.device)
-        found = token_log_probs(self.model, pack)
         loss = policy_loss(
-            found,
-            found.log_probs.detach(),  # one step per sample: the sampling policy is this one
+            token_log_probs(self.model, pack),
+            old.to(self.device),
             group_advantages(reward, samples).to(self.device),
             reference=self.reference.log_probs(pack).log_probs,
             kl=self.scale.kl,
@@ -62,6 +69,17 @@ class Grpo(LongContextModule):
         self._window.add(loss.loss, loss.divisor)
         self.mean_rewards.append(float(reward.mean()))
         return loss.loss
+
+
+def first_seed(run: int, step: int, count: int) -> int:
+    """Returns the seed of a step's first sample; no other step of a run has the same seeds.
+
+    Args:
+        run: Seed of the run.
+        step: Number of the step.
+        count: Number of samples in a step.
+    """
+    return (run << 32) + step * count
 
 
 def train_grpo(experiment: Experiment) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lctrain.build import build_model, build_trainer, instantiate_all
 from lctrain.config import TrainConfig
 from lctrain.data.passkey import PasskeyFormat
+from lctrain.memory import ReferenceModel
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.recipes.post_training.experiment import Experiment, read_texts
@@ -100,6 +101,20 @@ def _train_seed(
         "batches": len(batches),
         **describe(module),
     }
+
+
+def reference_of(policy: Any, config: TrainConfig) -> ReferenceModel:
+    """Returns the reference model of a policy that is not patched yet.
+
+    Args:
+        policy: The model before training.
+        config: Configuration of the run.
+    """
+    attention = config.attention
+    assert attention is not None
+    return ReferenceModel(
+        policy, config.memory, attention.name, fused=attention.fused, **attention.options()
+    )
 
 
 def machine(config: TrainConfig) -> dict[str, str]:

@@ -8,7 +8,7 @@ import lctrain
 from lctrain.eval.untouched import untouched
 from lctrain.generation import SamplingOptions
 from lctrain.generation.sampler import Finish, Sampler
-from lctrain.loss import token_log_probs
+from lctrain.loss import policy_loss, token_log_probs
 from tests.numerics import assert_error_at_most_twice
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3], [4, 4, 9]]
@@ -66,6 +66,50 @@ def test_a_seed_gives_the_same_tokens_in_every_batch(model):
         lctrain.generate(model, PROMPTS[:1] * 3, seeds=[7, 8, 9], max_new_tokens=8)
     )
     assert tokens(numbered)[0] != tokens(numbered)[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "attention"),
+    [(PROMPTS[:2], None), (PROMPTS, None), (PROMPTS[:2], "flash"), (PROMPTS[:2], "dual_chunk")],
+    ids=["plain", "with a prompt of one token", "flash", "dual_chunk"],
+)
+def test_samples_of_a_prompt_are_those_of_its_copies(model, prompts, attention):
+    if attention is not None:
+        options = {"chunk_size": 8, "local_size": 2} if attention == "dual_chunk" else {}
+        lctrain.patch_model(model, attention=attention, **options)
+    copies = [prompt for prompt in prompts for _ in range(3)]
+    expected = lctrain.generate(model, copies, seeds=5, max_new_tokens=6)
+    read = []
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: read.append(ids[0]))
+    for size in (64, 4, 1):  # the samples of a prompt stay together
+        read.clear()
+        found = lctrain.generate(
+            model, prompts, samples=3, seeds=5, max_new_tokens=6, batch_size=size
+        )
+        assert tokens(found) == tokens(expected)
+        assert [c.prompt_ids for c in found] == copies
+        if len(prompts) == 2:
+            assert max(ids.shape[0] for ids in read if ids.shape[1] > 1) == min(
+                2, max(1, size // 3)
+            )
+
+
+def test_samples_have_the_log_probs_of_the_trainer_in_a_pack_of_groups(model, make_llama):
+    """So they serve as the old policy's: no ratio is clipped, and all are 1 within rounding."""
+    lctrain.patch_model(model)
+    prompts = PROMPTS[:2]
+    found = lctrain.generate(model, prompts, samples=4, max_new_tokens=5)
+    completions = [torch.tensor(completion.token_ids) for completion in found]
+    pack = lctrain.PackedBatch.from_groups(
+        [(prompt, completions[4 * n : 4 * n + 4]) for n, prompt in enumerate(prompts)]
+    )
+    old = torch.tensor([x for completion in found for x in completion.log_probs])
+    trained = token_log_probs(model, pack)
+    with lctrain.patch_model(make_llama().double()) as exact:
+        expected = token_log_probs(exact.model, pack).log_probs.detach()
+    assert_error_at_most_twice(old, trained.log_probs.detach(), expected)
+    loss = policy_loss(trained, old, torch.ones(8), clip_low=1e-3)
+    assert int(loss.clipped) == 0
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}])

@@ -1,32 +1,29 @@
 """Tests the recipe of SFT, DPO and GRPO: its parts, its records, and all stages in a tiny form."""
 
-import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import lctrain
-from lctrain import PackedBatch
 from lctrain.build import build_model
-from lctrain.config import AttentionConfig
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.eval.shipped import load_passkey_model
-from lctrain.loss import token_log_probs
-from lctrain.recipes.post_training import conversations, runs, table
+from lctrain.loss import policy_loss
+from lctrain.recipes.post_training import conversations, grpo, runs, table
 from lctrain.recipes.post_training.__main__ import main
 from lctrain.recipes.post_training.dpo import make_pairs
 from lctrain.recipes.post_training.experiment import Experiment, read_texts
-from lctrain.recipes.post_training.grpo import by_half
+from lctrain.recipes.post_training.grpo import by_half, first_seed
 from lctrain.recipes.post_training.passkeys import QuestionSets, accuracy, rewards
-from lctrain.recipes.post_training.reference import Reference
-from lctrain.recipes.post_training.sampling import cut, end_tokens, sample
 from lctrain.recipes.post_training.scale import SCALES
+from lctrain.train import train
+from tests.numerics import as_float32
 
 LONG = 200  # tokens, more than the beginnings that files share
-GROUPS = [([5, 6, 7, 8], [[9, 10], [11]]), ([12, 13, 14], [[15], [16, 17]])]
 
 
 @pytest.fixture
@@ -105,38 +102,35 @@ def test_a_reward_is_the_share_of_words_before_the_first_error():
     assert found.tolist() == [1.0, 0.25, 0.0, 0.5]
 
 
-def test_samples_come_from_the_whole_prompt(shipped, questions):
-    """With each prompt's keys computed once, sampling sees what a plain forward sees."""
+def test_no_two_steps_have_a_seed_in_common():
+    seeds = [first_seed(run, step, 64) + n for run in (0, 1) for step in range(3) for n in (0, 63)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_grpo_takes_the_log_probs_of_its_rollouts_as_the_old_ones(shipped, questions, monkeypatch):
+    """They are the policy's own within rounding, so no token is clipped."""
     model, _ = shipped
+    config = Experiment(Path(), SCALES["tiny"], (0,)).compose("grpo", 0)
+    module = grpo.Grpo(model, config, SCALES["tiny"])
     lctrain.patch_model(model)
-    model.train()
-    prompts = questions[0].prompts[:2]
-    torch.manual_seed(0)
-    found = sample(model, prompts, 3, 4)
-    assert model.training
-    assert [len(row) for row in found] == [4] * 6  # the model was never trained to end
-    with torch.no_grad():
-        logits = model(prompts, use_cache=False).logits[:, -1]
-    torch.manual_seed(0)
-    first = torch.multinomial(logits.repeat_interleave(3, 0).softmax(-1), 1)[:, 0]
-    assert [int(row[0]) for row in found] == first.tolist()
+    seen, rollouts = [], []
 
+    def remembered(policy, old, *arguments, **options):
+        seen.append((policy, old))
+        return policy_loss(policy, old, *arguments, clip_low=1e-3, **options)
 
-def test_a_completion_ends_with_its_end_token():
-    assert cut(torch.tensor([5, 0, 6, 0]), [0]).tolist() == [5, 0]
-    assert cut(torch.tensor([5, 6]), [0]).tolist() == [5, 6]
-    assert cut(torch.tensor([5, 0]), []).tolist() == [5, 0]
-    assert cut(torch.tensor([5, 2, 0]), [0, 2]).tolist() == [5, 2]
+    def generated(*arguments, **options):
+        rollouts.append(lctrain.generate(*arguments, **options))
+        return rollouts[-1]
 
-
-@pytest.mark.parametrize(("configured", "expected"), [(None, []), (3, [3]), ([3, 9], [3, 9])])
-def test_a_model_has_no_end_token_or_some(shipped, configured, expected):
-    model, _ = shipped
-    model.config.eos_token_id = configured
-    assert end_tokens(model) == expected
-    model.generation_config.eos_token_id = configured
-    found = sample(model, torch.randint(5, 1000, (1, 6)), 2, 3)
-    assert all(1 <= len(row) <= 3 for row in found)
+    monkeypatch.setattr(grpo, "policy_loss", remembered)
+    monkeypatch.setattr(grpo, "generate", generated)
+    assert torch.isfinite(module.training_step(questions[0], 0))
+    ((policy, old),) = seen
+    assert old.tolist() == [as_float32(x) for c in rollouts[0] for x in c.log_probs]
+    loss = policy_loss(policy, old, torch.ones(policy.completions), clip_low=1e-3)
+    assert int(loss.clipped) == 0
+    assert len(rollouts[0]) == 4 * SCALES["tiny"].samples
 
 
 def test_pairs_hold_the_right_key_and_another_answer(shipped, questions):
@@ -154,27 +148,12 @@ def test_pairs_hold_the_right_key_and_another_answer(shipped, questions):
             assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-def test_the_reference_does_not_move(shipped, adapters):
-    peft = pytest.importorskip("peft")
-    model, _ = shipped
-    if adapters:
-        lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
-        model = peft.get_peft_model(model, lora)
-    before = copy.deepcopy(model).eval()
-    reference = Reference(model.train(), AttentionConfig())
-    for one, dropout in ((model, 0.5), (before, 0.0)):
-        lctrain.patch_model(one.get_base_model() if adapters else one, dropout=dropout)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight.add_(0.1 if "lora" in name else 0.01)
-    pack = PackedBatch.from_groups(GROUPS)
-    found = reference.log_probs(pack).log_probs
-    assert torch.equal(found, token_log_probs(before, pack).log_probs.detach())
-    assert not torch.equal(found, token_log_probs(model, pack).log_probs.detach())
-    assert not found.requires_grad
-    assert model.training
+def test_grpo_takes_its_reference_from_the_memory_settings(tmp_path, shipped):
+    experiment = Experiment(tmp_path, SCALES["tiny"], (0,), ("memory.reference=host",))
+    module = grpo.Grpo(shipped[0], experiment.compose("grpo", 0), SCALES["tiny"])
+    assert module.reference._on_host
+    with pytest.raises(ValueError, match=r"memory\.reference must be null for lctrain-train"):
+        train(experiment.compose("sft", 0))
 
 
 def test_the_measured_texts_and_keys_are_no_training_ones(shipped, tmp_path, monkeypatch):
