@@ -26,20 +26,27 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from lctrain.data.chat.markers import (
+    FIRST,
+    PRIVATE,
+    Marked,
+    Messages,
+    mark,
+    protect,
+    strip,
+    text_of,
+)
 from lctrain.data.chat.source import Rendering
 from lctrain.data.special_tokens import special_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIRST, _CUT = 0x100000, "\U0010fffd"  # first marker, and the cut: private-use characters
-_PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_DATE = "{%- macro strftime_now(format) -%}another day{%- endmacro -%}"
 _DATE_VARIABLE = re.compile(r"set\s+(\w+)\s*=\s*strftime_now")
 _TOOL = {"type": "function", "function": {"name": "a", "description": "a", "parameters": {}}}
 Span = tuple[int, int]
-Messages = list[dict[str, Any]]
 _TURN: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -62,28 +69,6 @@ class Rendered:
     spans: list[Span]
     cuts: list[int]
     lost: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Marked:
-    """A rendered text after its markers were removed, with their positions.
-
-    Attributes:
-        text: The text, without markers.
-        ends: Position of each message's last marker, by the number of the message.
-        last: Number of the message whose marker comes last in the text; None without markers.
-        cuts: Positions inside those texts of special tokens that are ordinary text.
-    """
-
-    text: str
-    ends: dict[int, int]
-    last: int | None
-    cuts: list[int]
-
-    @property
-    def tail(self) -> str:
-        """The text after the last marker."""
-        return self.text if self.last is None else self.text[self.ends[self.last] :]
 
 
 class ChatTemplate:
@@ -160,7 +145,7 @@ class ChatTemplate:
             ConversationError: if the template refuses the conversation, an assistant turn cannot be
                 found in its text, or the conversation lacks the turns to train on.
         """
-        if _PRIVATE.search(text):
+        if not text.isascii() and PRIVATE.search(text):
             raise ConversationError(
                 "a conversation must be without characters of Unicode's private use area B, got "
                 "one. Remove it."
@@ -169,14 +154,21 @@ class ChatTemplate:
         messages: Messages = conversation["messages"]
         tools = conversation.get("tools")
         first = self._first_trained(messages, conversation.get("prompt"))
-        found = self._find(messages, tools, first)
-        return replace(found, lost=self._lost(messages, tools))
+        found, marked = self._find(messages, tools, first)
+        return replace(found, lost=self._lost(messages, tools, marked))
 
-    def _find(self, messages: Messages, given_tools: Any, first: int) -> Rendered:
-        """Returns the rendered conversation; only turns from message `first` on are trained."""
-        cut, tools = self._mark(messages, ends=False), self._protect(given_tools)
+    def _find(
+        self, messages: Messages, given_tools: Any, first: int
+    ) -> tuple[Rendered, str | None]:
+        """Finds the characters to train on, in the turns from message `first` on.
+
+        Returns:
+            The rendered conversation; and its text with markers, or None if it was not needed.
+        """
+        cut = mark(messages, self._protected, ends=False)
+        tools = protect(given_tools, self._protected)
         if cut != messages or tools != given_tools:
-            text = self._strip(self._render(cut, tools)).text
+            text = strip(self._render(cut, tools)).text
             if text != self._render(messages, given_tools):
                 raise ConversationError(
                     "the chat template must write messages as they are, got a text that depends on "
@@ -184,29 +176,38 @@ class ChatTemplate:
                     "data.special_tokens=token."
                 )
         if self._train_on == "all":
-            marked = self._strip(self._render(cut, tools))
-            return Rendered(marked.text, [(0, len(marked.text))], marked.cuts)
+            marked = strip(self._render(cut, tools))
+            return Rendered(marked.text, [(0, len(marked.text))], marked.cuts), None
         if _GENERATION.search(self._choose(tools)):
-            return self._by_markers(messages, tools, first)
-        return self._by_alignment(messages, tools, first)
+            return self._by_markers(messages, tools, first), None
+        text = self._render(mark(messages, self._protected), tools)
+        return self._by_alignment(messages, tools, first, strip(text)), text
 
-    def _lost(self, messages: Messages, tools: Any) -> tuple[str, ...]:
-        """Returns the names of messages, parts and tools that the template does not write."""
-        marked, names = self._mark(messages), {}
+    def _lost(self, messages: Messages, tools: Any, text: str | None) -> tuple[str, ...]:
+        """Returns the names of messages, parts and tools that the template does not write.
+
+        Args:
+            messages: The messages.
+            tools: The tools, or None.
+            text: Text with markers, if the conversation has been rendered with them.
+        """
+        marked, names = mark(messages, self._protected), {}
         for index, message in enumerate(marked):
-            mark, beside = chr(_FIRST + index), chr(_FIRST + len(marked) + index)
-            names[mark] = f"the {message['role']} turn in message {index}"
+            place, beside = chr(FIRST + index), chr(FIRST + len(marked) + index)
+            names[place] = f"the {message['role']} turn in message {index}"
             if message.get("tool_calls") and isinstance(message.get("content"), str):
-                message["content"] = message["content"].replace(mark, beside)
-                names[mark] = f"the tool calls in message {index}"
+                message["content"] = message["content"].replace(place, beside)
+                names[place] = f"the tool calls in message {index}"
                 names[beside] = f"the text beside the tool calls in message {index}"
-        given = json.dumps(marked, ensure_ascii=False)
+                text = None  # its markers differ
+        given = "".join(map(text_of, marked))
         try:
-            text = self._render(marked, tools)
+            if text is None or tools:
+                text = self._render(marked, tools)
             unused = tools and self._render(marked, None) == text
         except ConversationError:
             return ()  # the template refuses marked messages, so what it leaves out is unknown
-        lost = [name for mark, name in names.items() if mark in given and mark not in text]
+        lost = [name for place, name in names.items() if place in given and place not in text]
         return tuple(["the tools"] * bool(unused) + lost)
 
     def _first_trained(self, messages: Messages, prompt: int | None) -> int:
@@ -225,19 +226,18 @@ class ChatTemplate:
 
     def _by_markers(self, messages: Messages, tools: Any, first: int) -> Rendered:
         """Finds the characters to train on by the template's generation markers."""
-        text, spans = self._with_generation(self._mark(messages, ends=False), tools)
+        text, spans = self._with_generation(mark(messages, self._protected, ends=False), tools)
         before = 0
         if any(message["role"] == "assistant" for message in messages[:first]):
             before = len(self._with_generation(messages[:first], tools)[1])
-        places = [match.start() for match in _PRIVATE.finditer(text)]
+        places = [match.start() for match in PRIVATE.finditer(text)]
         moved = [tuple(p - bisect_left(places, p) for p in span) for span in spans[before:]]
-        marked = self._strip(text)
+        marked = strip(text)
         return Rendered(marked.text, cast(list[Span], moved), marked.cuts)
 
-    def _by_alignment(self, messages: Messages, tools: Any, first: int) -> Rendered:
+    def _by_alignment(self, messages: Messages, tools: Any, first: int, marked: Marked) -> Rendered:
         """Finds the characters to train on by markers at the ends of messages."""
-        marked = self._strip(self._render(self._mark(messages), tools))
-        if marked.text != self._strip(self._render(messages, tools)).text:
+        if marked.text != strip(self._render(messages, tools)).text:
             raise ConversationError(
                 "the chat template must write messages as they are, got a text that depends on "
                 "how a message ends. Add generation markers to it, or use data.train_on=all."
@@ -249,7 +249,7 @@ class ChatTemplate:
                 spans.append((begin, self._end(messages, tools, index, marked)))
         return Rendered(marked.text, spans, marked.cuts)
 
-    def _begin(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
+    def _begin(self, messages: Messages, tools: Any, index: int, marked: Marked) -> int:
         """Returns the position in the text at which an assistant's message begins."""
         before = messages[index - 1]
         end = marked.ends.get(index - 1)
@@ -257,7 +257,7 @@ class ChatTemplate:
             for prompt in (self._after_user, _trailing_space(before) + self._after_user):
                 if marked.text.startswith(prompt, end):
                     return end + len(prompt)
-        prefix = self._strip(self._render(self._mark(messages[:index]), tools, prompt=True))
+        prefix = strip(self._render(mark(messages[:index], self._protected), tools, prompt=True))
         place = 0 if prefix.last is None else marked.ends.get(prefix.last)
         if place is not None and marked.text.startswith(prefix.tail, place):
             return place + len(prefix.tail)
@@ -273,7 +273,7 @@ class ChatTemplate:
                 return found
         raise _not_found(index)
 
-    def _end(self, messages: Messages, tools: Any, index: int, marked: _Marked) -> int:
+    def _end(self, messages: Messages, tools: Any, index: int, marked: Marked) -> int:
         """Returns the position after the token that ends an assistant's message."""
         end = marked.ends.get(index)
         if end is None:
@@ -283,7 +283,7 @@ class ChatTemplate:
             found = marked.text.find(self._end_of_turn, end, max(stop, end))
             if found >= 0 and found + 1 not in marked.cuts:
                 return found + len(self._end_of_turn)
-        tail = self._strip(self._render(self._mark(messages[: index + 1]), tools)).tail
+        tail = strip(self._render(mark(messages[: index + 1], self._protected), tools)).tail
         special = self._specials.search(tail) if self._specials else None
         generated = tail[: special.end()] if special else tail.rstrip()
         if not marked.text.startswith(generated, end):
@@ -293,72 +293,15 @@ class ChatTemplate:
     @cached_property
     def _after_user(self) -> str:
         """Text that the template writes between a user's message and the assistant's."""
-        messages = self._mark([{"role": "user", "content": "a"}])
-        return self._strip(self._render(messages, None, prompt=True)).tail
+        messages = mark([{"role": "user", "content": "a"}], self._protected)
+        return strip(self._render(messages, None, prompt=True)).tail
 
     @cached_property
     def _end_of_turn(self) -> str | None:
         """Special tokens, as text, that end an assistant turn; None if there are none."""
-        tail = self._strip(self._render(self._mark(_TURN), None)).tail
+        tail = strip(self._render(mark(_TURN, self._protected), None)).tail
         found = self._specials.search(tail) if self._specials else None
         return found.group() if found else None
-
-    def _mark(self, messages: Messages, ends: bool = True) -> Messages:
-        """Returns messages with a marker at each end, and cuts inside texts of special tokens."""
-
-        def leaf(text: str, marker: str) -> str:
-            body = text.rstrip()
-            return body + marker + text[len(body) :] if body and marker else text
-
-        def walk(value: Any, marker: str) -> Any:
-            if isinstance(value, str):
-                return leaf(value, marker)
-            if isinstance(value, Mapping):
-                return {key: walk(item, marker) for key, item in value.items()}
-            return [walk(item, marker) for item in value] if isinstance(value, list) else value
-
-        def call(given: Mapping[str, Any], marker: str) -> dict[str, Any]:
-            function = given["function"]
-            arguments = walk(function["arguments"], marker)
-            name = function["name"]
-            if marker not in json.dumps(arguments, ensure_ascii=False):
-                name = leaf(name, marker)
-            return {**given, "function": {**function, "name": name, "arguments": arguments}}
-
-        found = []
-        for index, message in enumerate(messages):
-            marker = chr(_FIRST + index) if ends else ""
-            message = {k: v if k == "role" else self._protect(v) for k, v in message.items()}
-            copy = dict(message)
-            if "content" in message:
-                copy["content"] = walk(message["content"], marker)
-            if "tool_calls" in message:
-                copy["tool_calls"] = [call(given, marker) for given in message["tool_calls"]]
-            found.append(copy)
-        return found
-
-    def _protect(self, value: Any) -> Any:
-        """Returns a JSON value with a cut inside every text of a special token, also in keys."""
-        if self._protected is None:
-            return value
-        if isinstance(value, str):
-            return self._protected.sub(_cut_in_two, value)
-        if isinstance(value, Mapping):
-            return {self._protect(key): self._protect(item) for key, item in value.items()}
-        return [self._protect(item) for item in value] if isinstance(value, list) else value
-
-    def _strip(self, text: str) -> _Marked:
-        ends: dict[int, int] = {}
-        last: int | None = None
-        cuts: list[int] = []
-        for taken, match in enumerate(_PRIVATE.finditer(text)):
-            place = match.start() - taken
-            if match.group() == _CUT:
-                cuts.append(place)
-            else:
-                last = ord(match.group()) - _FIRST
-                ends[last] = place
-        return _Marked(_PRIVATE.sub("", text) if ends or cuts else text, ends, last, cuts)
 
     def _choose(self, tools: Any) -> str:
         return self._tool_template if tools else self._template
@@ -415,11 +358,6 @@ def template_of(
             f"{tokenizer.name_or_path or type(tokenizer).__name__} without one. Name the tokenizer "
             "of an instruct model, or a template file as data.chat_template."
         ) from error
-
-
-def _cut_in_two(match: re.Match[str]) -> str:
-    found = match.group()
-    return found[0] + _CUT + found[1:] if len(found) > 1 else found
 
 
 def _trailing_space(message: Mapping[str, Any]) -> str:
