@@ -66,7 +66,7 @@ def make_pairs(questions: QuestionSets, model: Any) -> list[PackedBatch]:
         prompts, answers = questions.questions(step, scale.prompts)
         sampled = generate(
             model,
-            prompts,
+            list(prompts),
             samples=scale.samples,
             max_new_tokens=answers.shape[1],
             seeds=step * scale.prompts * scale.samples,

@@ -44,7 +44,7 @@ class Grpo(LongContextModule):
         count = samples * len(questions.prompts)
         found = generate(
             self.model,
-            questions.prompts,
+            list(questions.prompts),
             samples=samples,
             max_new_tokens=questions.answers.shape[1],
             seeds=first_seed(self.seed, batch_idx, count),
