@@ -21,6 +21,8 @@ BENCHMARKS = {
     "longest": ("lctrain.bench.longest", "longest context that fits, from a laptop to one H200"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "groups": ("lctrain.bench.groups", "prompts that completions share, on one GPU"),
+    "chat": ("lctrain.bench.chat", "tokenizing and masking conversations, on a CPU"),
+    "sft": ("lctrain.bench.sft", "supervised fine-tuning beside TRL, on one GPU"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
     "encoder": ("lctrain.bench.encoder", "encoders on padded rows, beside padded peers"),

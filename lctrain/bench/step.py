@@ -48,14 +48,15 @@ class StepProcess:
 
     Args:
         name: Name of the contender.
+        module: Module that answers the jobs; None takes PROCESS.
 
     Attributes:
         missing: Reason why the contender cannot run here, or None.
         versions: Versions of its packages.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, module: str | None = None) -> None:
+        self.name, self._module = name, module
         self.missing: str | None = None
         self.versions: dict[str, str] = {}
         self._process: subprocess.Popen[str] | None = None
@@ -64,7 +65,7 @@ class StepProcess:
     def start(self) -> None:
         """Starts the process; `wait` reads its first answer."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", PROCESS, self.name],
+            [sys.executable, "-m", self._module or PROCESS, self.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,7 +81,7 @@ class StepProcess:
         self.versions = hello.get("versions", {})
         self._ready = True
 
-    def measure(self, job: Job) -> dict[str, Any]:
+    def measure(self, job: Any) -> dict[str, Any]:
         """Sends a job, and returns the answer; if the process dies, an answer with the error."""
         if self._process is None or not self._ready:
             self.wait()

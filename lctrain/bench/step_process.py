@@ -170,10 +170,15 @@ def _retries(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Answers jobs until the standard input ends."""
-    (name,) = sys.argv[1:] if arguments is None else arguments
-    contender = CONTENDERS[name]
+def answer_jobs(
+    contender: Any, measure_job: Callable[[dict[str, Any], torch.device], dict[str, Any]]
+) -> None:
+    """Answers jobs until the standard input ends.
+
+    Args:
+        contender: Contender of this process, with the methods `missing` and `versions`.
+        measure_job: Function from the fields of a job and the device to the results.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Libraries print to the standard output, so the answers get its file and it becomes an alias of
     # the standard error.
@@ -186,7 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         answer({"missing": contender.missing(device), "versions": contender.versions()})
         for line in sys.stdin:
-            answer(measure(contender, Job(**json.loads(line)), device))
+            answer(measure_job(json.loads(line), device))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answers jobs until the standard input ends."""
+    (name,) = sys.argv[1:] if arguments is None else arguments
+    contender = CONTENDERS[name]
+    answer_jobs(contender, lambda fields, device: measure(contender, Job(**fields), device))
 
 
 if __name__ == "__main__":
