@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from lctrain.failure import MOST_LINES
-from tests.run_bad_input import CASES
+from tests.run_bad_input import CASES, cases
 
 ROOT = Path(__file__).parents[1]
 
 
-def check(every, folder):
+def check(part, folder):
     """Checks, in a process without torch, that every case ends with status 2 and its message."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("HYDRA_FULL_ERROR", None)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.run_bad_input", str(every)],
+        [sys.executable, "-m", "tests.run_bad_input", part],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -33,6 +33,7 @@ def check(every, folder):
     found = json.loads(done.stdout)
     assert not found["wrong"]
     assert max(found["lines"]) <= MOST_LINES
+    assert len(found["lines"]) == len(cases(part))
 
 
 def test_there_are_enough():
@@ -40,9 +41,9 @@ def test_there_are_enough():
 
 
 def test_some_bad_inputs(tmp_path):
-    check(6, tmp_path)
+    check("some", tmp_path)
 
 
 @pytest.mark.slow
-def test_all_bad_inputs_in_one_process(tmp_path):
-    check(1, tmp_path)
+def test_other_bad_inputs(tmp_path):
+    check("others", tmp_path)
