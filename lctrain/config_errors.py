@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 _UNKNOWN_KEY = re.compile(r"Key '[^']+' (?:is )?not in ")
 _NO_OVERRIDE = re.compile(r"Could not override '(?P<key>[^']+)'")
 _NO_APPEND = re.compile(r"An item is already at '(?P<key>[^']+)'")
-_NO_DELETE = re.compile(r"Could not delete from config\. '(?P<key>[^']+)' does not exist")
+_NO_DELETE = re.compile(
+    r"Could not delete from config\. (?:The value of )?'(?P<key>[^']+)' (?:does not exist|is )"
+    r"|Error merging override ~(?P<kept>[^=\s]+).*\n?.* does not support deletion"
+)
 _NO_CHOICE = re.compile(r"Could not find '(?P<choice>[^']+)'(?P<rest>.*)", re.DOTALL)
 _NO_GROUP = re.compile(r"Config group override must be a string or a list\. Got (?P<kind>\w+)")
 _CONVERTED = re.compile(r"Value '(?P<value>.*?)' of type '\w+' could not be converted to (\w+)")
@@ -180,7 +183,8 @@ def _key_error(text: str, key: str, given: dict[str, str], known: Known) -> str 
             f"already. Write {match['key']}={given.get(match['key'], '...')}."
         )
     if match := _NO_DELETE.search(text):
-        return f"{match['key']} must not be taken out, got ~{match['key']}. Leave that out."
+        key = match["key"] or match["kept"]
+        return f"{key} must not be taken out, got ~{key}. Leave that out."
     if _UNKNOWN_KEY.search(text) or _NO_OVERRIDE.search(text):
         return unknown_key(key, known())
     return None
