@@ -1,0 +1,133 @@
+"""Defines the experiment: its folders, its texts, and one evaluation of a stored model."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
+from lctrain.eval.cells import CellStore
+from lctrain.evaluate import EvalConfig, Evaluation, evaluate
+from lctrain.limits import require
+from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
+from lctrain.recipes.smollm2.scale import Scale
+from lctrain.schemas import TextData
+
+FETCH = "python -m lctrain.recipes.smollm2.fetch"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Folders and sizes of the experiment.
+
+    Attributes:
+        material: Folder that the command `fetch` wrote.
+        output: Folder for all files of the experiment.
+        scale: Sizes of the whole experiment.
+    """
+
+    material: Path
+    output: Path
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        for needed in (self.model / "config.json", *map(self.novel, NOVELS)):
+            require(
+                needed.is_file(),
+                f"folder must hold model and novels, got {self.material} without {needed.name}. "
+                f"Fetch them: {FETCH} {self.material}",
+            )
+
+    @property
+    def model(self) -> Path:
+        """Folder of the fetched model."""
+        return self.material / "model"
+
+    def novel(self, name: str) -> Path:
+        """Returns the text file of a novel."""
+        return self.material / "novels" / f"{name}.txt"
+
+    def all_novels(self) -> TextData:
+        """Returns all novels, tokenized for the model."""
+        return self._texts(NOVELS)
+
+    def held_out(self) -> TextData:
+        """Returns the novel that is never trained on, tokenized for the model."""
+        return self._texts((HELD_OUT,))
+
+    def evaluate(
+        self,
+        folder: str,
+        data: TextData,
+        model: Path | None = None,
+        attention: AttentionConfig | None = None,
+        **settings: Any,
+    ) -> Evaluation:
+        """Runs `lctrain-eval` on a model. A stopped evaluation goes on after its last cell.
+
+        Args:
+            folder: Name of the evaluation's folder below that of the experiment.
+            data: The texts.
+            model: Folder of the model; None for the fetched one.
+            attention: Attention of the model, which the methods replace.
+            **settings: Further settings of EvalConfig.
+        """
+        path = self.output / folder
+        return evaluate(
+            EvalConfig(
+                model=PretrainedModelConfig(name_or_path=str(model or self.model)),
+                data=data,
+                attention=attention or AttentionConfig(),
+                paths=PathsConfig(output_dir=str(path)),
+                split="all",
+                dtype="bfloat16" if torch.cuda.is_available() else "float32",
+                resume=str(path) if CellStore.has_cells(path) else None,
+                **settings,
+            )
+        )
+
+    def save(self, name: str, content: dict[str, Any], seconds: float) -> Path:
+        """Writes the record of a stage into the output folder.
+
+        Args:
+            name: Name of the stage.
+            content: What was measured.
+            seconds: Wall time of the stage in this process.
+        """
+        record = {"stage": name, **machine(), "seconds": round(seconds, 1), **content}
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{name}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        return path
+
+    def _texts(self, names: tuple[str, ...]) -> TextData:
+        return TextData(
+            files=tuple(str(self.novel(name)) for name in names),
+            tokenizer=str(self.model),
+            cache_dir=str(self.output / "cache"),
+        )
+
+
+def machine() -> dict[str, str]:
+    """Returns device, versions and day, for the record of a stage."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def rows_of(evaluation: Evaluation, task: str) -> list[dict[str, Any]]:
+    """Returns the rows that an evaluation wrote for a task."""
+    content: dict[str, Any] = json.loads(evaluation.paths[f"{task} json"].read_text())
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
