@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.batch import PackedBatch
+from lctrain.memory.alike import structure
 from lctrain.memory.attention import KeptResults
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.optimizer import ADAMW, optimizer_bytes
@@ -121,7 +122,7 @@ def profile(
         TiledMLPs(layers, mlp_tokens)
     try:
         plain = _Run(decoder, tokens, precision, checkpointed=False).layers
-        run = _Run(decoder, tokens, precision, checkpointed=True)
+        run = _Run(decoder, tokens, precision, checkpointed=True, last=len(plain) - 1)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"model must run without its weights, got {type(inner).__name__}, which reads their "
@@ -167,6 +168,9 @@ class _Layer:
 class _Run:
     """Runs a decoder's forward on the meta device, and with checkpointing also its backward.
 
+    Layers of the same structure take the same bytes. One of them runs, and the last layer, whose
+    first gradients belong to the head.
+
     Attributes:
         tracker: Counter of the bytes of live tensors.
         layers: Measured bytes of each layer.
@@ -174,12 +178,18 @@ class _Run:
         head: Peak bytes between the last layer's forward and its backward.
     """
 
-    def __init__(self, decoder: Any, tokens: int, precision: str, checkpointed: bool) -> None:
+    def __init__(
+        self, decoder: Any, tokens: int, precision: str, checkpointed: bool, last: int = -1
+    ) -> None:
         self.tracker = Tracker()
         self.layers: list[_Layer] = []
         self.around = self.head = 0
         self._checkpointed = checkpointed
+        self._number_of_last = last
         self._mixed = precision == "bf16-mixed"
+        # Structure of a layer whose output is like its input -> its bytes, and whether it returns
+        # a tuple.
+        self._kinds: dict[Any, tuple[_Layer, bool]] = {}
         self._casts: dict[int, Tensor] = {}  # bfloat16 copies of weights, as in autocast's cache
         if self._mixed and checkpointed:
             # The backward recomputes an MLP's tile outside of the modes that `call` enters below.
@@ -209,9 +219,26 @@ class _Run:
     def _layer(self, layer: Any, *given: Any, **options: Any) -> Any:
         x = given[0]
         index = len(self.layers)
+        kind = structure((layer, given, options))
+        if kind in self._kinds and index != self._number_of_last:
+            measured, is_tuple = self._kinds[kind]
+            self.layers.append(measured)
+            out = x.clone()  # passes the gradient on
+            if self._checkpointed:
+                self._open("head", index)
+            return (out,) if is_tuple else out
         measured = _Layer()
         measured.inputs = _bytes(x)
         self.layers.append(measured)
+        found = self._run(measured, index, layer, given, options)
+        is_tuple = isinstance(found, tuple) and len(found) == 1
+        out = found[0] if is_tuple else found
+        if isinstance(out, Tensor) and structure(out) == structure(x):
+            self._kinds[kind] = measured, is_tuple
+        return found
+
+    def _run(self, measured: _Layer, index: int, layer: Any, given: Any, options: Any) -> Any:
+        """Runs a layer, and measures its bytes. Returns the layer's output."""
         self._open("forward", index)
         begin = self.tracker.live
         if not self._checkpointed:
@@ -229,8 +256,8 @@ class _Run:
             if len(calls) == 1:
                 with recording, self._precision():
                     return layer(*args, **named)
-            self._open("backward", index)
             self._casts = {}
+            self._open("backward", index)
             with self._precision():
                 return layer(*args, **named)
 

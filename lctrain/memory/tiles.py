@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lctrain.memory.tiles_on_meta import forward_on_meta
 from lctrain.models.fused import CALLS_CLASS
 from lctrain_kernels.autocast import autocast_dtype
 
@@ -64,6 +65,8 @@ def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
     own = partial(_uncached, mlp)
     if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
+    if x.device.type == "meta":
+        return forward_on_meta(own, x, tokens)
     tiles = x.split(tokens, dim=-2)
     return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
 
