@@ -314,12 +314,12 @@ def run(config: DictConfig) -> None:
         if config.show:
             show(to_dataclass(config, TrainConfig))
             return
+        if config.memory.name != "none":
+            expand_segments()
         if config.memory.plan:
             print_plan(to_dataclass(config, TrainConfig))
             return
         plain = in_its_folder(config)
-        if plain.memory.name != "none":
-            expand_segments()
 
         from lctrain.process_group import leave_at_exit
 

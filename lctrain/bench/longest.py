@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lctrain.allocator import expand_segments
 from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_8b, tiny
 from lctrain.config import AdapterConfig, MemoryConfig
 from lctrain.memory.plan import GIB, plan_of
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, for a trial")
     parser.add_argument("--output", type=Path, default=Path("longest.json"), help="JSON file")
     options = parser.parse_args(arguments)
+    expand_segments(platform="linux")  # the plans are for that platform, whatever this one is
     found: list[dict[str, Any]] = []
     for setting in SETTINGS:
         if options.tiny:

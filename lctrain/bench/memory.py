@@ -185,7 +185,7 @@ def open_record(options: argparse.Namespace, shape: ModelShape, device: torch.de
         "documents": options.documents,
         "precision": "float32" if options.tiny else f"{weights} weights, bf16-mixed",
         "expandable_segments": has_expandable_segments(),
-        "planned": "without the reserve for CUDA's context and what the allocator cannot use",
+        "planned": "peak of the tensors; planned_reserved_gib has what the allocator loses",
         "runs": [],
     }
     return Record(options.output, content)

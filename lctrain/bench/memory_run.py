@@ -116,12 +116,13 @@ class MemoryBench:
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def planned(self, config: MemoryConfig, tokens: int) -> tuple[Plan, dict[str, Any]]:
-        """Returns the plan of lctrain's memory policy, and its figures without CUDA's reserve."""
+        """Returns the plan of lctrain's memory policy, and its figures."""
         begin = time.perf_counter()
         plan = plan_for(self.model, config, tokens, self.precision)
         return plan, {
             "planned_policy": plan.policy,
-            "planned_gib": round((plan.device_bytes - plan.parts["reserve"]) / GIB, 3),
+            "planned_gib": round(plan.tensor_bytes / GIB, 3),
+            "planned_reserved_gib": round(plan.reserved_bytes / GIB, 3),
             "planned_host_gib": round(plan.host_bytes / GIB, 3),
             "planned_fits": plan.fits,
             "planned_longest": plan.longest,
@@ -142,7 +143,8 @@ class MemoryBench:
 
         Returns:
             A dictionary with `status`. Unless memory runs out, it also holds step_ms of every step,
-            tokens_per_s, loss, host_gib and, on a GPU, peak_gib and reserved_gib.
+            tokens_per_s, loss, host_gib and, on a GPU, peak_gib, reserved_gib and context_gib
+            (what is in use on the GPU beside what the allocator reserves).
         """
         handle = None
         try:
@@ -231,4 +233,7 @@ class MemoryBench:
         if device.type == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 3)
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 3)
+            free, total = torch.cuda.mem_get_info(device)  # of the whole GPU
+            context = total - free - torch.cuda.memory_reserved(device)
+            found["context_gib"] = round(context / GIB, 3)
         return found

@@ -16,14 +16,15 @@ from lctrain.memory.candidates import candidates, policies_of
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.profile import LayerBytes, Profile, profile
+from lctrain.memory.reserved import CONTEXT, allocator_bytes, held_bytes
 from lctrain.memory.store import MOST_WAITING
 
 GIB = 2**30
-RESERVE = GIB
-"""Device bytes for CUDA's context, its libraries and blocks that are rounded up."""
+ALLOCATOR = "lost by the allocator"
+CUDA = "CUDA's context and libraries"
 FRAGMENTS = (
-    "The allocator reserves more than this with fixed segments. lctrain-train sets "
-    f"{VARIABLES[0]}={EXPANDABLE}; set it yourself in other programs."
+    f"Set {VARIABLES[0]}={EXPANDABLE} before torch is imported, as lctrain-train does: the "
+    "allocator then loses less."
 )
 LARGEST = 2**27
 """Most tokens of a pack for which a context length is searched."""
@@ -38,7 +39,10 @@ class Plan:
         tokens: Number of tokens of the pack.
         policy: Name of the memory policy: none, checkpoint or offload.
         policies: LayerPolicy of every layer; empty for the policy none.
-        device_bytes: Peak bytes on the GPU, with weights, gradients and optimizer states.
+        device_bytes: Bytes that the process needs on the GPU at its peak: tensors (weights,
+            gradients, optimizer states, activations), what the allocator loses, and CUDA.
+        held_bytes: Bytes of free blocks that the allocator holds beyond device_bytes while the GPU
+            has room, and gives back otherwise.
         host_bytes: Bytes of host memory for tensors that the policy moves there, and for states of
             optim=adamw_host.
         longest: Largest number of tokens that fits with this policy, a multiple of 1024; None if
@@ -54,6 +58,7 @@ class Plan:
     policy: str
     policies: tuple[LayerPolicy, ...]
     device_bytes: int
+    held_bytes: int
     host_bytes: int
     longest: int | None
     fits: bool | None
@@ -61,6 +66,16 @@ class Plan:
     rows: tuple[LayerBytes, ...]
     device_limit: int | None
     host_limit: int | None
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the allocator reserves, as torch.cuda.max_memory_reserved counts them."""
+        return self.device_bytes - self.parts[CUDA] + self.held_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Peak bytes of the tensors, as torch.cuda.max_memory_allocated counts them."""
+        return self.device_bytes - self.parts[CUDA] - self.parts[ALLOCATOR]
 
     def __str__(self) -> str:
         limit = "" if self.device_limit is None else f" of {self.device_limit / GIB:.1f}"
@@ -71,6 +86,8 @@ class Plan:
             f"host {self.host_bytes / GIB:.2f}{room} GiB",
             *(f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in self.parts.items()),
             *_layer_lines(self),
+            f"peak of the tensors {self.tensor_bytes / GIB:.2f} GiB; with room for it, the "
+            f"allocator reserves {self.reserved_bytes / GIB:.2f} GiB",
         ]
         if self.longest is not None:
             lines.append(f"longest context that fits with these settings: {self.longest:,} tokens")
@@ -216,6 +233,7 @@ def _plan(
         policy=config.name,
         policies=tuple(policies),
         device_bytes=device,
+        held_bytes=held_bytes(measured.layers, policies, has_expandable_segments()),
         host_bytes=host,
         longest=_longest(measured, policies, device_limit, host_limit) if limited else None,
         fits=fits,
@@ -251,7 +269,8 @@ def _needed(
         "kept for the backward": int(scale * kept),
         "outside of the layers": int(scale * measured.around),
         "largest layer, or the loss": int(max(scale * working, head)),
-        "reserve": RESERVE,
+        ALLOCATOR: allocator_bytes(layers, policies, has_expandable_segments(), scale),
+        CUDA: CONTEXT,
     }
     return parts, sum(parts.values()), int(scale * host) + measured.host
 

@@ -9,10 +9,17 @@ from lctrain.bench import longest
 from lctrain.bench.__main__ import main
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from lctrain.config import AdapterConfig, MemoryConfig
-from lctrain.memory.plan import GIB, RESERVE, plan_of
+from lctrain.memory.plan import GIB, plan_of
 from lctrain.memory.profile import profile
+from lctrain.memory.reserved import CONTEXT
 from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter
+
+
+@pytest.fixture(autouse=True)
+def expandable(monkeypatch):
+    """The allocator's segments are expandable, as the command assumes."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +32,14 @@ def model():
 
 def test_the_longest_context_fits_and_a_longer_one_does_not(model):
     measured = profile(model, 8192, mlp_tokens=longest.MLP_TOKENS)
-    device, host = (RESERVE + 2**26) / GIB, 2**24 / GIB
+    device, host = (CONTEXT + 2**26) / GIB, 2**24 / GIB
     tokens = longest.longest(measured, device, host)
     assert tokens > 0
     limits = int(device * GIB), int(host * GIB)
     config = MemoryConfig(name="auto", mlp_tokens=longest.MLP_TOKENS, host_gib=host)
     for length, fits in ((tokens, True), (tokens + longest.STEP, False)):
         assert plan_of(longest.scaled(measured, length), config, *limits).fits == fits
-    assert longest.longest(measured, RESERVE / GIB, host) == 0
+    assert longest.longest(measured, CONTEXT / GIB, host) == 0
 
 
 def test_scaled_bytes_are_those_of_the_other_length(model):
@@ -51,8 +58,12 @@ def test_the_record_has_every_model_and_machine(tmp_path, monkeypatch, model):
     monkeypatch.setattr(longest, "MACHINES", ((8, 8), (16, 16)))
     monkeypatch.setattr(longest, "longest", lambda measured, device, host: 1024 * device)
     monkeypatch.setattr(longest, "measure", lambda setting: None)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr(longest, "expand_segments", lambda platform: seen.append(platform))
+    seen = []
     path = tmp_path / "longest.json"
     assert main(["longest", "--tiny", "--output", str(path)]) == 0
+    assert seen == ["linux"]
     plans = json.loads(path.read_text())["plans"]
     assert len(plans) == 2 * len(longest.SETTINGS)
     assert plans[1] | {"model": ""} == {
