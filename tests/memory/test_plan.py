@@ -12,7 +12,7 @@ from lctrain.config import AdapterConfig, MemoryConfig
 from lctrain.config.optim import HOST_ADAMW
 from lctrain.loss import causal_lm_loss
 from lctrain.memory import plan, use_policy
-from lctrain.memory.plan import ALLOCATOR, CUDA, GIB, plan_of
+from lctrain.memory.plan import CUDA, GIB, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.reserved import CONTEXT
 from lctrain.memory.tracker import Tracker, skeleton

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lctrain_kernels.bench.memory_published import published_table
 from lctrain_kernels.bench.newest import RESULTS, origin
 from lctrain_kernels.bench.peers import OURS
 
@@ -27,14 +28,14 @@ def memory_records(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def memory_tables(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the tables of all records, and a line with the picture if there is a curve.
+    """Returns the tables of all records; if there is a curve, also its picture and others' figures.
 
     Args:
         records: Records that `lctrain-bench memory` wrote.
     """
     tables = [memory_table(record) for record in records]
     if curve_of(records):
-        tables.append(f"![{_ALT}]({PICTURE})\n")
+        tables += [f"![{_ALT}]({PICTURE})\n", published_table()]
     return "\n".join(tables)
 
 
