@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,29 +29,20 @@ from lctrain.loss.token_window import TokenWindow
 from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
-from lctrain.models.from_config import describe, model_from, vocab_size_of
+from lctrain.models.from_config import model_from, vocab_size_of
 from lctrain.models.low_rank import (
-    adapter_state,
     has_reloaded_base,
     leave_casts_to_autocast,
-    load_adapter_state,
     restore_casts,
 )
 from lctrain.models.mismatch import reasons
+from lctrain.module_state import restore_module, save_module
 from lctrain.optim import build_optimizer, build_scheduler, follow_schedule
 from lctrain.optimizers import check_optimizer
-from lctrain.options import as_dataclass, check_same_options
-from lctrain.run.length import STEPS_KEY, warn_if_ended
-from lctrain.run.progress import convert_progress
+from lctrain.options import as_dataclass
 
 ModelFactory = Callable[[pl.LightningDataModule], nn.Module]
 ModelSource = nn.Module | str | dict[str, Any] | ModelFactory
-
-STATE_KEY = "lctrain"  # checkpoint key of the module's own state
-# Checkpoint key of the arguments with which `load_from_checkpoint` builds the module.
-HYPER_PARAMETERS = pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-
-_MODEL = "model."  # prefix of the model's names in the module's state dict
 
 
 class LongContextModule(pl.LightningModule):
@@ -383,26 +372,7 @@ class LongContextModule(pl.LightningModule):
         The losses are `first_loss` and `held_out_losses`. If lctrain has added adapters to a
         pretrained model, the checkpoint holds only the adapters' weights.
         """
-        if has_reloaded_base(self.model):
-            adapters = adapter_state(self.model)
-            checkpoint["state_dict"] = {f"{_MODEL}{name}": x for name, x in adapters.items()}
-        description = describe(self.model)
-        if description is not None:
-            checkpoint[HYPER_PARAMETERS] = {
-                "model": description,
-                "optim": asdict(self.optim),
-                "attention": None if self.attention is None else asdict(self.attention),
-                "seed": self.seed,
-                "memory": None if self.memory is None else asdict(self.memory),
-                "task": self.task,
-            }
-        checkpoint[STATE_KEY] = {
-            "optim": asdict(self.optim),
-            "first_loss": None if self.first_loss is None else self.first_loss.item(),
-            "held_out_losses": list(self.held_out_losses),
-            "held_out_set_losses": dict(self.held_out_set_losses),
-            "accumulated": self.trainer.accumulate_grad_batches,
-        }
+        save_module(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores `first_loss` and `held_out_losses`, and compares the run with its checkpoint.
@@ -413,22 +383,7 @@ class LongContextModule(pl.LightningModule):
             ValueError: if training resumes with changed optimizer options, which the restored
                 optimizer would ignore, or with fewer steps than the checkpoint has taken.
         """
-        if has_reloaded_base(self.model) and "state_dict" in checkpoint:  # shards are loaded before
-            saved = checkpoint["state_dict"]
-            load_adapter_state(self.model, {n.removeprefix(_MODEL): x for n, x in saved.items()})
-            checkpoint["state_dict"] = {}  # the frozen weights are loaded from their source
-        state = checkpoint.get(STATE_KEY)
-        if state is None:
-            return
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            warn_if_ended(checkpoint[STEPS_KEY], self._trainer.max_steps)
-            check_same_options(self.optim, state.get("optim", {}))
-            now = self.trainer.accumulate_grad_batches
-            convert_progress(checkpoint, state.get("accumulated"), now)
-        if state["first_loss"] is not None:
-            self.first_loss = torch.tensor(state["first_loss"], dtype=torch.float64)
-        self.held_out_losses = [tuple(pair) for pair in state["held_out_losses"]]
-        self.held_out_set_losses = dict(state.get("held_out_set_losses", {}))
+        restore_module(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads weights as torch does.

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lctrain.batch import as_integers
+from lctrain.batch_input import as_integers
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.tokenizer import load_tokenizer
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lctrain.batch import PackedBatch, check_max_tokens
+from lctrain.batch import PackedBatch
+from lctrain.batch_input import check_max_tokens
 from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan, PackingReport
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from lctrain.batch import check_max_tokens
+from lctrain.batch_input import check_max_tokens
 from lctrain.pluralize import pluralize
 
 Overlong = Literal["split", "truncate", "drop"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lctrain.batch import MIN_TOKENS
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
 from lctrain.eval.comparison import MethodComparison
 from lctrain.eval.extension import trained_window
@@ -23,7 +22,7 @@ from lctrain.eval.shared_work import summed
 from lctrain.eval.table import PerplexityTable
 from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows, cut_windows
-from lctrain.limits import check_windows
+from lctrain.limits import MIN_TOKENS, check_windows
 from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
