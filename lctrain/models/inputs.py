@@ -8,21 +8,12 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import (
     Boundaries,
     find_lengths,
-    find_positions,
-    find_segments,
     is_packed,
 )
 from lctrain.attention.documents import (
-    divide_documents,
-    find_documents,
-    number_by_index,
-    number_documents,
     refuse_index_of_cache,
-    refuse_mask_of_pack,
-    refuse_two_numbers,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
-from lctrain.attention.mask import read_mask
 from lctrain.attention.paged import layers_read_cache
 from lctrain.attention.prefixes import admit_groups, longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
@@ -33,6 +24,12 @@ from lctrain.models.architectures import (
 )
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters
+from lctrain.models.continued_rows import (
+    continued_lengths,
+    is_filled,
+    refuse_numbers,
+    refuse_restart,
+)
 from lctrain.models.frequencies import (
     attach_crossing,
     attach_frequencies,
@@ -47,6 +44,7 @@ from lctrain.models.positions import (
     require_first_position,
     require_positions,
 )
+from lctrain.models.read_boundaries import read_boundaries, refuse_unread
 from lctrain.models.shared_attention import covered_tokens, give_positions, read_share
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
 from lctrain.pluralize import pluralize
@@ -125,15 +123,15 @@ class InputHook:
             self._give_positions(model, inputs, tokens)
         self._turn_cache_off(model, inputs)
         mask = inputs.get("attention_mask")
-        if _filled(given_cache(inputs)):
-            _refuse_restart(inputs, tokens.shape[1])
-            _refuse_numbers(mask)
+        if is_filled(given_cache(inputs)):
+            refuse_restart(inputs, tokens.shape[1])
+            refuse_numbers(mask)
             refuse_index_of_cache(inputs)
             if self.rotaries:
-                self._tell_lengths(model, _continued_lengths(inputs, tokens))
+                self._tell_lengths(model, continued_lengths(inputs, tokens))
             return (), inputs  # each layer finds its boundaries, since cached keys may differ
         if torch.compiler.is_exporting():
-            _refuse_unread(inputs)
+            refuse_unread(inputs)
         positions = inputs.get("position_ids")
         boundaries = self._read(model, inputs, tokens)
         if inputs.get("position_ids") is not positions:  # the mask or seq_idx numbers documents
@@ -290,160 +288,3 @@ class InputHook:
             and (packed or model.training)
         ):
             inputs["use_cache"] = False
-
-
-def read_boundaries(
-    inputs: dict[str, Any], batch: int, tokens: int, device: torch.device
-) -> Boundaries:
-    """Returns the boundaries of the documents in a model's inputs.
-
-    If the mask numbers documents, it is replaced in `inputs` by a padding mask. If documents are
-    found in the mask or the position ids, use_cache=False is set in `inputs`.
-
-    Args:
-        inputs: Keyword arguments of the model. `cu_seq_lens_q/k` and `max_length_q/k`,
-            `seq_idx` [B, S], `attention_mask` [B, S] and `position_ids` [B, S] are read.
-        batch: Number of rows B.
-        tokens: Tokens per row S.
-        device: Device of the inputs.
-
-    Raises:
-        ValueError: if the arguments contradict one another.
-    """
-    rows = (batch, tokens)
-    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-    of_all_pairs = isinstance(mask, Tensor) and mask.dim() == 4 and is_packed(inputs)
-    if isinstance(mask, dict) or of_all_pairs:
-        raise ValueError(
-            "attention_mask must be [batch, tokens], got the masks of an outer model, which know no"
-            " documents. Call the patched language model by itself: model.get_decoder()."
-        )
-    if is_packed(inputs):
-        refuse_mask_of_pack(mask)
-        return find_documents(rows, rows, device, pack=inputs)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask must be [batch, tokens], got {shape}. Describe documents by "
-                "cu_seq_lens_q/k and padding by a 2-D mask, or call unpatch() first."
-            )
-        if tuple(mask.shape) != rows:
-            raise ValueError(
-                f"attention_mask must have the inputs' shape {list(rows)}, got "
-                f"{list(mask.shape)}. Pass one value per token."
-            )
-        mask, numbers = read_mask(mask, device)
-        if numbers is not None:
-            if inputs.get("seq_idx") is not None:
-                refuse_two_numbers()
-            return _numbered(inputs, numbers)
-    numbers = number_by_index(inputs, rows, mask)
-    if numbers is not None:
-        return _numbered(inputs, numbers.to(device), "seq_idx must not be given")
-    if position_ids is not None:
-        numbers = number_documents(position_ids, batch, mask)
-        if numbers is not None:
-            _forgo_cache(inputs, "position_ids must not restart")
-    return find_documents(rows, rows, device, real=mask, numbers=numbers)
-
-
-def _numbered(
-    inputs: dict[str, Any],
-    numbers: Tensor,
-    what: str = "attention_mask must not number documents",
-) -> Boundaries:
-    """Returns the boundaries of documents that the attention mask or `seq_idx` numbers.
-
-    In `inputs`, the mask is replaced by a padding mask. Position ids are added if there are none;
-    they restart at every document. If position ids are given, documents also end where they
-    restart.
-
-    Args:
-        inputs: Keyword arguments of the model, which are changed.
-        numbers: [B, S] int64, the number of each token's document; 0 at padding.
-        what: First words of the error that is raised if a key/value cache is also given.
-    """
-    _forgo_cache(inputs, what)
-    inputs["attention_mask"] = (numbers > 0).long()
-    rows, position_ids = (numbers.shape[0], numbers.shape[1]), inputs.get("position_ids")
-    if position_ids is not None:
-        numbers = divide_documents(numbers, position_ids)
-    boundaries = find_documents(rows, rows, numbers.device, numbers=numbers)
-    if position_ids is None:
-        inputs["position_ids"] = find_positions(boundaries)
-    return boundaries
-
-
-def _forgo_cache(inputs: dict[str, Any], what: str) -> None:
-    if inputs.get("use_cache") or given_cache(inputs) is not None:
-        raise ValueError(
-            f"{what} while a key/value cache is filled, got several documents in one row. Pass "
-            "use_cache=False."
-        )
-    inputs["use_cache"] = False
-
-
-def _refuse_numbers(mask: Any) -> None:
-    if isinstance(mask, Tensor) and mask.dim() == 2 and read_mask(mask, mask.device)[1] is not None:
-        raise ValueError(
-            "attention_mask must be 0 or 1 on top of a filled key/value cache, got numbers of "
-            "documents. Pass use_cache=False and no past_key_values."
-        )
-
-
-def _refuse_unread(inputs: dict[str, Any]) -> None:
-    """Raises a ValueError if torch.export would have to read tensor values to find documents."""
-    names = ("attention_mask", "position_ids", "seq_idx")
-    given = [name for name in names if inputs.get(name) is not None]
-    if given and not is_packed(inputs):
-        raise ValueError(
-            "torch.export must be told documents by cu_seq_lens_q/k and max_length_q/k, got "
-            f"{', '.join(given)}, whose values are not known while tracing. Pass "
-            "PackedBatch.model_kwargs(), or only input_ids if each row is one document."
-        )
-
-
-def _continued_lengths(inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Returns the length of each token's row, cached tokens included, [B, S] int64.
-
-    With position ids, the length is the row's highest position plus 1.
-
-    Args:
-        inputs: Keyword arguments of the model, with a filled cache.
-        tokens: [B, S, ...], tokens or embeddings of the call.
-    """
-    rows = tuple(tokens.shape[:2])
-    seen = int(given_cache(inputs).get_seq_length())
-    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < seen + rows[1]:
-        mask = torch.ones((rows[0], seen + rows[1]), dtype=torch.bool, device=tokens.device)
-    real = mask[:, : seen + rows[1]].to(device=tokens.device, dtype=torch.bool)
-    if position_ids is None:
-        lengths = real.sum(1)
-    else:
-        position_ids = position_ids.amax(0) if position_ids.dim() == 3 else position_ids
-        positions = position_ids.to(tokens.device).expand(rows)
-        lengths = positions.masked_fill(~real[:, seen:], 0).amax(1) + 1
-    return lengths[:, None].expand(rows)
-
-
-def _filled(cache: Any) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
-
-
-def _refuse_restart(inputs: dict[str, Any], tokens: int) -> None:
-    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if position_ids is None or position_ids.dim() != 2 or tokens == 1:
-        return
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        seen = int(given_cache(inputs).get_seq_length())
-        if mask.shape[1] < seen + tokens:
-            return  # such a mask is refused by the attention function or DualChunkHook
-        mask = mask[:, seen : seen + tokens].to(device=position_ids.device, dtype=torch.bool)
-        position_ids = position_ids.expand(mask.shape[0], -1)
-    if find_segments(position_ids, mask if isinstance(mask, Tensor) else None) is not None:
-        raise ValueError(
-            "position_ids must not restart on top of a filled key/value cache, got several "
-            "documents in one row. Pass use_cache=False and no past_key_values."
-        )

@@ -74,7 +74,7 @@ def read_share(
         model: The model.
         inputs: Keyword arguments of the model. The share is removed from them.
         tokens: [B, S, ...], tokens or embeddings of the call.
-        read: `lctrain.models.inputs.read_boundaries`.
+        read: `lctrain.models.read_boundaries.read_boundaries`.
 
     Raises:
         ValueError: if the inputs are not those of the share, there are no ranks to share with, or
