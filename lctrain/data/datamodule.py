@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lctrain.batch import PackedBatch
 from lctrain.config import DataSettings
@@ -19,7 +18,7 @@ from lctrain.data.choose import preparation_of
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import TokenizedDocument
 from lctrain.data.given import TokenPreparation
-from lctrain.data.length_stages import LengthStages, refuse_stages, training_stream
+from lctrain.data.length_stages import refuse_stages, training_stream
 from lctrain.data.loader import Cursor, PackLoader, RowStream
 from lctrain.data.masking import MaskTokens
 from lctrain.data.order import imbalance
@@ -27,8 +26,8 @@ from lctrain.data.own_tokenizer import require_own_tokenizer, warn_of_other_ids
 from lctrain.data.packing import PackingReport, combine_reports, document_limit
 from lctrain.data.prepared import PreparedData, check_same_settings, fingerprint_settings
 from lctrain.data.restored import restored_settings
+from lctrain.data.run_view import RunView
 from lctrain.data.setting_names import check_names
-from lctrain.data.share import collate_share
 from lctrain.data.streaming import ENDLESS, StepNumbers, StreamedRows, StreamRecipe
 from lctrain.data.training_order import TrainingOrder
 from lctrain.data.vocabulary import check_vocabulary
@@ -168,11 +167,11 @@ class PackedDataModule(LightningDataModule):
         """
         is_stream = self._ready.stream is not None
         size: dict[str, Any] = (
-            {} if is_stream else {"packs_per_step": self._world_size * self._accumulated}
+            {} if is_stream else {"packs_per_step": self._run.world_size * self._run.accumulated}
         )
-        stages = self._stages
+        stages = self._run.stages
         if is_stream or stages is not None or not self._order.fills_a_step:
-            size |= {"world_size": self._world_size, "accumulated": self._accumulated}
+            size |= {"world_size": self._run.world_size, "accumulated": self._run.accumulated}
         if stages is not None:
             size["length_stages"] = dict(zip(stages.steps, stages.lengths, strict=True))
         return self._ready.settings | {
@@ -224,7 +223,7 @@ class PackedDataModule(LightningDataModule):
             ValueError: if there are fewer rows than ranks, or LengthSchedule has an endless stream.
         """
         if self._ready.stream is not None:
-            refuse_stages(self._stages)
+            refuse_stages(self._run.stages)
             return self._stream_loader(self._ready.stream)
         rows, order = self._ready.train_rows, self._order
         if order.steps == 0:
@@ -232,7 +231,9 @@ class PackedDataModule(LightningDataModule):
                 f"data must fill at least one row for each rank, got {len(rows)} for "
                 f"{order.ranks}. Use more data, fewer ranks, or a smaller max_tokens."
             )
-        dataset, stream = training_stream(rows, order, self._rank, self._stages, self.max_tokens)
+        dataset, stream = training_stream(
+            rows, order, self._run.rank, self._run.stages, self.max_tokens
+        )
         return PackLoader(
             dataset,
             stream,
@@ -247,8 +248,8 @@ class PackedDataModule(LightningDataModule):
     def _order(self) -> TrainingOrder:
         return TrainingOrder(
             self._ready.train_rows.plan.costs(),
-            self._world_size,
-            self._accumulated,
+            self._run.world_size,
+            self._run.accumulated,
             self.options.seed,
             self.options.balance_window,
         )
@@ -256,7 +257,7 @@ class PackedDataModule(LightningDataModule):
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
         """Returns the loader of this rank's batches of an endless stream."""
         return PackLoader(
-            StreamedRows(recipe, self._rank, self._world_size, self._cursor),
+            StreamedRows(recipe, self._run.rank, self._run.world_size, self._cursor),
             StepNumbers(),
             ENDLESS,
             self._position,
@@ -280,8 +281,8 @@ class PackedDataModule(LightningDataModule):
 
     def _held_out_loader(self, rows: PackedRows, name: str) -> PackLoader:
         """Returns the loader of this rank's rows of one held-out set."""
-        steps = -(-len(rows) // self._world_size)
-        numbers = np.arange(steps) * self._world_size + self._rank
+        steps = -(-len(rows) // self._run.world_size)
+        numbers = np.arange(steps) * self._run.world_size + self._run.rank
         numbers = np.where(numbers < len(rows), numbers, ~0)
         return PackLoader(
             rows,
@@ -294,7 +295,7 @@ class PackedDataModule(LightningDataModule):
         )
 
     def _batch_options(self) -> dict[str, Any]:
-        return {"pin_memory": self.pin_memory, "collate_fn": self._share, "mask": self.masking}
+        return {"pin_memory": self.pin_memory, "collate_fn": self._run.share, "mask": self.masking}
 
     @property
     def masking(self) -> MaskTokens | None:
@@ -341,7 +342,7 @@ class PackedDataModule(LightningDataModule):
         state = {
             "settings": self.settings,
             "batches": batches,
-            "accumulated": self._accumulated,
+            "accumulated": self._run.accumulated,
         }
         if place := self._cursor.place_before(batches):
             state["place"] = place
@@ -355,18 +356,18 @@ class PackedDataModule(LightningDataModule):
                 another number of packs is accumulated and the module does not convert Lightning's
                 counts.
         """
-        if self.trainer is not None and self._progress is None:
+        if self.trainer is not None and self._run.progress is None:
             return  # a model may be validated on any data
         known = state_dict.get("accumulated")  # older checkpoints lack it
-        then = self._accumulated if known is None else known
+        then = self._run.accumulated if known is None else known
         module = getattr(self.trainer, "lightning_module", None)
-        if then != self._accumulated and not getattr(module, "converts_progress", False):
+        if then != self._run.accumulated and not getattr(module, "converts_progress", False):
             raise ValueError(
                 f"accumulate_grad_batches must be {then}, as in the checkpoint, for a "
-                f"{type(module).__name__}, got {self._accumulated}. Restore it, or train with "
+                f"{type(module).__name__}, got {self._run.accumulated}. Restore it, or train with "
                 "LongContextModule."
             )
-        self._cursor.batches = state_dict["batches"] // then * self._accumulated
+        self._cursor.batches = state_dict["batches"] // then * self._run.accumulated
         place = state_dict.get("place")  # older checkpoints lack it
         self._cursor.places = [] if place is None else [(0, place)]
         self._restored = state_dict["settings"], known
@@ -376,12 +377,12 @@ class PackedDataModule(LightningDataModule):
         """Raises a ValueError if the settings of the checkpoint are not those of this run."""
         if self._restored is not None and self._prepared is not None:
             is_stream = self._prepared.stream is not None
-            then = restored_settings(*self._restored, self._accumulated, is_stream)
+            then = restored_settings(*self._restored, self._run.accumulated, is_stream)
             check_same_settings(self.settings, then)
 
     def _check_trainer(self) -> None:
         """Raises ValueError for options that do not fit the trainer or its module."""
-        if (stages := self._stages) is not None:
+        if (stages := self._run.stages) is not None:
             stages.check_rows(self.max_tokens)
         if (fraction := self.options.mask_fraction) is not None:
             check_shared_task(Topology.of(self.trainer).context, f"mask_fraction={fraction}")
@@ -395,40 +396,13 @@ class PackedDataModule(LightningDataModule):
         return self._prepared
 
     @property
-    def _stages(self) -> LengthStages | None:
-        """Packed lengths of the callback LengthSchedule; None without it."""
-        return LengthStages.of(self.trainer)
-
-    @property
-    def _world_size(self) -> int:
-        return Topology.of(self.trainer).data_size
-
-    @property
-    def _rank(self) -> int:
-        return Topology.of(self.trainer).data_rank
-
-    @property
-    def _share(self) -> Any:
-        """The `collate_fn` that makes this rank's share of a batch; None if ranks share none."""
-        ranks = Topology.of(self.trainer)
-        return collate_share(ranks.context, ranks.context_rank, ranks.heads)
-
-    @property
-    def _accumulated(self) -> int:
-        """Number of packs per rank in an optimizer step."""
-        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
-
-    @property
-    def _progress(self) -> Any:
-        """Lightning's counts of training batches inside `Trainer.fit`; None outside of it."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return None
-        return self.trainer.fit_loop.epoch_loop.batch_progress
+    def _run(self) -> RunView:
+        return RunView(self.trainer)
 
     def _position(self) -> int:
         """Returns the number of the batch that a new iterator starts with."""
-        if self._progress is not None and getattr(self.trainer, "overfit_batches", 0) > 0:
-            return self._progress.current.processed  # the same batches in every epoch
+        if self._run.progress is not None and getattr(self.trainer, "overfit_batches", 0) > 0:
+            return self._run.progress.current.processed  # the same batches in every epoch
         return self._finished_batches()
 
     def _finished_batches(self) -> int:
@@ -438,8 +412,8 @@ class PackedDataModule(LightningDataModule):
         every checkpoint. The count is read when the first batch is fetched, not when the loader is
         built: `estimated_stepping_batches` builds the loader before Lightning restores its counts.
         """
-        if self._progress is not None:
-            return self._progress.total.processed
+        if self._run.progress is not None:
+            return self._run.progress.total.processed
         return self._cursor.batches
 
 
