@@ -170,7 +170,7 @@ _ALL = (
     EncoderCase("modernbert", 8, 8192),
 )
 CASES = {case.name: case for case in _ALL}
-CPU_CASES = (EncoderCase("bert", 8, 512),)
+CPU_CASES = (EncoderCase("bert", 2, 512),)
 TINY_CASES = (EncoderCase("bert", 4, 32), EncoderCase("modernbert", 3, 48))
 
 

@@ -1,24 +1,29 @@
 """EncoderBlock: a layer of BERT as one autograd function.
 
 A layer of BERT has ten operations with about sixty nodes of autograd. On small batches the host
-needs more time for them than the GPU. The function here runs the same kernels and matrix products
-with one node, and adds the gradients of the layer's input inside the matrix products.
+needs more time for them than the GPU. The function here runs the same kernels with one node. Query,
+key and value are one matrix product, and so are the gradients of their weights and of their input.
+
+The layer's caller has checked that nothing watches operators, so the implementations are called
+without `Operation`.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from lctrain_kernels.fused_operator import first_derivative_only
-from lctrain_kernels.mlp.operators import bias_activation, bias_activation_backward
-from lctrain_kernels.norm.operators import flat_rows, like, norm, norm_backward
+from lctrain_kernels.norm.operators import flat_rows, like
+from lctrain_kernels.norm.options import NormOptions
 from lctrain_kernels.options import AttentionOptions
-from lctrain_kernels.pack import PackTensors
-from lctrain_kernels.varlen.operators import varlen_attention
+from lctrain_kernels.pack import PackTensors, TiledPack
+from lctrain_kernels.registry import BACKWARD, FORWARD, Run, choose, implementation
+from lctrain_kernels.varlen.operators import Operands
 
 
 class BlockWeights(NamedTuple):
@@ -61,107 +66,138 @@ class BlockWeights(NamedTuple):
     second_norm_bias: Tensor
 
 
-class BlockOptions(NamedTuple):
-    """Numbers of a layer that are no tensors.
+class BlockKernels(NamedTuple):
+    """Numbers of a layer that are no tensors, and the implementations of its operations.
 
     Attributes:
         head_dim: Columns of a head.
-        first_eps: Epsilon of the LayerNorm after the attention.
-        second_eps: Epsilon of the LayerNorm after the MLP.
-        backend: Backend of norms and GELU, "triton" or "pytorch".
+        first: Options of the LayerNorm after the attention.
+        second: Options of the LayerNorm after the MLP.
+        dropouts: Probabilities of the dropout before the first and the second LayerNorm.
+        norm: Forward of LayerNorm.
+        norm_backward: Backward of LayerNorm.
+        gelu: Forward of bias and GELU.
+        gelu_backward: Backward of bias and GELU.
     """
 
     head_dim: int
-    first_eps: float
-    second_eps: float
-    backend: str
+    first: NormOptions
+    second: NormOptions
+    dropouts: tuple[float, float]
+    norm: Run
+    norm_backward: Run
+    gelu: Run
+    gelu_backward: Run
 
-    def norm(self, eps: float) -> tuple[float, float, bool, bool, str]:
-        """Returns the options of a LayerNorm in the order of the operator's arguments."""
-        return eps, 0.0, False, True, self.backend
+
+@functools.lru_cache(maxsize=64)
+def block_kernels(
+    head_dim: int, epsilons: tuple[float, float], dropouts: tuple[float, float], backend: str
+) -> BlockKernels:
+    """Returns the BlockKernels of a layer.
+
+    Args:
+        head_dim: Columns of a head.
+        epsilons: Epsilons of the two LayerNorms.
+        dropouts: Probabilities of the dropout before the two LayerNorms.
+        backend: Backend of norms and GELU, "triton" or "pytorch".
+    """
+    first, second = (NormOptions(eps, centered=True) for eps in epsilons)
+    return BlockKernels(
+        head_dim,
+        first,
+        second,
+        dropouts,
+        implementation("norm", FORWARD, backend),
+        implementation("norm", BACKWARD, backend),
+        implementation("bias_gelu", FORWARD, backend),
+        implementation("bias_gelu", BACKWARD, backend),
+    )
 
 
 class EncoderBlock(torch.autograd.Function):
-    """Computes a layer of BERT without dropout, for tokens without padding.
+    """Computes a layer of BERT for tokens without padding.
 
-    Arguments of `apply` are the hidden states [..., E] of T tokens, the pack's PackTensors, the
-    AttentionOptions, the BlockOptions, and the fields of BlockWeights one by one.
+    Arguments of `apply` are the hidden states [..., E] of T tokens, the PackTensors or TiledPack of
+    their documents, the AttentionOptions, the BlockKernels, and the fields of BlockWeights one by
+    one.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         states: Tensor,
-        pack: PackTensors,
+        pack: PackTensors | TiledPack,
         attention: AttentionOptions,
-        options: BlockOptions,
+        kernels: BlockKernels,
         *weights: Tensor,
     ) -> Tensor:
         """Returns the layer's output in the shape of the hidden states."""
         w, x = BlockWeights(*weights), flat_rows(states)
-        heads = (x.shape[0], -1, options.head_dim)
-        q = linear(x, w.query, w.query_bias).view(heads)
-        k = linear(x, w.key, w.key_bias).view(heads)
-        v = linear(x, w.value, w.value_bias).view(heads)
-        out, lse = varlen_attention.forward(q, k, v, *pack, *attention)
-        projected = linear(flat_heads(out), w.output, w.output_bias)
-        first = options.norm(options.first_eps)
-        middle, sum1, mean1, rstd1 = norm(projected, x, w.first_norm, w.first_norm_bias, *first)
-        inner = linear(middle, w.inner)
-        active = bias_activation(inner, w.inner_bias, "gelu", options.backend)
-        projected = linear(active, w.outer, w.outer_bias)
-        second = options.norm(options.second_eps)
-        y, sum2, mean2, rstd2 = norm(projected, middle, w.second_norm, w.second_norm_bias, *second)
+        merged_weight = torch.cat((w.query, w.key, w.value))
+        merged_bias = torch.cat((w.query_bias, w.key_bias, w.value_bias))
+        merged = torch.addmm(merged_bias, x, merged_weight.t())  # [T, 3 E]
+        operands = heads_of(merged, kernels.head_dim)
+        run = choose("varlen", FORWARD, operands, attention).run
+        out, lse = run(operands, pack, attention)
+        projected = torch.addmm(w.output_bias, flat_heads(out), w.output.t())
+        projected, kept1 = drop(projected, kernels.dropouts[0])
+        middle, sum1, mean1, rstd1 = kernels.norm(
+            projected, x, w.first_norm, w.first_norm_bias, kernels.first
+        )
+        inner = middle @ w.inner.t()
+        active = kernels.gelu(inner, w.inner_bias, "gelu")
+        projected = torch.addmm(w.outer_bias, active, w.outer.t())
+        projected, kept2 = drop(projected, kernels.dropouts[1])
+        y, sum2, mean2, rstd2 = kernels.norm(
+            projected, middle, w.second_norm, w.second_norm_bias, kernels.second
+        )
         ctx.save_for_backward(
-            *(states, q, k, v, out, lse, sum1, mean1, rstd1, middle, inner, active),
-            *(sum2, mean2, rstd2, w.query, w.key, w.value, w.output, w.first_norm),
+            *(x, merged, out, lse, sum1, mean1, rstd1, middle, inner, active, sum2, mean2, rstd2),
+            *(kept1, kept2, merged_weight, w.output, w.first_norm),
             *(w.inner, w.inner_bias, w.outer, w.second_norm),
         )
-        ctx.constants = (pack, attention, options)
+        ctx.constants = (pack, attention, kernels)
         return like(y, states)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the hidden states and of the weights."""
-        states, q, k, v, out, lse, sum1, mean1, rstd1, middle, inner, active, *rest = (
-            ctx.saved_tensors
-        )
-        sum2, mean2, rstd2, query, key, value, output, first_norm, *last = rest
+        x, merged, out, lse, sum1, mean1, rstd1, middle, inner, active, *rest = ctx.saved_tensors
+        sum2, mean2, rstd2, kept1, kept2, merged_weight, output, first_norm, *last = rest
         inner_weight, inner_bias, outer, second_norm = last
-        pack, attention, options = ctx.constants
+        pack, attention, kernels = ctx.constants
         needs_states, _, _, _, *flags = ctx.needs_input_grad
         needs = BlockWeights(*flags)
-        x = flat_rows(states)
-        dsum, dnorm2, dnorm2_bias = norm_backward(
-            *(flat_rows(dy), None, sum2, second_norm, mean2, rstd2),
+        dsum, dnorm2, dnorm2_bias = kernels.norm_backward(
+            *(flat_rows(dy), None, sum2, second_norm, mean2, rstd2, kernels.second),
             *(needs.second_norm, needs.second_norm_bias),
-            *options.norm(options.second_eps),
         )
-        douter = product(dsum, active, needs.outer, needs.outer_bias)
-        dinner, dinner_bias = bias_activation_backward(
-            dsum @ outer, inner, inner_bias, "gelu", options.backend
-        )
+        dprojected = drop_backward(dsum, kept2, kernels.dropouts[1])
+        douter = product(dprojected, active, needs.outer, needs.outer_bias)
+        dinner, dinner_bias = kernels.gelu_backward(dprojected @ outer, inner, inner_bias, "gelu")
         dmiddle = dsum.addmm_(dinner, inner_weight)
         dinner_weight, _ = product(dinner, middle, needs.inner, False)
-        dsum, dnorm1, dnorm1_bias = norm_backward(
-            *(dmiddle, None, sum1, first_norm, mean1, rstd1),
+        dsum, dnorm1, dnorm1_bias = kernels.norm_backward(
+            *(dmiddle, None, sum1, first_norm, mean1, rstd1, kernels.first),
             *(needs.first_norm, needs.first_norm_bias),
-            *options.norm(options.first_eps),
         )
-        doutput = product(dsum, flat_heads(out), needs.output, needs.output_bias)
-        dout = (dsum @ output).view(out.shape)
-        found = varlen_attention.backward(dout, None, q, k, v, *pack, *attention, out, lse)
-        dq, dk, dv = (flat_heads(gradient) for gradient in found[:3])
-        dquery = product(dq, x, needs.query, needs.query_bias)
-        dkey = product(dk, x, needs.key, needs.key_bias)
-        dvalue = product(dv, x, needs.value, needs.value_bias)
+        dprojected = drop_backward(dsum, kept1, kernels.dropouts[0])
+        doutput = product(dprojected, flat_heads(out), needs.output, needs.output_bias)
+        dout = (dprojected @ output).view(out.shape)
+        operands = heads_of(merged, kernels.head_dim)
+        run = choose("varlen", BACKWARD, operands, attention, dout).run
+        found = run((dout, None), operands, (out, lse), pack, attention)
+        dmerged = torch.cat([flat_heads(gradient) for gradient in found[:3]], 1)  # [T, 3 E]
+        dweights, dbiases = product(dmerged, x, any(flags[0:6:2]), any(flags[1:6:2]))
         dstates = None
         if needs_states:
-            dstates = like(dsum.addmm_(dq, query).addmm_(dk, key).addmm_(dv, value), states)
+            dstates = dsum.addmm_(dmerged, merged_weight).view(dy.shape)
         return (
             *(dstates, None, None, None),
-            *(*dquery, *dkey, *dvalue, *doutput),
+            *thirds(dweights, dbiases, flags),
+            *doutput,
             dnorm1 if needs.first_norm else None,
             dnorm1_bias if needs.first_norm_bias else None,
             *(dinner_weight, dinner_bias if needs.inner_bias else None),
@@ -169,6 +205,37 @@ class EncoderBlock(torch.autograd.Function):
             dnorm2 if needs.second_norm else None,
             dnorm2_bias if needs.second_norm_bias else None,
         )
+
+
+apply_block = super(torch.autograd.Function, EncoderBlock).apply  # type: ignore[misc]
+"""EncoderBlock.apply without the search for functorch, which `is_unwatched` has done."""
+
+
+def heads_of(merged: Tensor, head_dim: int) -> Operands:
+    """Returns queries, keys and values [T, H, D], views of [T, 3 H D]."""
+    tokens, columns = merged.shape
+    return Operands(*merged.view(tokens, 3, columns // (3 * head_dim), head_dim).unbind(1))
+
+
+def flat_heads(states: Tensor) -> Tensor:
+    """Returns states [T, H, D] in contiguous memory as [T, H D]."""
+    return states.flatten(1)
+
+
+def drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+    """Returns x after dropout and the mask of what is kept; x and None if nothing is dropped."""
+    if probability == 0:
+        return x, None
+    dropped, kept = torch.native_dropout(x, probability, True)
+    return dropped, kept
+
+
+def drop_backward(gradient: Tensor, kept: Tensor | None, probability: float) -> Tensor:
+    """Returns the gradient of the input of `drop`; a gradient [T, E] itself without dropout."""
+    if kept is None:
+        return gradient
+    scale = 0.0 if probability == 1 else 1 / (1 - probability)
+    return torch.ops.aten.native_dropout_backward(gradient, kept, scale)  # type: ignore[no-any-return]
 
 
 def product(
@@ -185,6 +252,17 @@ def product(
     return gradient.t() @ x if needs_weight else None, gradient.sum(0) if needs_bias else None
 
 
-def flat_heads(states: Tensor) -> Tensor:
-    """Returns states [T, H, D] in contiguous memory as [T, H D]."""
-    return states.view(states.shape[0], -1)
+def thirds(
+    dweights: Tensor | None, dbiases: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of query, key and value: weight and bias of each, those needed.
+
+    Args:
+        dweights: [3 E, E], or None if no weight needs a gradient.
+        dbiases: [3 E], or None if no bias needs a gradient.
+        needs: Whether each of the results is needed; further items are not read.
+    """
+    weights = (None,) * 3 if dweights is None else dweights.chunk(3)
+    biases = (None,) * 3 if dbiases is None else dbiases.chunk(3)
+    pairs = [one for pair in zip(weights, biases, strict=True) for one in pair]
+    return tuple(one if needed else None for one, needed in zip(pairs, needs, strict=False))

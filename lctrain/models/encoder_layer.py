@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from lctrain.models.fused_modules import has_hooks
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.fused_operator import is_unwatched
-from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.options import AttentionOptions, resolve_seed
+from lctrain_kernels.pack import PackTensors, TiledPack
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
 _READ = frozenset(
     {BOUNDARIES_ARGUMENT, "position_ids", "document_ids", "schedule", "use_cache", *PACK_ARGUMENTS}
 )
@@ -32,7 +35,7 @@ class EncoderLayer:
     """Mixin for BERT's layers: one autograd function instead of a module per operation.
 
     The modules inside run one by one if anything must see them (hooks, adapters, autocast,
-    torch.compile, a profiler), with active dropout, and with padding.
+    torch.compile, a profiler), and with padding.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -40,9 +43,9 @@ class EncoderLayer:
         arguments = block_arguments(self, hidden_states, args, kwargs)
         if arguments is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        from lctrain.models.encoder_block import EncoderBlock
+        from lctrain.models.encoder_block import apply_block
 
-        return EncoderBlock.apply(*arguments)
+        return apply_block(*arguments)
 
 
 def is_encoder_layer(module: nn.Module) -> bool:
@@ -91,54 +94,131 @@ def block_arguments(
             return None
     if layer.chunk_size_feed_forward or not is_unwatched((states,)):
         return None
-    attention, intermediate, last = layer.attention, layer.intermediate, layer.output
-    inner, first = attention.self, attention.output
+    parts = LayerParts.of(layer)
+    inner = parts.inner
     spec = spec_of(inner, FlashSpec)
     if spec is None or not _is_whole(found, states) or not _is_full(inner, spec):
         return None
-    linears = (
-        *(inner.query, inner.key, inner.value, first.dense),
-        *(intermediate.dense, last.dense),
-    )
-    norms, dropouts = (first.LayerNorm, last.LayerNorm), (first.dropout, last.dropout)
-    if not (
-        isinstance(first, fused_encoders.AddedNorm)
-        and isinstance(last, fused_encoders.AddedNorm)
-        and isinstance(intermediate, fused_encoders.GeluProjection)
-        and all(type(linear) is nn.Linear for linear in linears)
-        and all(isinstance(norm, fused_encoders.EncoderNorm) for norm in norms)
-        and all(type(one) is nn.Dropout and not (one.training and one.p) for one in dropouts)
-    ):
+    if not parts.are_known() or parts.are_seen():
         return None
-    for module in (attention, inner, first, intermediate, last, *linears, *norms, *dropouts):
-        if has_hooks(module) or "forward" in vars(module):
-            return None
-    q, k, v, out, up, down = linears
-    ordered = (q, k, v, out, norms[0], up, down, norms[1])
-    weights = [tensor for module in ordered for tensor in (module.weight, module.bias)]
-    if any(tensor is None or tensor.dtype != states.dtype for tensor in weights):
+    weights = parts.weights()
+    if any(type(one) not in _PLAIN or one.dtype != states.dtype for one in weights):
         return None
-    if not (fused_encoders.is_served(states, *weights) and states.is_contiguous()):
+    if not weights[0].shape == weights[2].shape == weights[4].shape:
         return None
-    return _arguments(found, spec, inner, states, norms, weights)
+    if not (fused_encoders.is_served(states) and states.is_contiguous()):
+        return None
+    return _arguments(found, spec, parts, states, weights)
+
+
+class LayerParts(NamedTuple):
+    """The modules inside a layer of BERT.
+
+    Attributes:
+        attention: Its attention, with the projection and the LayerNorm after it.
+        inner: The attention without that projection.
+        first: The projection and the LayerNorm after the attention.
+        intermediate: The first linear layer of the MLP, with GELU.
+        last: The second linear layer of the MLP, with the LayerNorm after it.
+        linears: The six linear layers, in the order of BlockWeights.
+        norms: The two LayerNorms.
+        dropouts: The dropouts before the two LayerNorms.
+    """
+
+    attention: Any
+    inner: Any
+    first: Any
+    intermediate: Any
+    last: Any
+    linears: tuple[Any, ...]
+    norms: tuple[Any, Any]
+    dropouts: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerParts:
+        """Returns the parts of a layer for which `is_encoder_layer` was true.
+
+        It reads `_modules`, since nn.Module looks up attributes slowly.
+        """
+        inside: Any = layer._modules
+        attention, intermediate, last = (
+            inside[name] for name in ("attention", "intermediate", "output")
+        )
+        inner, first = attention._modules["self"], attention._modules["output"]
+        own, mine, final = inner._modules, first._modules, last._modules
+        return cls(
+            *(attention, inner, first, intermediate, last),
+            (
+                *(own["query"], own["key"], own["value"], mine["dense"]),
+                *(intermediate._modules["dense"], final["dense"]),
+            ),
+            (mine["LayerNorm"], final["LayerNorm"]),
+            (mine["dropout"], final["dropout"]),
+        )
+
+    def are_known(self) -> bool:
+        """Returns whether the parts have the classes that EncoderBlock computes."""
+        return (
+            isinstance(self.first, fused_encoders.AddedNorm)
+            and isinstance(self.last, fused_encoders.AddedNorm)
+            and isinstance(self.intermediate, fused_encoders.GeluProjection)
+            and all(type(linear) is nn.Linear for linear in self.linears)
+            and all(isinstance(norm, fused_encoders.EncoderNorm) for norm in self.norms)
+            and all(type(dropout) is nn.Dropout for dropout in self.dropouts)
+        )
+
+    def are_seen(self) -> bool:
+        """Returns whether a hook, or a forward of its own, sees what a part computes."""
+        for part in (*self[:5], *self.linears, *self.norms, *self.dropouts):
+            if has_hooks(part) or "forward" in vars(part):
+                return True
+        return False
+
+    def weights(self) -> list[Any]:
+        """Returns weights and biases in the order of BlockWeights; None for one that is missing."""
+        q, k, v, out, up, down = self.linears
+        first, second = self.norms
+        ordered = (q, k, v, out, first, up, down, second)
+        return [module._parameters.get(name) for module in ordered for name in ("weight", "bias")]
 
 
 def _arguments(
-    found: Boundaries, spec: FlashSpec, inner: Any, states: Tensor, norms: Any, weights: Any
+    found: Boundaries, spec: FlashSpec, parts: LayerParts, states: Tensor, weights: Any
 ) -> tuple[Any, ...] | None:
-    from lctrain.models.encoder_block import BlockOptions
+    from lctrain.models.encoder_block import block_kernels
 
-    device, dtype, head_dim = states.device, states.dtype, inner.attention_head_size
+    device, dtype, inner = states.device, states.dtype, parts.inner
+    head_dim = inner.attention_head_size
     backend = fused_backend("norm", FusedCall(device, dtype, states.shape[-1]))
     if backend != fused_backend("bias_gelu", FusedCall(device, dtype)):
         return None
-    options = AttentionOptions(
-        softmax_scale=float(inner.scaling),
-        deterministic=spec.deterministic or torch.are_deterministic_algorithms_enabled(),
-        backend=select_backend(device, dtype, spec.backend, head_dim=head_dim),
+    probability = _attention_dropout(inner, spec)
+    options = _options(
+        float(inner.scaling),
+        spec.deterministic or torch.are_deterministic_algorithms_enabled(),
+        select_backend(device, dtype, spec.backend, head_dim=head_dim),
+        probability,
     )
-    block = BlockOptions(head_dim, float(norms[0].eps), float(norms[1].eps), backend)
-    return states, found.pack.tensors(), options, block, *weights
+    if probability:
+        options = options._replace(dropout_seed=resolve_seed(probability, None, device))
+    first, second = parts.norms
+    kernels = block_kernels(
+        head_dim,
+        (first.eps, second.eps),
+        tuple([one.p if one.training else 0.0 for one in parts.dropouts]),
+        backend,
+    )
+    pack: PackTensors | TiledPack = found.pack.tensors()
+    if options.backend != "pytorch":
+        pack = found.pack.tensors().with_tiles(found.pack.total_q, found.pack.total_k)
+    return states, pack, options, kernels, *weights
+
+
+@functools.lru_cache(maxsize=64)
+def _options(scale: float, deterministic: bool, backend: str, dropout_p: float) -> AttentionOptions:
+    return AttentionOptions(
+        scale, deterministic=deterministic, backend=backend, dropout_p=dropout_p
+    )
 
 
 def _is_whole(found: Boundaries, states: Tensor) -> bool:
@@ -155,12 +235,16 @@ def _is_whole(found: Boundaries, states: Tensor) -> bool:
 
 
 def _is_full(inner: Any, spec: FlashSpec) -> bool:
-    """Returns whether a layer attends to all tokens of a document, without dropout."""
+    """Returns whether a layer attends to all tokens of a document."""
     return (
         inner.config._attn_implementation == spec.implementation
         and spec.sliding_window is None
         and spec.backend != "hopper"
         and not is_causal_layer(inner, None)
-        and dropout_of(inner, spec, inner.dropout.p if inner.training else 0.0) == 0
         and inner.attention_head_size % 8 == 0
     )
+
+
+def _attention_dropout(inner: Any, spec: FlashSpec) -> float:
+    """Returns the probability of dropping an attention weight."""
+    return dropout_of(inner, spec, inner.dropout.p if inner.training else 0.0)

@@ -16,13 +16,13 @@ FAMILIES = ("bert", "roberta", "electra")
 def blocks(monkeypatch):
     """The calls of EncoderBlock, which serves the CPU in these tests."""
     monkeypatch.setattr(fused_encoders, "SERVED", frozenset({"cpu"}))
-    calls, own = [], encoder_block.EncoderBlock.apply
+    calls, own = [], encoder_block.apply_block
 
     def counted(*arguments):
         calls.append(arguments)
         return own(*arguments)
 
-    monkeypatch.setattr(encoder_block.EncoderBlock, "apply", counted)
+    monkeypatch.setattr(encoder_block, "apply_block", counted)
     return calls
 
 
@@ -47,6 +47,32 @@ def test_results_and_gradients_are_those_of_the_modules(family, blocks):
     assert len(blocks) == model.config.num_hidden_layers
     assert_equal_in_float64(found, expected)
     assert changed.keys() == reference.keys()
+    for name, gradient in changed.items():
+        assert_equal_in_float64(gradient, reference[name])
+
+
+@pytest.mark.parametrize("part", ["attention", "hidden", "both"])
+@pytest.mark.usefixtures("in_float64")
+def test_dropout_drops_what_the_modules_drop(part, blocks, monkeypatch):
+    """A seed gives the masks in the same order, so results and gradients are the same."""
+    model = masked_lm("bert").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3 if part != "attention" else 0.0
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = 0.3 if part != "hidden" else 0.0
+    inputs = rows()
+
+    def forward():
+        torch.manual_seed(1)
+        return model(**inputs).logits
+
+    with patch_model(model, fused=True, unpad=True):
+        found, changed = gradients(model, forward)
+        assert len(blocks) == model.config.num_hidden_layers
+        monkeypatch.setattr(fused_encoders, "SERVED", frozenset())
+        expected, reference = gradients(model, forward)
+    assert_equal_in_float64(found, expected)
     for name, gradient in changed.items():
         assert_equal_in_float64(gradient, reference[name])
 
@@ -80,21 +106,15 @@ def hook(model):
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None)
 
 
-def dropout(model):
-    model.bert.encoder.layer[0].output.dropout.p = 0.1
-    model.bert.encoder.layer[0].output.dropout.train()
-
-
-def attention_dropout(model):
-    model.bert.encoder.layer[0].attention.self.dropout.p = 0.1
-    model.bert.encoder.layer[0].attention.self.train()
+def alpha_dropout(model):
+    model.bert.encoder.layer[0].output.dropout = nn.AlphaDropout(0.1)
 
 
 def chunks(model):
     model.bert.encoder.layer[0].chunk_size_feed_forward = 1
 
 
-CHANGES = (adapter, hook, dropout, attention_dropout, chunks)
+CHANGES = (adapter, hook, alpha_dropout, chunks)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
