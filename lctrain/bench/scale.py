@@ -267,19 +267,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.cuda.is_available() and not options.tiny:
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
+    joins = not dist.is_initialized()
     with tempfile.TemporaryDirectory() as folder:
-        if not dist.is_initialized():
+        if joins:
             backend = "nccl" if device.type == "cuda" else "gloo"
             limit = datetime.timedelta(minutes=5)
             alone = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
             store: dict[str, Any] = {} if is_launched() else alone
             dist.init_process_group(backend, timeout=limit, **store)
+        is_first = Topology.of_process().is_first
         for record in measure(options, device):
-            if Topology.of_process().is_first:
+            if is_first:
                 output = save(record, options.output)
                 name = list(record["parts"])[-1]
                 print(f"{name}: {record['seconds'][name]} s, saved in {output}", flush=True)
-    if Topology.of_process().is_first:
+        if joins:
+            dist.destroy_process_group()  # else the backend's thread runs while Python ends
+    if is_first:
         print(scale_table(record), flush=True)
     return int(any("error" in part for part in record["parts"].values()))
 

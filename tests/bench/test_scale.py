@@ -50,6 +50,20 @@ def test_parts_that_fail_are_recorded_and_others_go_on(tmp_path, monkeypatch, ca
     assert "attention: not begun after -1 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_the_command_leaves_the_process_group_that_it_has_joined(tmp_path, monkeypatch, is_joined):
+    monkeypatch.setattr(scale.Parts, "run", lambda parts, name: {"rows": []})
+    if is_joined:
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        scale.main(["--tiny", "--parts=attention", f"--output={tmp_path}/scale.json"])
+        assert torch.distributed.is_initialized() == is_joined
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
