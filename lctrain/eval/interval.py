@@ -10,6 +10,9 @@ from lctrain.eval.ratio import token_mean
 
 LEVEL = 0.95
 RESAMPLES = 1000
+EQUAL = 6
+"""Fewest equal values whose interval has no width: five signs are the same in 1 of 16 cases (p =
+0.0625), six in 1 of 32."""
 _NORMAL = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
@@ -29,14 +32,15 @@ def bootstrap_interval(
         resamples: Number of resampled sets of documents.
 
     Returns:
-        The lower and the upper end; NaN for fewer than three documents.
+        The lower and the upper end; NaN for fewer than three documents, and for fewer than EQUAL
+        documents whose means are all the same, which say nothing about the spread of others.
     """
     documents = len(sums)
     mean, stderr = token_mean(sums, counts)
     if documents < 3 or not math.isfinite(mean):
         return math.nan, math.nan
     if stderr == 0:
-        return mean, mean
+        return (mean, mean) if documents >= EQUAL else (math.nan, math.nan)
     order = np.lexsort((sums, counts))  # the interval does not depend on the order of documents
     sums, counts = sums[order], np.asarray(counts, dtype=np.float64)[order]
     drawn = np.random.default_rng(seed).integers(documents, size=(resamples, documents))

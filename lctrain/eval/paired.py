@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lctrain.eval.files import write_table
 from lctrain.eval.interval import bootstrap_interval
 from lctrain.eval.ratio import token_mean
 from lctrain.eval.records import Item, Measure
+from lctrain.pluralize import pluralize
 
 STEM = "comparison"
 # Settings of a task that choose among its items. Paths of files may differ between machines.
@@ -40,7 +42,7 @@ class PairedRow:
         means: Mean of each run, over the items that both have.
         difference: The second mean minus the first.
         stderr: Standard error of the difference over items.
-        low: Lower end of the 95 % interval of the difference.
+        low: Lower end of the 95 % interval of the difference; NaN from too few items.
         high: Upper end of the interval.
         items: Number of items that both runs have.
     """
@@ -64,6 +66,13 @@ class PairedRow:
         if not (self.low > 0 or self.high < 0):
             return ""
         return self.runs[int((self.difference > 0) == self.measure.larger_is_better)]
+
+    @property
+    def interval(self) -> str:
+        """The interval as text; the number of items if these are too few for an interval."""
+        if math.isnan(self.low):
+            return f"[no interval from {pluralize(self.items, 'item')}]"
+        return f"[{self.low:+.4f}, {self.high:+.4f}]"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the row for files."""
@@ -110,7 +119,7 @@ class RunComparison:
             names = f"{row.runs[0]} {row.means[0]:.4f}, {row.runs[1]} {row.means[1]:.4f}"
             lines.append(
                 f"{head:<26}{methods:<14}{row.length:>9,}  {row.measure.name:<8} {names}: "
-                f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]"
+                f"{row.difference:+.4f} {row.interval}"
                 + (f"  {row.better} is better" if row.better else "")
             )
         return "\n".join(lines)

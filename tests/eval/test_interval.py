@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lctrain.eval.interval import bootstrap_interval, share_interval
+from lctrain.eval.interval import EQUAL, bootstrap_interval, share_interval
 from tests.numerics import near
 
 CASES = 400
@@ -53,5 +53,7 @@ def test_the_interval_depends_on_the_seed_only():
 
 
 def test_too_few_documents_have_no_interval_and_equal_ones_no_width():
-    assert all(map(math.isnan, bootstrap_interval(np.ones(2), np.ones(2))))
-    assert bootstrap_interval(np.ones(4), np.ones(4)) == (1.0, 1.0)
+    assert all(map(math.isnan, bootstrap_interval(np.array([1.0, 2.0]), np.ones(2))))
+    assert not any(map(math.isnan, bootstrap_interval(np.array([1.0, 2.0, 4.0]), np.ones(3))))
+    assert all(map(math.isnan, bootstrap_interval(np.ones(EQUAL - 1), np.ones(EQUAL - 1))))
+    assert bootstrap_interval(np.ones(EQUAL), np.ones(EQUAL)) == (1.0, 1.0)

@@ -63,6 +63,22 @@ def test_a_run_is_no_better_than_itself(tmp_path):
         assert (row.difference, row.low, row.high, row.better) == (0.0, 0.0, 0.0, "")
 
 
+@pytest.mark.parametrize(("items", "found"), [(1, False), (3, False), (5, False), (6, True)])
+def test_few_equal_differences_show_no_better_run(tmp_path, items, found):
+    """One run has no item right, the other all: the standard error of the difference is 0."""
+    first = make_run(tmp_path / "a", gain=-9.0, items=items)
+    second = make_run(tmp_path / "b", gain=9.0, items=items)
+    comparison = compare_runs([first, second])
+    for row in comparison.rows:
+        if row.measure.name == "right":
+            assert (row.difference, row.better) == (1.0, "b" if found else "")
+            assert ((row.low, row.high) == (1.0, 1.0)) == found
+            few = f"[no interval from {'1 item' if items == 1 else f'{items} items'}]"
+            assert row.interval == ("[+1.0000, +1.0000]" if found else few)
+            assert f"+1.0000 {row.interval}" in str(comparison)
+    assert "nan" not in str(comparison)
+
+
 def test_runs_are_compared_method_by_method_and_single_methods_with_each_other(tmp_path):
     both = make_run(tmp_path / "a", methods=("plain", "yarn"))
     one = make_run(tmp_path / "b", methods=("yarn",))
