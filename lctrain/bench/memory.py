@@ -3,6 +3,8 @@
     lctrain-bench memory --tokens 32768,131072 --policies offload,auto --output memory.json
     lctrain-bench memory --tokens 524288 --policies auto --mlp-tokens 16384 --host-gib 100 \\
         --warmup-tokens 32768 --steps 1 --progress
+    lctrain-bench memory --layers 8 --tokens 131072 --policies checkpoint,offload --rounds 3
+    lctrain-bench memory --tokens 1048576 --policies offload --estimate-layers 2,4
     lctrain-bench memory --tiny --tokens 64,128 --contenders lctrain,sdpa
 
 The model has the shape of Llama-3.1-8B with random weights in bfloat16 and LoRA adapters. A step is
@@ -14,6 +16,7 @@ and after every run, so a command that is stopped keeps what it has measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -27,11 +30,14 @@ import torch
 
 from lctrain.allocator import has_expandable_segments
 from lctrain.bench.contenders import CONTENDERS, OURS
+from lctrain.bench.layer_progress import Report
+from lctrain.bench.memory_estimate import extrapolate, joined, refusal, two_numbers
 from lctrain.bench.memory_peer import POLICIES as PEER_POLICIES
 from lctrain.bench.memory_run import MemoryBench, Steps
 from lctrain.bench.shapes import SHAPES, ModelShape, llama_8b, tiny
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import POLICIES, WITH_HOST
+from lctrain.memory.plan import Plan
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
@@ -81,7 +87,8 @@ def describe(run: dict[str, Any]) -> str:
         return f"{line}  {run['status']} {run.get('reason', '')}".rstrip()
     peak = f"{run['peak_gib']:8.2f} GiB" if "peak_gib" in run else "no GPU"
     host = f", host {run['host_gib']:7.2f}" if "host_gib" in run else ""
-    return f"{line}  measured {peak}{host}, {run['tokens_per_s']:,.0f} tokens/s"
+    how = "estimated" if "estimated_from" in run else "measured"
+    return f"{line}  {how} {peak}{host}, {run['tokens_per_s']:,.0f} tokens/s"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,6 +126,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shape", choices=list(_SHAPES), default=llama_8b.name, help=f"default {llama_8b.name}"
     )
     parser.add_argument("--layers", type=positive, help="layers of the model, instead of its own")
+    parser.add_argument(
+        "--estimate-layers",
+        type=two_numbers,
+        help="two numbers of layers, such as 2,4: run these, and estimate the model from them",
+    )
     parser.add_argument("--rank", type=positive, default=16, help="rank of adapters; default 16")
     parser.add_argument(
         "--full", action="store_true", help="train all weights, in float32, without adapters"
@@ -127,6 +139,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--documents", type=positive, default=1, help="equal documents of the pack; default 1"
     )
     parser.add_argument("--steps", type=positive, default=2, help="timed steps; default 2")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=1,
+        help="how often all policies run in turn, each time with --steps steps, so that a change "
+        "of the GPU's clock meets all of them; default 1",
+    )
     parser.add_argument("--warmup", type=positive, default=1, help="steps before; default 1")
     parser.add_argument(
         "--warmup-tokens",
@@ -154,6 +173,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             f"--warmup-tokens must be above --mlp-tokens ({options.mlp_tokens}), got "
             f"{options.warmup_tokens}: shorter packs have no MLP tiles. Double it."
         )
+    if options.estimate_layers is not None:
+        layers = shape_of(options).settings["num_hidden_layers"]
+        reason = refusal(options, layers, OURS in options.contenders)
+        if reason is not None:
+            parser.error(reason)
     return options
 
 
@@ -162,10 +186,12 @@ def shape_of(options: argparse.Namespace) -> ModelShape:
     shape = _SHAPES[options.shape]
     if options.tiny:
         shape = tiny(shape)
-    if options.layers is not None:
-        settings = {**shape.settings, "num_hidden_layers": options.layers}
-        shape = replace(shape, settings=settings)
-    return shape
+    return shape if options.layers is None else with_layers(shape, options.layers)
+
+
+def with_layers(shape: ModelShape, layers: int) -> ModelShape:
+    """Returns the shape with another number of layers."""
+    return replace(shape, settings={**shape.settings, "num_hidden_layers": layers})
 
 
 def open_record(options: argparse.Namespace, shape: ModelShape, device: torch.device) -> Record:
@@ -204,24 +230,82 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         print(describe(run), flush=True)
         return
     record.content["versions"] |= contender.versions()
-    bench = MemoryBench.build(
-        name,
+    policies = options.policies if name == OURS else options.peer_policies
+    if options.estimate_layers is not None and not options.plan_only:
+        _estimate(options, device, record, policies)
+        return
+    bench = _build(options, shape, device)
+    for tokens in options.tokens:
+        runs = [_start(options, bench, record, policy, tokens) for policy in policies]
+        rounds: list[list[dict[str, Any]]] = [[] for _ in runs]
+        for _ in range(0 if options.plan_only else options.rounds):
+            for (run, config, plan), found in zip(runs, rounds, strict=True):
+                report = _reporter(record, run) if options.progress else None
+                found.append(bench.measured(config, tokens, plan, report))
+                record.update(run, **joined(found, tokens))
+        for run, _, _ in runs:
+            print(describe(run), flush=True)
+
+
+def _estimate(
+    options: argparse.Namespace, device: torch.device, record: Record, policies: Sequence[str]
+) -> None:
+    """Measures a contender with two numbers of layers, and adds the estimates to the record."""
+    shape = shape_of(options)
+    layers = shape.settings["num_hidden_layers"]
+    is_ours = options.contenders == [OURS]
+    planned = _build(options, shape, torch.device("meta")) if is_ours else None
+    runs = [
+        (tokens, *_start(options, planned, record, policy, tokens))
+        for tokens in options.tokens
+        for policy in policies
+    ]
+    measured: list[dict[int, dict[str, Any]]] = [{} for _ in runs]
+    for count in options.estimate_layers:
+        bench = _build(options, with_layers(shape, count), device)
+        for (tokens, run, config, plan), found in zip(runs, measured, strict=True):
+            fewer = replace(config, keep_attention=min(config.keep_attention, count))
+            report = _reporter(record, run) if options.progress else None
+            found[count] = bench.measured(fewer, tokens, plan, report)
+            record.update(run, measured=list(found.values()))
+        del bench
+        gc.collect()
+    for (tokens, run, _, _), found in zip(runs, measured, strict=True):
+        record.update(run, **extrapolate(found, layers, tokens))
+        print(describe(run), flush=True)
+
+
+def _build(options: argparse.Namespace, shape: ModelShape, device: torch.device) -> MemoryBench:
+    """Builds the model of the one contender that the command line names."""
+    return MemoryBench.build(
+        options.contenders[0],
         shape,
         device,
         "true" if options.tiny else "bf16-mixed",
         None if options.full else options.rank,
         Steps(options.warmup, options.warmup_tokens, options.steps, options.documents),
     )
-    for tokens in options.tokens:
-        for policy in options.policies if name == OURS else options.peer_policies:
-            run = _run(options, bench, record, policy, tokens)
-            print(describe(run), flush=True)
 
 
-def _run(
-    options: argparse.Namespace, bench: MemoryBench, record: Record, policy: str, tokens: int
-) -> dict[str, Any]:
-    """Plans and measures one policy at one length, and returns its run of the record."""
+def _start(
+    options: argparse.Namespace,
+    bench: MemoryBench | None,
+    record: Record,
+    policy: str,
+    tokens: int,
+) -> tuple[dict[str, Any], MemoryConfig, Plan | None]:
+    """Plans one policy at one length, and adds its run to the record.
+
+    Args:
+        options: The command line.
+        bench: The model to plan; not needed for a peer.
+        record: The record.
+        policy: Name of the policy.
+        tokens: Number of tokens of the pack.
+
+    Returns:
+        (the run, the settings of the policy, its plan or None for a peer)
+    """
     chosen = policy in ("checkpoint", "offload")
     config = MemoryConfig(
         name=policy,
@@ -231,25 +315,26 @@ def _run(
         host_gib=options.host_gib if policy in WITH_HOST else None,
         device_gib=options.device_gib,
     )
-    name = bench.contender.name
+    (name,) = options.contenders
     run: dict[str, Any] = {"contender": name, "policy": policy, "tokens": tokens}
     plan = None
-    if name == OURS:
+    if name == OURS and bench is not None:
         plan, found = bench.planned(config, tokens)
         run |= found
     run["status"] = "planned" if options.plan_only else UNFINISHED
     record.add(run)
-    if options.plan_only:
-        return run
+    return run, config, plan
+
+
+def _reporter(record: Record, run: dict[str, Any]) -> Report:
+    """Returns the function that prints which layer the GPU has reached, and adds it to a run."""
 
     def report(phase: str, layer: int, seconds: float) -> None:
         print(f"{seconds:7.1f} s  {phase} reached layer {layer}", flush=True)
         reached = [*run.get("progress", ()), [phase, layer, round(seconds, 1)]]
         record.update(run, progress=reached)
 
-    found = bench.measured(config, tokens, plan, report if options.progress else None)
-    record.update(run, **found)
-    return run
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

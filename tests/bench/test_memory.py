@@ -7,7 +7,9 @@ import pytest
 
 from lctrain.bench import memory
 from lctrain.bench.__main__ import main
+from lctrain.bench.memory_estimate import extrapolate, joined
 from lctrain.bench.memory_peer import checkpoint_layers
+from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.store import HostStore
 
 
@@ -58,6 +60,70 @@ def test_a_long_step_is_timed_after_short_ones(tmp_path, capsys, monkeypatch):
     assert reached[:4] == [("forward", layer) for layer in range(4)]
     assert reached[4:] == [("backward", layer) for layer in reversed(range(4))]
     assert "backward reached layer 0" in capsys.readouterr().out
+
+
+def test_policies_run_in_turn(tmp_path, monkeypatch):
+    order = []
+    measured = memory.MemoryBench.measured
+
+    def recorded(bench, config, *given):
+        order.append(config.name)
+        return measured(bench, config, *given)
+
+    monkeypatch.setattr(memory.MemoryBench, "measured", recorded)
+    options = ("--tiny", "--layers", "3", "--tokens", "32", "--steps", "1", "--rank", "2")
+    record = run(tmp_path, *options, "--policies", "checkpoint,offload", "--rounds", "2")
+    assert order == ["checkpoint", "offload"] * 2
+    assert [len(one["step_ms"]) for one in record["runs"]] == [2, 2]
+    assert {one["status"] for one in record["runs"]} == {"ok"}
+
+
+def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, capsys):
+    layers = []
+
+    def measured(bench, config, tokens, plan, report):
+        count = len(checkpointed_layers(bench.inner))
+        layers.append((count, config.keep_attention, plan is None))
+        time = [100.0 + 10 * count, 100.0 + 10 * count, 1e6]
+        return {"status": "ok", "step_ms": time, "peak_gib": 2.0 + count, "host_gib": 0.5 * count}
+
+    monkeypatch.setattr(memory.MemoryBench, "measured", measured)
+    options = ("--tiny", "--layers", "32", "--tokens", "4200", "--estimate-layers", "2,4")
+    policy = ("--policies", "offload", "--keep-attention", "32")
+    (found,) = run(tmp_path, *options, *policy)["runs"]
+    assert layers == [(2, 2, False), (4, 4, False)]
+    assert found["estimated_from"] == [2, 4]
+    assert found["step_ms"] == [420.0]
+    assert found["tokens_per_s"] == 10_000.0
+    assert (found["peak_gib"], found["host_gib"]) == (34.0, 16.0)
+    assert len(found["layers"]) == 32  # the plan is that of the whole model
+    assert [one["peak_gib"] for one in found["measured"]] == [4.0, 6.0]
+    assert "estimated" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_no_estimate():
+    failed = {"status": "out_of_memory", "reason": "full"}
+    fits = {"status": "ok", "step_ms": [1.0], "peak_gib": 1.0}
+    assert extrapolate({2: fits, 4: failed}, 32, 8) == failed
+    assert joined([fits, failed], 8) == failed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("2,32",), "must be below the model's 32 layers, got 32"),
+        (("4,2",), "must be two rising numbers, such as 2,4, got '4,2'"),
+        (("few",), "must be an integer of at least 1, got 'few'"),
+        (("2,4",), "must be none, checkpoint or offload with --estimate-layers, got auto"),
+        (("2,4", "--policies", "offload", "--keep-attention", "3"), "must be 0 or 32 with"),
+        (("2,4", "--segment-layers", "3"), "must be multiples of --segment-layers (3), got 2,4"),
+    ],
+    ids=["deep", "falling", "text", "auto", "some", "segment"],
+)
+def test_estimates_that_mean_nothing_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["memory", "--estimate-layers", *options])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch):

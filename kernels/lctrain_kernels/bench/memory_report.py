@@ -40,7 +40,7 @@ def memory_tables(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
-    """Returns the fastest run of every contender at every length, of one document.
+    """Returns the fastest measured run of every contender at every length, of one document.
 
     The records of the model with most measured lengths are taken. The later of two records with the
     same setting counts.
@@ -58,7 +58,7 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
         points = groups[record["shape"], record["layers"], record["rank"], record["precision"]]
         fastest: Points = defaultdict(dict)
         for run in record["runs"]:
-            if run["status"] == "ok" and "peak_gib" in run:
+            if run["status"] == "ok" and "peak_gib" in run and "estimated_from" not in run:
                 found = fastest[run.get("contender", OURS)]
                 known = found.get(run["tokens"])
                 if known is None or known["tokens_per_s"] < run["tokens_per_s"]:
@@ -110,8 +110,16 @@ def _row(run: Mapping[str, Any]) -> str:
         cells += [run["status"].replace("_", " "), "-"]
     cells.append(f"{_gib(run.get('planned_host_gib'))} / {_gib(run.get('host_gib'))}")
     speed = run.get("tokens_per_s")
-    cells += ["-" if speed is None else f"{speed:,.0f}", str(len(run.get("step_ms", ())))]
+    cells += ["-" if speed is None else f"{speed:,.0f}", _timed(run)]
     return f"| {' | '.join(cells)} |"
+
+
+def _timed(run: Mapping[str, Any]) -> str:
+    """Returns the number of timed steps, or from which numbers of layers a run is estimated."""
+    if "estimated_from" not in run:
+        return str(len(run.get("step_ms", ())))
+    few, more = run["estimated_from"]
+    return f"estimate from {few} and {more} layers"
 
 
 def _gib(value: float | None) -> str:

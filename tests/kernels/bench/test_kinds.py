@@ -67,9 +67,11 @@ def test_memory_names_peers_documents_and_runs_that_were_cut():
     peer = {"tokens": 8, "contender": "fa4_liger", "policy": "offload", "status": "ok"}
     peer |= {"peak_gib": 4.0, "reserved_gib": 5.0, "tokens_per_s": 2000.0, "step_ms": [9.0]}
     cut = {"tokens": 9, "contender": "lctrain", "policy": "auto", "layers": ["device/device"]}
+    guess = {**peer, "policy": "checkpoint", "estimated_from": [2, 4]}
     cut |= {"planned_gib": 1.0, "planned_host_gib": 0.0, "status": "unfinished"}
     settings = {"shape": "1B", "layers": 2, "rank": None, "precision": "float32", "mlp_tokens": 4}
-    text = memory_table({**HEAD, **settings, "documents": 8, "runs": [peer, cut]})
+    text = memory_table({**HEAD, **settings, "documents": 8, "runs": [peer, cut, guess]})
+    assert "| 2,000 | estimate from 2 and 4 layers |" in text
     assert "all weights trained" in text
     assert "8 documents of equal length" in text
     assert "| 8 | fa4_liger | offload | - | - | 4.00 | 5.00 | - / - | 2,000 | 1 |" in text
@@ -86,6 +88,7 @@ def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_pa
     peer = {**slow, "contender": "fa4", "tokens": 4096}
     failed = {**slow, "status": "out_of_memory", "tokens": 8192}
     later = {**record, "date": "2026-12-01", "runs": [{**slow, "tokens": 4096}, peer, failed]}
+    later["runs"].append({**slow, "tokens": 16_384, "estimated_from": [2, 4]})
     packs = {**record, "date": "2026-12-02", "documents": 8, "runs": [{**slow, "tokens": 9}]}
     (tmp_path / "memory").mkdir()
     for name, one in (("c", record), ("b", later), ("a", packs)):

@@ -1,0 +1,110 @@
+"""extrapolate: estimates the figures of a deep model from runs with two numbers of layers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from lctrain_kernels.bench.__main__ import positive
+
+_GIB = ("peak_gib", "reserved_gib", "host_gib")
+
+
+def extrapolate(
+    measured: Mapping[int, Mapping[str, Any]], layers: int, tokens: int
+) -> dict[str, Any]:
+    """Returns estimated figures of a model, on the straight line through two measured runs.
+
+    The time and the memory of a step are a constant (embeddings, loss, optimizer) plus a part for
+    each layer. All layers must have the same policy.
+
+    Args:
+        measured: Figures of a run by its number of layers; two numbers.
+        layers: Number of layers of the model.
+        tokens: Number of tokens of the pack.
+
+    Returns:
+        step_ms (one number), tokens_per_s and the bytes in GiB; `estimated_from`, the two numbers
+        of layers; and `measured`, the figures of both. If a run has failed, only its status and
+        reason.
+    """
+    (few, first), (more, second) = sorted(measured.items())
+    for found in (first, second):
+        if found["status"] != "ok":
+            return dict(found)
+
+    def line(one: float, other: float) -> float:
+        return other + (other - one) / (more - few) * (layers - more)
+
+    step_ms = line(median(first["step_ms"]), median(second["step_ms"]))
+    return {
+        "status": "ok",
+        "estimated_from": [few, more],
+        "step_ms": [round(step_ms, 1)],
+        "tokens_per_s": round(1000 * tokens / step_ms, 1),
+        **{name: round(line(first[name], second[name]), 3) for name in _GIB if name in second},
+        "measured": [dict(first), dict(second)],
+    }
+
+
+def joined(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Returns the figures of several rounds of one setting as those of one run.
+
+    Args:
+        rounds: Figures of each round, in order.
+        tokens: Number of tokens of the pack.
+    """
+    failed = [found for found in rounds if found["status"] != "ok"]
+    if failed:
+        return failed[0]
+    steps = [milliseconds for found in rounds for milliseconds in found["step_ms"]]
+    largest = {name: max(one[name] for one in rounds) for name in _GIB if name in rounds[0]}
+    speed = round(1000 * tokens / median(steps), 1)
+    return {**rounds[-1], **largest, "step_ms": steps, "tokens_per_s": speed}
+
+
+def two_numbers(text: str) -> tuple[int, int]:
+    """Returns two rising positive numbers from text such as "2,4".
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is anything else.
+    """
+    try:
+        few, more = (positive(part) for part in text.split(","))
+    except ValueError:
+        few = more = 0
+    if few >= more:
+        raise argparse.ArgumentTypeError(f"must be two rising numbers, such as 2,4, got {text!r}")
+    return few, more
+
+
+def refusal(options: argparse.Namespace, layers: int, is_ours: bool) -> str | None:
+    """Returns why a model cannot be estimated with the given options; None if it can.
+
+    Args:
+        options: Options of `lctrain-bench memory`, with estimate_layers.
+        layers: Number of layers of the model.
+        is_ours: Whether lctrain is measured, and so has memory policies of its own.
+    """
+    few, more = options.estimate_layers
+    segment = options.segment_layers
+    if more >= layers:
+        return f"--estimate-layers must be below the model's {layers} layers, got {more}. Lower it."
+    if few % segment or more % segment:
+        return (
+            f"--estimate-layers must be multiples of --segment-layers ({segment}), got {few},{more}"
+            ": a cut segment has another cost. Choose other numbers."
+        )
+    if options.keep_attention not in (0, layers):
+        return (
+            f"--keep-attention must be 0 or {layers} with --estimate-layers, got "
+            f"{options.keep_attention}: all layers must have the same policy."
+        )
+    if is_ours and "auto" in options.policies:
+        return (
+            "--policies must be none, checkpoint or offload with --estimate-layers, got auto, "
+            "which may give layers different policies."
+        )
+    return None
