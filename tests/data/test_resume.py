@@ -1,5 +1,6 @@
 """Tests resuming: a killed run gives the losses of an uninterrupted run, bit by bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lctrain.data import SourceMix
-from tests.data.train_recorded import Recorder, main, make_trainer
+from tests.data.train_recorded import Recorder, finished_batches, main, make_trainer, recorded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
@@ -27,10 +27,6 @@ class DiedError(Exception):
 class MortalRecorder(Recorder):
     def die(self) -> None:
         raise DiedError
-
-
-def finished_batches(checkpoint: Path) -> int:
-    return torch.load(checkpoint, weights_only=False)["PackedDataModule"]["batches"]
 
 
 @pytest.fixture
@@ -187,46 +183,52 @@ def test_batches_pass_through_every_precision(make_data, tmp_path, precision):
     assert trainer.global_step == 2
 
 
-def recorded(folder: Path) -> dict[str, list[str]]:
-    """Returns the lines that each rank recorded."""
-    return {path.name: path.read_text().splitlines() for path in sorted(folder.glob("rank*.txt"))}
-
-
-def train(corpus, folder: Path, *flags: str, own_process: bool, dies: bool = False) -> None:
-    """Runs tests.data.train_recorded, in this process or in a process of its own."""
-    folder.mkdir(exist_ok=True)
-    flags = ("--corpus", str(corpus), "--folder", str(folder), *flags)
-    if not own_process:
-        return main(flags)
+def in_own_process(*command: str, output: Path) -> subprocess.CompletedProcess:
+    """Runs a script or module of the tests, whose output goes to a file."""
     folders = filter(None, (str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    output = folder / "output.txt"  # a pipe would end with the last worker of a killed rank
-    with output.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *flags],
-            env=environment,
+    with output.open("w") as file:  # a pipe would end with the last worker of a killed process
+        return subprocess.run(
+            [sys.executable, *command],
+            env=environment | {"NODE_RANK": "0"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    assert done.returncode == (-signal.SIGKILL if dies else 0), output.read_text()[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("devices", "workers"), [(1, 2), (2, 1)], ids=["one-process", "two-ranks"])
-def test_a_killed_process_resumes_bit_equal(corpus, tmp_path, devices, workers):
-    flags = ("--devices", str(devices), "--workers", str(workers))
-    folder = tmp_path / "dead"
-    train(corpus, tmp_path / "whole", *flags, own_process=devices > 1)
-    train(corpus, folder, *flags, "--dies-at", "13", own_process=True, dies=True)
-    start = finished_batches(folder / "checkpoints" / "last.ckpt")
+def check_killed(folder: Path, start: int, dead: dict[str, list[str]], ranks: int) -> None:
+    """Checks the lines of a run that was killed at batch 13 and has resumed."""
     assert start == 8  # four optimizer steps of two batches
-    dead = recorded(folder)
-    train(corpus, folder, *flags, "--resume", own_process=devices > 1)
-    both, whole = recorded(folder), recorded(tmp_path / "whole")
-    assert len(whole) == devices
+    both, whole = recorded(folder / "dead"), recorded(folder / "whole")
+    assert len(whole) == ranks
     for rank, lines in whole.items():
         assert dead[rank] == lines[:14]
         assert both[rank] == dead[rank] + lines[start:]
     epochs = [line.split()[1:3] for lines in whole.values() for line in lines]
     first = [documents for epoch, documents in epochs if epoch == "0"]
     assert len(first) == len(set(first))  # ranks share the rows of an epoch
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_equal(corpus, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "dead").mkdir()
+    flags = ("--corpus", str(corpus), "--workers", "2")
+    dead = ("--folder", str(tmp_path / "dead"))
+    main((*flags, "--folder", str(tmp_path / "whole")))
+    output = tmp_path / "output.txt"
+    done = in_own_process(str(SCRIPT), *flags, *dead, "--dies-at", "13", output=output)
+    assert done.returncode == -signal.SIGKILL, output.read_text()[-2000:]
+    start = finished_batches(tmp_path / "dead" / "checkpoints" / "last.ckpt")
+    lines = recorded(tmp_path / "dead")
+    main((*flags, *dead, "--resume"))
+    check_killed(tmp_path, start, lines, ranks=1)
+
+
+@pytest.mark.slow
+def test_killed_ranks_resume_bit_equal(corpus, tmp_path):
+    output = tmp_path / "output.txt"
+    module = "tests.data.killed_ranks"
+    done = in_own_process("-m", module, str(corpus), str(tmp_path), output=output)
+    assert done.returncode == 0, output.read_text()[-2000:]
+    check_killed(tmp_path, **json.loads((tmp_path / "found.json").read_text()), ranks=2)

@@ -1,12 +1,11 @@
 """Trains a toy model and records the documents of every step; run as a script or imported by tests.
 
-The script can kill itself with SIGKILL at a batch, on every rank.
+The script can kill itself with SIGKILL at a batch. killed_ranks.py does the same on two ranks.
 """
 
 import argparse
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,8 @@ class Recorder(LightningModule):
 
     def die(self) -> None:
         """Kills this process when all ranks have come here, none of which then waits for it."""
-        folder, ranks = self.record.parent, self.trainer.world_size
-        (folder / f"at-its-end-{self.global_rank}").touch()
-        while len(list(folder.glob("at-its-end-*"))) < ranks:
-            time.sleep(0.01)
+        if self.trainer.world_size > 1:
+            torch.distributed.barrier()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def configure_optimizers(self) -> Any:
@@ -59,6 +56,16 @@ class Recorder(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def recorded(folder: Path) -> dict[str, list[str]]:
+    """Returns the lines that each rank recorded."""
+    return {path.name: path.read_text().splitlines() for path in sorted(folder.glob("rank*.txt"))}
+
+
+def finished_batches(checkpoint: Path) -> int:
+    """Returns the number of batches that training has finished, by a checkpoint."""
+    return torch.load(checkpoint, weights_only=False)["PackedDataModule"]["batches"]
 
 
 def make_trainer(checkpoints: Path, **settings: Any) -> Trainer:
@@ -83,30 +90,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--dies-at", type=int)
     parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_args(argv)
+    train(parser.parse_args(argv))
 
+
+def train(options: argparse.Namespace, rank: int = 0, devices: int = 1) -> None:
+    """Trains two epochs.
+
+    Args:
+        options: Options of the command line.
+        rank: Number of this rank.
+        devices: Number of ranks.
+    """
     data = PackedDataModule(
-        TextSource(files=f"{arguments.corpus}/*.txt"),
+        TextSource(files=f"{options.corpus}/*.txt"),
         max_tokens=256,
         vocab_size=300,
-        num_workers=arguments.workers,
-        cache_dir=arguments.folder.parent / "cache",
+        num_workers=options.workers,
+        cache_dir=options.folder.parent / "cache",
     )
     trainer = make_trainer(
-        arguments.folder / "checkpoints",
-        devices=arguments.devices,
-        strategy="ddp" if arguments.devices > 1 else "auto",
+        options.folder / "checkpoints",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
         accumulate_grad_batches=2,
         max_epochs=2,
     )
-    rank = os.environ.get("LOCAL_RANK", "0")
-    model = Recorder(arguments.folder / f"rank{rank}.txt", dies_at=arguments.dies_at)
-    last = arguments.folder / "checkpoints" / "last.ckpt"
-    trainer.fit(model, data, ckpt_path=last if arguments.resume else None)
+    model = Recorder(options.folder / f"rank{rank}.txt", dies_at=options.dies_at)
+    last = options.folder / "checkpoints" / "last.ckpt"
+    trainer.fit(model, data, ckpt_path=last if options.resume else None)
 
 
 if __name__ == "__main__":
