@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cache_step import CacheStep
 from lctrain.attention.cached import attend_cached, is_cached_rows
 from lctrain.attention.documents import rows_of_mask
 from lctrain.attention.forward import (
@@ -38,6 +39,7 @@ def flash_attention_forward(
     s_aux: Tensor | None = None,
     deterministic: bool | None = None,
     lctrain_boundaries: Boundaries | None = None,
+    lctrain_step: CacheStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes softmax attention within documents, on lctrain's kernels.
@@ -60,6 +62,7 @@ def flash_attention_forward(
         deterministic: Whether the backward must give the same bits in every run. True here or in
             AttentionSpec.deterministic is enough.
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
+        lctrain_step: Cache of the caller, which computes the attention.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule` and
             `position_ids`; further arguments of the model are checked and not used.
 
@@ -82,8 +85,10 @@ def flash_attention_forward(
     }
     if paged_cache(kwargs) is not None:
         return attend_paged(module, query, key, value, kwargs, options), None
-    refuse_unknown(kwargs)
     causal = is_causal_layer(module, is_causal)
+    if lctrain_step is not None:
+        return lctrain_step.attend(module, query, key, value, causal, options), None
+    refuse_unknown(kwargs)
     if causal and spec is not None and spec.backend != "hopper":
         rows = attention_mask if is_cached_rows(attention_mask) else None
         exact = rows is None and reads_cache(module, query, key, value, attention_mask, kwargs)

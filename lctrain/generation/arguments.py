@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
 
+BATCHING = ("auto", "continuous", "padded")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -23,6 +26,18 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not is_int(value) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+
+
+def check_batching(batching: Any, cache_gib: Any) -> None:
+    """Raises ValueError unless `batching` is known and `cache_gib` is None or above 0."""
+    if batching not in BATCHING:
+        raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}.")
+    number = isinstance(cache_gib, Real) and not isinstance(cache_gib, bool)
+    if cache_gib is not None and not (number and 0 < cache_gib < math.inf):
+        raise ValueError(
+            f"cache_gib must be a finite number above 0, got {cache_gib!r}. None takes a share of "
+            "the free memory."
+        )
 
 
 def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.generation.arguments import (
+    check_batching,
     check_counts,
     check_fit,
     find_causal_lm,
@@ -19,10 +20,14 @@ from lctrain.generation.arguments import (
     read_seeds,
     read_stops,
 )
+from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.options import Completion, SamplingOptions
-from lctrain.generation.sampler import Finish, Sampler, require_distributions
+from lctrain.generation.padded import complete_padded
+from lctrain.generation.road import find_cache
+from lctrain.generation.task import GenerationTask
 from lctrain.loss import evaluation_mode
 from lctrain.models.kept_frequencies import kept_frequencies
+from lctrain.warn import warn_caller
 
 
 def generate(
@@ -41,8 +46,21 @@ def generate(
     tokenizer: Any = None,
     batch_size: int = 64,
     samples: int = 1,
+    batching: str = "auto",
+    cache_gib: float | None = None,
+    cuda_graphs: bool = True,
 ) -> list[Completion]:
-    """Completes prompts, in batches of left-padded rows, by transformers' generation loop.
+    """Completes prompts by continuous batching over a paged cache, or else in padded batches.
+
+    A model patched with attention="flash" generates by continuous batching: prompts are prefilled
+    in packs without padding, all running requests decode one token per step on the decode kernels,
+    and a request that ends makes room for the next. Equal prompts that run together are prefilled
+    once and share pages, which are copied when one of them writes. If the cache is full, the
+    request that was admitted last is prefilled again later. On a GPU, decode steps are CUDA graphs.
+
+    Other models generate in left-padded batches by transformers' loop: those without a patch or
+    with another attention, with RoPE frequencies that depend on the length, with layers that share
+    a cache or have keys and values of different widths, and sharded or compiled ones.
 
     The model's training mode, torch's random state, the model's generation config and its rotary
     frequencies are as before when the call returns or raises. The cache is freed. Defaults of the
@@ -64,9 +82,16 @@ def generate(
             does not count. They need a tokenizer.
         eos_token_id: Tokens that end a completion; by default those of the model.
         tokenizer: Tokenizer of transformers, for prompts of text and for the completions' text.
-        batch_size: Completions that are made together; all samples of a prompt are, even if they
-            are more.
-        samples: Completions of each prompt. The cache of a prompt is computed once.
+        batch_size: Most completions that are made together; in padded batches, all samples of a
+            prompt are, even if they are more.
+        samples: Completions of each prompt. The cache of a prompt is computed once for samples that
+            are made together.
+        batching: "auto", "continuous" or "padded". "auto" chooses continuous batching if the model
+            allows it.
+        cache_gib: Most memory of the paged cache, in GiB; by default most of a GPU's free memory,
+            and 4 GiB on a CPU. The cache is never larger than a full batch needs.
+        cuda_graphs: Whether decode steps on a GPU are captured. A model with hooks of others, or
+            with weights on several devices, decodes without graphs and warns.
 
     Returns:
         `samples` Completions per prompt, prompt after prompt, in the order of the prompts.
@@ -74,125 +99,44 @@ def generate(
     Raises:
         TypeError: if the model cannot generate, or `tokenizer` is no tokenizer.
         ValueError: if an argument does not fit, a token is outside the vocabulary, a prompt with
-            its completion is longer than the model's table of learned positions, or the logits of
-            a token of a completion give no distribution, such as NaN.
+            its completion is longer than the model's table of learned positions or does not fit the
+            cache, the model cannot do what `batching` says, or the logits of a token of a
+            completion give no distribution, such as NaN.
     """
     causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
+    check_batching(batching, cache_gib)
     stops = read_stops(stop, tokenizer)
     rows = read_prompts(prompts, tokenizer)
     numbers = read_seeds(seeds, len(rows) * samples)
     end = read_end_tokens(causal_lm, eos_token_id)
     check_fit(causal_lm, rows, max_new_tokens)
-    completions: list[Completion] = []
-    together = max(1, batch_size // samples)
+    if not rows:
+        return []
+    task = GenerationTask(
+        rows,
+        numbers,
+        options,
+        int(max_new_tokens),
+        end,
+        stops,
+        tokenizer,
+        int(batch_size),
+        int(samples),
+    )
     with _as_before(causal_lm):
-        for first in range(0, len(rows), together):
-            batch = slice(first, first + together)
-            completions += _complete(
-                causal_lm,
-                rows[batch],
-                numbers[batch.start * samples : batch.stop * samples],
-                options,
-                max_new_tokens,
-                end,
-                stops,
-                tokenizer,
-                first,
+        shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
+        if not isinstance(shape, str):
+            return complete_continuously(causal_lm, task, shape, cache_gib, cuda_graphs)
+        if batching == "continuous":
+            raise ValueError(
+                f"batching must be 'padded' or 'auto' for {type(causal_lm).__name__}, got "
+                f"'continuous': {shape}. Patch the model with attention='flash', or change it."
             )
-    return completions
-
-
-def _complete(
-    model: Any,
-    rows: Sequence[list[int]],
-    seeds: Sequence[int],
-    options: SamplingOptions,
-    max_new_tokens: int,
-    end: Sequence[int],
-    stop: Sequence[str],
-    tokenizer: Any,
-    first: int,
-) -> list[Completion]:
-    """Returns as many completions of each prompt of a batch as it has seeds.
-
-    Prompt `first` is the first one.
-    """
-    from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-
-    samples = len(seeds) // len(rows)
-    device = next(model.parameters()).device
-    longest = max(map(len, rows))
-    pad = end[0] if end else 0
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    real = torch.arange(longest, device=device) >= torch.tensor(
-        [[longest - len(row)] for row in rows], device=device
-    )
-    cache = _prompt_cache(model, ids, real, pad, samples)
-    ids, real = (tensor.repeat_interleave(samples, 0) for tensor in (ids, real))
-    rows = [row for row in rows for _ in range(samples)]
-    sampler = Sampler(options, real, seeds)
-    stops = StopStringCriteria(tokenizer, list(stop)) if stop else None
-    finish = Finish(longest, torch.tensor(end, dtype=torch.int64, device=device), stops)
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=real.long(),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        logits_processor=LogitsProcessorList([sampler]),
-        stopping_criteria=StoppingCriteriaList([finish]),
-        **cache,
-    )
-    tokens = found[:, longest:].tolist()
-    log_probs = torch.stack(sampler.log_probs, 1).tolist()
-    assert finish.lengths is not None
-    results = []
-    for index, (row, length) in enumerate(zip(rows, finish.lengths.tolist(), strict=True)):
-        count = length or len(tokens[index])
-        made = tokens[index][:count]
-        require_distributions(log_probs[index][:count], first + index // samples)
-        results.append(
-            Completion(
-                prompt_ids=row,
-                token_ids=made,
-                log_probs=log_probs[index][:count],
-                finish="stop" if length else "length",
-                text=None if tokenizer is None else tokenizer.decode(made),
-            )
-        )
-    return results
-
-
-def _prompt_cache(model: Any, ids: Tensor, real: Tensor, pad: int, samples: int) -> dict[str, Any]:
-    """Returns the argument of generate() with the cache of prompts, repeated for their samples.
-
-    The cache holds all tokens of the prompts but the last one. It is left out for one sample, for a
-    prompt of one token, and for a cache that cannot be repeated.
-
-    Args:
-        model: The causal LM.
-        ids: [P, n] int64, left-padded prompts.
-        real: [P, n] bool, True at tokens that are not padding.
-        pad: Token id of the padding.
-        samples: Number of completions of each prompt.
-    """
-    if samples == 1 or not bool(real[:, -2:].all()) or ids.shape[1] == 1:
-        return {}
-    found = model.generate(
-        input_ids=ids[:, :-1],
-        attention_mask=real[:, :-1].long(),
-        max_new_tokens=1,
-        do_sample=False,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-    )
-    cache = found.past_key_values
-    if not hasattr(cache, "batch_repeat_interleave"):
-        return {}
-    cache.batch_repeat_interleave(samples)
-    return {"past_key_values": cache}
+        if cache_gib is not None:
+            warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")
+        return complete_padded(causal_lm, task)
 
 
 @contextmanager
@@ -211,6 +155,6 @@ def _as_before(model: Any) -> Iterator[None]:
             yield
     finally:
         owner.generation_config = config
-        gc.collect()
         if on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()

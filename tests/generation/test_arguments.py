@@ -44,6 +44,9 @@ def test_arrays_and_tensors_are_token_ids(model):
         ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
         ({"max_new_tokens": True}, "max_new_tokens must be an int of at least 1, got True"),
         ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
+        ({"batching": "x"}, "batching must be one of auto, continuous, padded, got 'x'"),
+        ({"cache_gib": 0}, "cache_gib must be a finite number above 0, got 0"),
+        ({"cache_gib": True}, "cache_gib must be a finite number above 0, got True"),
         ({"seeds": [1]}, r"seeds must have one number per completion \(2\), got 1"),
         (
             {"seeds": [1, 2], "samples": 2},

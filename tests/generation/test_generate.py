@@ -14,12 +14,19 @@ from tests.numerics import assert_error_at_most_twice
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3], [4, 4, 9]]
 
 
-@pytest.fixture
-def model(make_llama):
-    model = make_llama()
-    model.generation_config.eos_token_id = None
-    model.config.eos_token_id = None
+@pytest.fixture(params=["padded", "continuous"])
+def model(request, endless):
+    """Returns a model that generates in padded batches, or patched and by continuous batching."""
+    model = endless()
+    if request.param == "continuous":
+        lctrain.patch_model(model)
     return model
+
+
+@pytest.fixture
+def plain(endless):
+    """Returns a model without a patch."""
+    return endless()
 
 
 def tokens(completions) -> list[list[int]]:
@@ -35,10 +42,15 @@ def test_greedy_is_transformers_greedy(model):
         assert (completion.finish, completion.text) == ("length", None)
 
 
+@pytest.mark.parametrize("batching", ["padded", "continuous"])
 @pytest.mark.parametrize("temperature", [0, 1.0, 0.7])
-def test_rollouts_have_the_log_probs_of_a_packed_training_forward(model, make_llama, temperature):
+def test_rollouts_have_the_log_probs_of_a_packed_training_forward(
+    endless, make_llama, temperature, batching
+):
+    model = endless()
+    options = {"temperature": temperature, "max_new_tokens": 6, "batching": batching}
     with lctrain.patch_model(model):
-        found = lctrain.generate(model, PROMPTS, temperature=temperature, max_new_tokens=6)
+        found = lctrain.generate(model, PROMPTS, **options)
         documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in found]
         labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in found]
         batch = lctrain.PackedBatch.from_documents(documents, labels=labels)
@@ -73,19 +85,18 @@ def test_a_seed_gives_the_same_tokens_in_every_batch(model):
     [(PROMPTS[:2], None), (PROMPTS, None), (PROMPTS[:2], "flash"), (PROMPTS[:2], "dual_chunk")],
     ids=["plain", "with a prompt of one token", "flash", "dual_chunk"],
 )
-def test_samples_of_a_prompt_are_those_of_its_copies(model, prompts, attention):
+def test_samples_of_a_prompt_are_those_of_its_copies(plain, prompts, attention):
     if attention is not None:
         options = {"chunk_size": 8, "local_size": 2} if attention == "dual_chunk" else {}
-        lctrain.patch_model(model, attention=attention, **options)
+        lctrain.patch_model(plain, attention=attention, **options)
     copies = [prompt for prompt in prompts for _ in range(3)]
-    expected = lctrain.generate(model, copies, seeds=5, max_new_tokens=6)
+    expected = lctrain.generate(plain, copies, seeds=5, max_new_tokens=6)
     read = []
-    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: read.append(ids[0]))
+    plain.model.embed_tokens.register_forward_hook(lambda module, ids, out: read.append(ids[0]))
+    options = {"samples": 3, "seeds": 5, "max_new_tokens": 6, "batching": "padded"}
     for size in (64, 4, 1):  # the samples of a prompt stay together
         read.clear()
-        found = lctrain.generate(
-            model, prompts, samples=3, seeds=5, max_new_tokens=6, batch_size=size
-        )
+        found = lctrain.generate(plain, prompts, batch_size=size, **options)
         assert tokens(found) == tokens(expected)
         assert [c.prompt_ids for c in found] == copies
         if len(prompts) == 2:
@@ -94,17 +105,17 @@ def test_samples_of_a_prompt_are_those_of_its_copies(model, prompts, attention):
             )
 
 
-def test_samples_have_the_log_probs_of_the_trainer_in_a_pack_of_groups(model, make_llama):
+def test_samples_have_the_log_probs_of_the_trainer_in_a_pack_of_groups(plain, make_llama):
     """So they serve as the old policy's: no ratio is clipped, and all are 1 within rounding."""
-    lctrain.patch_model(model)
+    lctrain.patch_model(plain)
     prompts = PROMPTS[:2]
-    found = lctrain.generate(model, prompts, samples=4, max_new_tokens=5)
+    found = lctrain.generate(plain, prompts, samples=4, max_new_tokens=5)
     completions = [torch.tensor(completion.token_ids) for completion in found]
     pack = lctrain.PackedBatch.from_groups(
         [(prompt, completions[4 * n : 4 * n + 4]) for n, prompt in enumerate(prompts)]
     )
     old = torch.tensor([x for completion in found for x in completion.log_probs])
-    trained = token_log_probs(model, pack)
+    trained = token_log_probs(plain, pack)
     with lctrain.patch_model(make_llama().double()) as exact:
         expected = token_log_probs(exact.model, pack).log_probs.detach()
     assert_error_at_most_twice(old, trained.log_probs.detach(), expected)
@@ -155,19 +166,11 @@ def test_end_tokens_end_a_completion(model):
         assert ended.token_ids == whole.token_ids[: len(ended.token_ids)]
 
 
-def test_stop_strings_and_texts(model):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = [chr(33 + index) for index in range(94)] + ["\u0120", "\u00a1", "\u00a2"]
-    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(characters)}, []))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
-    options = {"temperature": 0, "max_new_tokens": 6, "tokenizer": tokenizer}
+def test_stop_strings_and_texts(model, letters):
+    options = {"temperature": 0, "max_new_tokens": 6, "tokenizer": letters}
     free = lctrain.generate(model, ["&'()"], **options)[0]
     assert free.prompt_ids == PROMPTS[0]
-    assert free.text == tokenizer.decode(free.token_ids)
+    assert free.text == letters.decode(free.token_ids)
     stop = free.text[1:3]
     found = lctrain.generate(model, PROMPTS[:1], stop=[stop], **options)[0]
     assert (found.finish, free.finish) == ("stop", "length")
@@ -229,24 +232,24 @@ def spoil_logits(model, value, *, call: int, token: int | slice):
     [(float("nan"), 5), (float("inf"), 5), (float("-inf"), slice(None))],
     ids=["nan", "inf", "all-minus-inf"],
 )
-def test_logits_without_a_distribution_are_refused(model, value, token, temperature):
-    spoil_logits(model, value, call=4, token=token)
+def test_logits_without_a_distribution_are_refused(plain, value, token, temperature):
+    spoil_logits(plain, value, call=4, token=token)
     expected = r"logits of prompt 2 at generated token 1 must .*got NaN, \+inf"
     with pytest.raises(ValueError, match=expected):
-        lctrain.generate(model, PROMPTS, max_new_tokens=2, batch_size=2, temperature=temperature)
+        lctrain.generate(plain, PROMPTS, max_new_tokens=2, batch_size=2, temperature=temperature)
 
 
-def test_logits_of_minus_infinity_are_allowed(model):
-    spoil_logits(model, float("-inf"), call=1, token=slice(6, None))
-    assert lctrain.generate(model, PROMPTS, max_new_tokens=1)[0].token_ids[0] < 6
+def test_logits_of_minus_infinity_are_allowed(plain):
+    spoil_logits(plain, float("-inf"), call=1, token=slice(6, None))
+    assert lctrain.generate(plain, PROMPTS, max_new_tokens=1)[0].token_ids[0] < 6
 
 
-def test_logits_after_the_end_of_a_completion_do_not_count(model):
+def test_logits_after_the_end_of_a_completion_do_not_count(plain):
     """A row that ended is padded until the last one ends."""
-    free = lctrain.generate(model, PROMPTS, max_new_tokens=3, temperature=0)
+    free = lctrain.generate(plain, PROMPTS, max_new_tokens=3, temperature=0)
     end = free[0].token_ids[0]
-    spoil_logits(model, float("nan"), call=3, token=0)
-    found = lctrain.generate(model, PROMPTS, max_new_tokens=3, temperature=0, eos_token_id=end)
+    spoil_logits(plain, float("nan"), call=3, token=0)
+    found = lctrain.generate(plain, PROMPTS, max_new_tokens=3, temperature=0, eos_token_id=end)
     assert found[0].token_ids == [end]
     assert max(len(completion.token_ids) for completion in found) == 3
 

@@ -1,0 +1,107 @@
+"""CachedForward: calls a patched model with a CacheStep. measure_cache: what its layers store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.attention.cache_step import STEP_ARGUMENT, CacheStep
+from lctrain.attention.cached import cached_rows
+from lctrain.generation.pages import CacheShape
+from lctrain.models.code import parameters
+
+MOST_HEAD_DIM = 256
+"""Largest head dim of the decode kernels."""
+
+
+class CachedForward:
+    """Calls a patched causal LM on packed tokens, whose attention a CacheStep computes.
+
+    Args:
+        model: A causal LM of transformers, or a model of PEFT around one.
+
+    Attributes:
+        device: Device of the weights.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.device: torch.device = next(model.parameters()).device
+        self._model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._keeps = "logits_to_keep" in parameters(base)
+        self._mask = cached_rows(None, 1, 1, self.device)
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, step: CacheStep, keep: Tensor | None = None
+    ) -> Tensor:
+        """Returns the logits of tokens, [n, V].
+
+        Args:
+            ids: Token ids [1, T] int64.
+            positions: Position of each token in its request, [1, T] int64.
+            step: Computes the attention of all layers.
+            keep: Indices of the tokens whose logits are returned, [n] int64; None for all.
+        """
+        arguments: dict[str, Any] = {STEP_ARGUMENT: step}
+        if keep is not None and self._keeps:
+            arguments["logits_to_keep"] = keep
+        logits = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._mask,
+            use_cache=False,
+            return_dict=True,
+            **arguments,
+        ).logits[0]
+        return logits if keep is None or self._keeps else logits[keep]
+
+
+class _Measure:
+    """A CacheStep that stores nothing, and remembers what each layer would have stored."""
+
+    def __init__(self) -> None:
+        self.layers: list[int | None] = []
+        self.shapes: set[tuple[int, int, int, torch.dtype]] = set()
+        self.causal = True
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        options: dict[str, Any],
+    ) -> Tensor:
+        self.layers.append(getattr(module, "layer_idx", None))
+        self.shapes.add((key.shape[1], key.shape[3], value.shape[3], value.dtype))
+        self.causal &= causal
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]).to(value.dtype)
+
+
+def measure_cache(model: Any) -> CacheShape | str:
+    """Returns the shape of a model's keys and values, from a forward pass of one token.
+
+    Args:
+        model: A patched causal LM in eval mode.
+
+    Returns:
+        The shape; or, if the layers do not fit one paged cache, the reason as a text.
+    """
+    forward, step = CachedForward(model), _Measure()
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=forward.device)
+    forward(zero, zero, step)
+    if not step.layers or step.layers != list(range(len(step.layers))):
+        return "its layers share a cache, or are not numbered from 0"
+    if not step.causal:
+        return "a layer is not causal"
+    if len(step.shapes) > 1:
+        return "its layers have keys of several shapes"
+    ((heads, head_dim, value_dim, dtype),) = step.shapes
+    if value_dim != head_dim or head_dim > MOST_HEAD_DIM:
+        return f"keys and values have head dims {head_dim} and {value_dim}"
+    if forward.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        return f"its attention computes in {dtype} on a GPU"
+    return CacheShape(len(step.layers), heads, head_dim, dtype)

@@ -1,0 +1,110 @@
+"""PagePool: keys and values of all layers in pages, which requests own or share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAGE = 64
+"""Tokens of a page: a block of keys of the decode kernels' tiles lies on one page."""
+
+
+class CacheShape(NamedTuple):
+    """Shape of a model's keys and values, the same in all layers.
+
+    Attributes:
+        layers: Number of attention layers.
+        heads: Number of key/value heads.
+        head_dim: Head dim of queries, keys and values.
+        dtype: Dtype of keys and values.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: keys and values of PAGE tokens in all layers."""
+        return 2 * self.layers * PAGE * self.heads * self.head_dim * self.dtype.itemsize
+
+
+def pages_of(tokens: int) -> int:
+    """Returns the number of pages that hold a number of tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagePool:
+    """Pages on a device, with the number of users of each page on the host.
+
+    A page that several requests use is never written to: `own` copies it first.
+
+    Args:
+        shape: Shape of keys and values.
+        pages: Number of pages.
+        device: Device of the pages.
+
+    Attributes:
+        shape: Shape of keys and values.
+        pages: Number of pages.
+    """
+
+    def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
+        self.shape = shape
+        self.pages = pages
+        size = (shape.layers, 2, pages, PAGE, shape.heads, shape.head_dim)
+        self._storage = torch.empty(size, dtype=shape.dtype, device=device)
+        self._free = list(range(pages - 1, -1, -1))
+        self._users = [0] * pages
+
+    @property
+    def free(self) -> int:
+        """Number of pages without a user."""
+        return len(self._free)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of a layer, each [pages, PAGE, Hk, D]; views of the pool."""
+        return self._storage[index, 0], self._storage[index, 1]
+
+    def take(self, count: int) -> list[int]:
+        """Returns free pages, which now have one user each.
+
+        Args:
+            count: Number of pages, at most `free`.
+        """
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._users[page] = 1
+        return taken
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """Adds a user to each of some pages, and returns them as that user's list."""
+        for page in pages:
+            self._users[page] += 1
+        return list(pages)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes a user from each of some pages; pages without a user are free."""
+        for page in pages:
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    def is_shared(self, page: int) -> bool:
+        """Returns whether a page has several users."""
+        return self._users[page] > 1
+
+    def own(self, page: int) -> int:
+        """Returns a page with the same contents and one user, in place of a shared page.
+
+        Args:
+            page: A page with several users. The pool must have a free page.
+        """
+        (copy,) = self.take(1)
+        self._storage[:, :, copy] = self._storage[:, :, page]
+        self.release([page])
+        return copy

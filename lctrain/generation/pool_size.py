@@ -1,0 +1,56 @@
+"""pool_pages: how many pages the cache of a call gets."""
+
+from __future__ import annotations
+
+import torch
+
+from lctrain.generation.pages import PAGE, CacheShape, pages_of
+from lctrain.generation.task import GenerationTask
+
+SHARE = 0.8
+"""Share of the free memory of a GPU that the cache may take; activations need the rest."""
+HOST_BYTES = 4 * 2**30
+"""Most bytes of a cache on a CPU, unless the caller gives a size."""
+
+
+def longest_pages(task: GenerationTask) -> list[int]:
+    """Returns the pages of each prompt with its longest completion; the last token is not read."""
+    return [pages_of(len(row) + task.max_new_tokens - 1) for row in task.prompts]
+
+
+def pool_pages(
+    task: GenerationTask, shape: CacheShape, device: torch.device, cache_gib: float | None
+) -> int:
+    """Returns the number of pages: those of the longest requests of a full batch, if they fit.
+
+    Args:
+        task: Prompts and options.
+        shape: Shape of keys and values.
+        device: Device of the cache.
+        cache_gib: Most memory of the cache in GiB; None for a share of the free memory.
+
+    Raises:
+        ValueError: if one request alone does not fit.
+    """
+    needs = sorted(longest_pages(task), reverse=True)
+    wanted = sum(sorted(needs * min(task.samples, task.batch_size))[-task.batch_size :])
+    room = _free_bytes(device) if cache_gib is None else int(cache_gib * 2**30)
+    fitting = room // shape.page_bytes
+    if fitting < needs[0]:
+        raise ValueError(
+            f"cache_gib must be at least {needs[0] * shape.page_bytes / 2**30:.3g} for a prompt "
+            f"with its completion of {needs[0] * PAGE} tokens, got {room / 2**30:.3g}"
+            f"{' of free memory' if cache_gib is None else ''}. Shorten the prompts, lower "
+            "max_new_tokens, or pass a larger cache_gib."
+        )
+    return min(wanted, fitting)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Returns the bytes that the cache may take on a device, without the caller's word."""
+    if device.type != "cuda":
+        return HOST_BYTES
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(SHARE * (free + unused))

@@ -1,0 +1,158 @@
+"""prefill: stores the keys and values of prompts, in packs without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.generation.forward import CachedForward
+from lctrain.generation.pages import PAGE, PagePool
+
+TOKENS = 8192
+"""Most tokens of a pack. Longer prompts are cut, and each piece attends to those before it."""
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a request.
+
+    Attributes:
+        tokens: All tokens of the request to be stored.
+        pages: Pages of the request.
+        begin: Index of the first token of the piece.
+        end: Index after its last token.
+    """
+
+    tokens: Sequence[int]
+    pages: Sequence[int]
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the piece holds the last token of the request."""
+        return self.end == len(self.tokens)
+
+
+class PrefillStep:
+    """The CacheStep of a pack: writes keys and values to pages, and attends within requests.
+
+    Args:
+        pool: Pages.
+        pieces: Pieces of the pack.
+        device: Device of the pages.
+    """
+
+    def __init__(self, pool: PagePool, pieces: Sequence[Piece], device: torch.device) -> None:
+        from lctrain_kernels.pack import checked_pack
+
+        self._pool = pool
+        slots = [_slots(piece.pages, piece.begin, piece.end) for piece in pieces]
+        self._slots = torch.cat(slots).to(device)
+        self._keys: Tensor | None = None  # None: all keys are those of the pack
+        lengths = queries = [piece.end - piece.begin for piece in pieces]
+        if any(piece.begin for piece in pieces):
+            stored = [_slots(piece.pages, 0, piece.end) for piece in pieces]
+            self._keys = torch.cat(stored).to(device)
+            lengths = [piece.end for piece in pieces]
+        begins = _boundaries(queries).to(device)
+        self._pack = checked_pack(
+            begins,
+            begins if self._keys is None else _boundaries(lengths).to(device),
+            sum(queries),
+            sum(lengths),
+            device,
+            max_seqlen_q=max(queries),
+            max_seqlen_k=max(lengths),
+        )
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Returns the output of a layer, [1, T, H, D]; see CacheStep."""
+        from lctrain_kernels.varlen.api import flash_attn_pack_func
+
+        stores = [pages.flatten(0, 1) for pages in self._pool.layer(int(module.layer_idx))]  # type: ignore[arg-type]
+        q, k, v = (x[0].transpose(0, 1).to(stores[0].dtype) for x in (query, key, value))
+        for store, new in zip(stores, (k, v), strict=True):
+            store.index_copy_(0, self._slots, new)
+        if self._keys is not None:
+            k, v = (store.index_select(0, self._keys) for store in stores)
+        return flash_attn_pack_func(q, k, v, self._pack, causal=causal, **options)[0][None]
+
+
+def prefill(
+    forward: CachedForward,
+    pool: PagePool,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    most: int = TOKENS,
+) -> Tensor:
+    """Stores all tokens of requests, and returns the logits after each request's last token.
+
+    Args:
+        forward: The model.
+        pool: Pages.
+        requests: Tokens and pages of each request.
+        most: Most tokens of a pack.
+
+    Returns:
+        [requests, V].
+    """
+    found = []
+    for pieces in packs(requests, most):
+        tokens = [token for piece in pieces for token in piece.tokens[piece.begin : piece.end]]
+        ids = torch.tensor([tokens]).to(forward.device)
+        places = [torch.arange(piece.begin, piece.end) for piece in pieces]
+        positions = torch.cat(places)[None].to(forward.device)
+        ends = _boundaries([piece.end - piece.begin for piece in pieces])[1:].long() - 1
+        keep = ends[[piece.is_last for piece in pieces]].to(forward.device)
+        step = PrefillStep(pool, pieces, forward.device)
+        logits = forward(ids, positions, step, keep)
+        found.append(logits)
+    return torch.cat(found)
+
+
+def packs(
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]], most: int
+) -> Iterator[list[Piece]]:
+    """Yields the pieces of each pack, in the order of the requests.
+
+    A request that fits into one pack is not cut, so its attention is that of a training forward.
+
+    Args:
+        requests: Tokens and pages of each request.
+        most: Most tokens of a pack.
+    """
+    pieces: list[Piece] = []
+    room = most
+    for tokens, pages in requests:
+        if len(tokens) > room and pieces:
+            yield pieces
+            pieces, room = [], most
+        begin = 0
+        while len(tokens) - begin > most:
+            yield [Piece(tokens, pages, begin, begin + most)]
+            begin += most
+        pieces.append(Piece(tokens, pages, begin, len(tokens)))
+        room -= len(tokens) - begin
+    if pieces:
+        yield pieces
+
+
+def _slots(pages: Sequence[int], begin: int, end: int) -> Tensor:
+    """Returns the places of tokens `begin` to `end` in the flattened pages, [end - begin] int64."""
+    index = torch.arange(begin, end)
+    return torch.tensor(pages)[index // PAGE] * PAGE + index % PAGE
+
+
+def _boundaries(lengths: Sequence[int]) -> Tensor:
+    """Returns the cumulative lengths from 0, [N + 1] int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()

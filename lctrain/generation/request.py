@@ -1,0 +1,43 @@
+"""Request: a prompt on its way to a completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with what has been generated for it, and its place in the cache.
+
+    Attributes:
+        index: Index of the completion.
+        prompt: Token ids of the prompt.
+        group: Number that equal prompts share.
+        longest: Most tokens that it may store.
+        generator: Generator of its noise; None if nothing is drawn.
+        token_ids: Generated token ids.
+        log_probs: Log-probability of each.
+        pages: Pages that hold its keys and values.
+        stored: Tokens whose keys and values are in the cache.
+        slot: Row of the request in tensors per running request; -1 while it waits.
+        stopped: Whether an end token or a stop string ended it.
+    """
+
+    index: int
+    prompt: list[int]
+    group: int
+    longest: int
+    generator: torch.Generator | None
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    stored: int = 0
+    slot: int = -1
+    stopped: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the prompt and of what has been generated."""
+        return self.prompt + self.token_ids

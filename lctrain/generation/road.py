@@ -1,0 +1,56 @@
+"""find_cache: decides whether a model generates by continuous batching over a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lctrain.attention.forward import SPEC_ATTRIBUTE
+from lctrain.attention.spec import ATTENTION_NAMES, FlashSpec
+from lctrain.generation.forward import measure_cache
+from lctrain.generation.pages import CacheShape
+from lctrain.models.adapters import has_virtual_tokens
+from lctrain.models.architectures import (
+    attention_layers,
+    counts_positions_itself,
+    embeddings_read_mask,
+)
+from lctrain.models.code import parameters
+from lctrain.models.frequencies import length_dependent
+
+
+def find_cache(model: Any) -> CacheShape | str:
+    """Returns the shape of a model's paged cache, or why the model needs padded batches.
+
+    Args:
+        model: A causal LM of transformers in eval mode, or a model of PEFT around one.
+    """
+    return _refusal(model) or measure_cache(model)
+
+
+def _refusal(model: Any) -> str | None:
+    """Returns why a model needs padded batches, without a forward pass; None if it may not."""
+    if has_virtual_tokens(model):
+        return "its adapter has virtual tokens"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base.config, "_attn_implementation", None) != ATTENTION_NAMES["flash"]:
+        return "it is not patched with attention='flash'"
+    specs = [getattr(layer, SPEC_ATTRIBUTE, None) for layer in attention_layers(base).values()]
+    if not all(isinstance(spec, FlashSpec) and spec.backend != "hopper" for spec in specs):
+        return "the backend 'hopper' has no decode kernels"
+    if length_dependent(base):
+        return "its RoPE frequencies depend on the length"
+    counts = counts_positions_itself(base) or embeddings_read_mask(base)
+    if counts or "position_ids" not in parameters(base):
+        return "it counts positions itself"
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return "its weights are sharded, and ranks may take different numbers of steps"
+    if any(_is_compiled(module) for module in model.modules()):
+        return "it is compiled"
+    return None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

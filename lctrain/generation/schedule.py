@@ -1,0 +1,124 @@
+"""Schedule: which requests run, and which pages they have.
+
+A request is admitted as soon as pages for its tokens are free, without a reservation for its
+completion. If a step finds no free page, the request that was admitted last gives its pages up. It
+waits as the first in the queue, and its tokens so far are prefilled again. The request that was
+admitted first always goes on, and the cache holds every request alone: so all of them end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lctrain.generation.pages import PAGE, PagePool, pages_of
+from lctrain.generation.request import Request
+
+
+class Schedule:
+    """Admits, forks, preempts and retires requests.
+
+    Args:
+        requests: All requests; those of a group follow one another.
+        pool: Pages.
+        slots: Most requests that run together.
+        width: Most pages of a request.
+
+    Attributes:
+        waiting: Requests without pages, in the order of their admission.
+        running: Requests with pages, in the order in which they were admitted.
+        preempted: Number of times that a request gave its pages up.
+        forked: Number of requests that took over the pages of another one's prompt.
+    """
+
+    def __init__(self, requests: Iterable[Request], pool: PagePool, slots: int, width: int) -> None:
+        self.waiting = deque(requests)
+        self.running: list[Request] = []
+        self.preempted = self.forked = 0
+        self._pool = pool
+        self._slots = list(range(slots - 1, -1, -1))
+        self._tables = torch.zeros(slots, width, dtype=torch.int32)
+
+    def admit(self) -> list[list[Request]]:
+        """Starts as many waiting requests as slots and pages suffice for.
+
+        Returns:
+            Groups of requests with equal tokens. The first of a group is to be prefilled; the
+            others share its pages.
+        """
+        groups = []
+        while self.waiting and self._slots:
+            need = pages_of(len(self.waiting[0].tokens))
+            if self._pool.free < need + self._needed_soon():
+                break
+            leader = self.waiting.popleft()
+            self._start(leader, self._pool.take(need))
+            group = [leader]
+            while self._slots and self._is_fork(leader) and self._pool.free > self._needed_soon():
+                fork = self.waiting.popleft()
+                self._start(fork, self._pool.share(leader.pages))
+                group.append(fork)
+            self.forked += len(group) - 1
+            groups.append(group)
+        return groups
+
+    def make_room(self) -> None:
+        """Gives every running request a page of its own for its next token."""
+        for request in list(self.running):
+            while request.slot >= 0 and not self._extend(request):
+                self._preempt(self.running[-1])
+
+    def tables(self) -> Tensor:
+        """Returns the pages of the running requests in their order, [n, width] int32."""
+        return self._tables[[request.slot for request in self.running]]
+
+    def retire(self, request: Request) -> None:
+        """Frees the pages and the slot of a running request."""
+        self.running.remove(request)
+        self._pool.release(request.pages)
+        self._slots.append(request.slot)
+        request.pages, request.stored, request.slot = [], 0, -1
+
+    def _needed_soon(self) -> int:
+        """Returns the pages that the running requests need before they end, at most one each."""
+        growing = written = 0
+        last = set()
+        for request in self.running:
+            growing += pages_of(request.longest) > len(request.pages)
+            if request.stored % PAGE and self._pool.is_shared(request.pages[-1]):
+                last.add(request.pages[-1])
+                written += 1
+        return growing + written - len(last)
+
+    def _is_fork(self, leader: Request) -> bool:
+        if leader.token_ids or not self.waiting:
+            return False
+        return self.waiting[0].group == leader.group and not self.waiting[0].token_ids
+
+    def _start(self, request: Request, pages: list[int]) -> None:
+        request.pages, request.slot = pages, self._slots.pop()
+        request.stored = len(request.tokens)
+        self._tables[request.slot, : len(pages)] = torch.tensor(pages)
+        self.running.append(request)
+
+    def _extend(self, request: Request) -> bool:
+        """Gives a request a page that its next token is written to; False if none is free."""
+        place, pages = request.stored // PAGE, request.pages
+        if place < len(pages) and not self._pool.is_shared(pages[place]):
+            return True
+        if not self._pool.free:
+            return False
+        if place < len(pages):
+            pages[place] = self._pool.own(pages[place])
+        else:
+            pages += self._pool.take(1)
+        self._tables[request.slot, place] = pages[place]
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.retire(request)
+        self.waiting.appendleft(request)
+        self.preempted += 1

@@ -1,0 +1,110 @@
+"""Tests decode steps over static buffers: padded batches, captured steps, and refused captures."""
+
+import pytest
+import torch
+
+from lctrain.generation.continuous import complete_continuously
+from lctrain.generation.decode import WARM_UP, batch_sizes
+from lctrain.generation.graph import capture_refusal
+from lctrain.generation.options import SamplingOptions
+from lctrain.generation.road import find_cache
+from lctrain.generation.task import GenerationTask
+
+PROMPTS = [[5, 6, 7], [8] * 63, [9, 10], [11, 12, 13, 14], [15]]
+
+
+class Recording:
+    """Stands for GraphCapture: a replay runs the function again, and fills the same tensor."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, function):
+        self.captures += 1
+        result = function()
+
+        def replay() -> None:
+            self.replays += 1
+            result.copy_(function())
+
+        return replay, result
+
+
+def tokens(completions) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def test_sizes_of_batches():
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(2) == [1, 2]
+    assert batch_sizes(4) == [1, 4]
+    assert batch_sizes(64) == [1, 4, 16, 64]
+    assert batch_sizes(48) == [1, 4, 16, 48]
+
+
+def test_captured_steps_give_the_same_tokens(make_batch):
+    expected = tokens(make_batch(PROMPTS).run())
+    capture = Recording()
+    captured = make_batch(PROMPTS, capture=capture)
+    assert tokens(captured.run()) == expected
+    assert (capture.captures, capture.replays) == (1, captured.steps - WARM_UP)
+
+
+def test_each_size_is_captured_once(make_batch):
+    prompts = [[index + 1] for index in range(9)]  # a batch of 4, another, and one of 1
+    capture = Recording()
+    found = make_batch(prompts, capture=capture, batch_size=4)
+    assert tokens(found.run()) == tokens(make_batch(prompts).run())
+    assert capture.captures == 2
+    assert capture.replays == found.steps - 2 * WARM_UP
+
+
+def test_a_capture_that_fails_is_given_up_with_its_reason(make_batch):
+    attempts = []
+
+    def refuse(function):
+        attempts.append(function)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    expected = tokens(make_batch(PROMPTS).run())
+    with pytest.warns(UserWarning, match="got the error 'operation not permitted when stream is"):
+        assert tokens(make_batch(PROMPTS, capture=refuse).run()) == expected
+    assert len(attempts) == 1
+
+
+def test_an_error_of_a_step_that_is_not_captured_is_raised(make_batch, patched):
+    batch = make_batch(PROMPTS, capture=Recording())
+
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    batch.schedule.make_room()
+    batch._prefill(batch.schedule.admit())
+    patched.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        batch.run()
+
+
+def test_models_that_a_graph_cannot_replay(patched):
+    assert capture_refusal(patched) == "weights on cpu"
+    patched.lm_head._hf_hook = object()
+    assert capture_refusal(patched) == "weights of lm_head that accelerate moves in every forward"
+    patched.model.register_forward_pre_hook(lambda *_: None)
+    assert capture_refusal(patched) == "a hook of tests in every forward of model"
+
+
+def test_a_refused_capture_warns(patched, monkeypatch):
+    """On a CPU nothing is captured, so the weight's device is feigned."""
+
+    class Weight:
+        device = torch.device("cuda")
+
+    task = GenerationTask([[5]], [0], SamplingOptions(), 2)
+    shape = find_cache(patched)
+    weights = list(patched.parameters())
+    calls = iter([[Weight()]])
+    monkeypatch.setattr(patched, "parameters", lambda: iter(next(calls, weights)))
+    match = "need a forward pass that only launches .* got weights"
+    with pytest.warns(UserWarning, match=match), torch.no_grad():
+        found = complete_continuously(patched, task, shape)
+    assert len(found[0].token_ids) == 2
