@@ -95,6 +95,18 @@ llama_100m = ModelShape(
     },
 )
 
+llama_135m = ModelShape(
+    "llama-135m",
+    "SmolLM2-135M",
+    "llama",
+    {
+        **_settings(576, 30, 9, 3, 64),
+        "intermediate_size": 1536,
+        "vocab_size": 49_152,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    },
+)
+
 
 def tiny(shape: ModelShape) -> ModelShape:
     """Returns the shape with two narrow layers and a vocabulary of 256, for a trial on a CPU."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lctrain
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import WARM_UP, batch_sizes
 from lctrain.generation.graph import capture_refusal
@@ -108,3 +109,22 @@ def test_a_refused_capture_warns(patched, monkeypatch):
     with pytest.warns(UserWarning, match=match), torch.no_grad():
         found = complete_continuously(patched, task, shape)
     assert len(found[0].token_ids) == 2
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_bit_and_no_random_state(endless):
+    model = endless(head_dim=64).to("cuda", torch.bfloat16)
+    lctrain.patch_model(model, fused=True)
+    options = {"max_new_tokens": 80, "seeds": 1, "batch_size": 3, "batching": "continuous"}
+
+    def complete() -> list:
+        return [lctrain.generate(model, PROMPTS, cuda_graphs=x, **options) for x in (True, False)]
+
+    captured, eager = complete()
+    assert captured == eager
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    used = torch.cuda.memory_allocated()  # cuBLAS has its workspaces now
+    assert complete() == [captured, eager]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+    assert torch.cuda.memory_allocated() == used

@@ -17,6 +17,7 @@ from lctrain_kernels.bench.balance_report import balance_table
 from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.encoder_report import encoder_table
+from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.memory_plot import draw_curve
 from lctrain_kernels.bench.memory_report import PICTURE, curve_of, memory_records, memory_tables
@@ -46,6 +47,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "shared_prefix": shared_prefix_table,
     "encoder": encoder_table,
     "decode": decode_table,
+    "generation": generation_table,
     "shares": shares_table,
 }
 

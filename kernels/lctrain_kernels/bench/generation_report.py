@@ -1,0 +1,58 @@
+"""Makes the Markdown table of generation from the newest record in results/generation/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lctrain_kernels.bench.newest import origin
+
+TITLES = {
+    "graphs": "`lctrain.generate`, CUDA graphs",
+    "eager": "`lctrain.generate`, no graphs",
+    "padded": "transformers' `generate`, a padded batch, SDPA",
+    "generate_batch": "transformers' `generate_batch`, SDPA",
+}
+
+
+def generation_table(record: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of tokens per second, with a row per case and contender.
+
+    Args:
+        record: Record that `lctrain-bench generation` wrote.
+    """
+    lines = [
+        origin(record),
+        "",
+        "Greedy completions of random prompts. The share of the floor is the time to read weights, "
+        "keys and values of all decode steps at "
+        f"{record['bandwidth'] / 1e12:.1f} TB/s, divided by the whole time, prefill included. A "
+        "star marks a time that is projected from fewer tokens with the median step.",
+    ]
+    for case in record["cases"].values():
+        title = f"{case['shape']}, requests: {case['requests']}, prompts of up to "
+        title += f"{case['longest_prompt']:,} tokens, {case['new_tokens']:,} new tokens each"
+        lines += [
+            "",
+            f"{title}:",
+            "",
+            "| contender | prefill, s | step, ms | tokens/s | share of the floor |",
+            "|---|---|---|---|---|",
+        ]
+        for name, result in case["results"].items():
+            if "error" in result:
+                lines.append(f"| {TITLES[name]} | error | - | - | - |")
+                continue
+            star = "" if result["new_tokens"] == case["new_tokens"] else "*"
+            lines.append(
+                f"| {TITLES[name]} | {result['prefill_seconds']:.2f} | {result['step_ms']:.2f} "
+                f"| {result['tokens_per_s']:,.0f}{star} | {result['share_of_floor']:.2f} |"
+            )
+        if difference := case.get("log_prob_difference"):
+            lines += [
+                "",
+                f"Log-probabilities of {difference['tokens']:,} generated tokens differ from those "
+                f"of a packed training forward by {difference['mean']:.1e} nats on average, and by "
+                f"{difference['largest']:.1e} at most.",
+            ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,254 @@
+"""`lctrain-bench generation`: times greedy completions beside transformers' two ways.
+
+    lctrain-bench generation --requests 64 --shortest 1024 --longest 8192 --new-tokens 512
+    lctrain-bench generation --tiny --requests 4 --shortest 20 --longest 90 --new-tokens 12
+
+The weights are random. The contenders are lctrain's continuous batching with and without CUDA
+graphs, and, on an unpatched model with SDPA, transformers' generate on a padded batch and its
+generate_batch. Contenders of transformers complete --peer-tokens tokens; their time for all tokens
+is projected with the median step. The floor is the time to read the weights and the keys and values
+of all steps at --bandwidth. A further case has one request and a model of 135M parameters. The
+record is saved after every result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctrain.batch import PackedBatch
+from lctrain.bench.generation_runs import FEW, run_continuous, run_generate_batch, run_padded
+from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_8b, llama_135m, tiny
+from lctrain.generation.options import Completion
+from lctrain.loss import token_log_probs
+from lctrain.models import patch_model
+from lctrain_kernels.bench.__main__ import names_of, positive
+from lctrain_kernels.bench.peers import installed_version
+from lctrain_kernels.bench.run import new_record
+
+_SHAPES = {**SHAPES, llama_8b.name: llama_8b}
+CONTENDERS = ("graphs", "eager", "padded", "generate_batch")
+COMPARED = 8
+"""Completions whose log-probabilities are compared with a training forward."""
+
+
+def make_prompts(requests: int, shortest: int, longest: int, vocabulary: int) -> list[list[int]]:
+    """Returns prompts of random tokens whose lengths are spread evenly, in a random order."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(shortest, longest, requests).long()
+    lengths = lengths[torch.randperm(requests, generator=draw)]
+    return [torch.randint(vocabulary, (int(n),), generator=draw).tolist() for n in lengths]
+
+
+def floor_seconds(
+    model: Any, shape: ModelShape, prompts: Sequence[list[int]], new_tokens: int, bandwidth: float
+) -> float:
+    """Returns the seconds to read weights, keys and values of all decode steps.
+
+    Args:
+        model: The model; a table of embeddings that is not the output head is not read.
+        shape: Shape of the model.
+        prompts: Token ids of each prompt.
+        new_tokens: Tokens of each completion; the first one comes from the prefill.
+        bandwidth: Bytes per second.
+    """
+    settings, size = shape.settings, next(model.parameters()).element_size()
+    weights = sum(weight.numel() for weight in model.parameters())
+    if not settings["tie_word_embeddings"]:
+        weights -= settings["vocab_size"] * settings["hidden_size"]
+    width = settings["num_key_value_heads"] * settings["head_dim"]
+    per_token = 2 * settings["num_hidden_layers"] * width
+    steps = new_tokens - 1
+    stored = steps * sum(map(len, prompts)) + len(prompts) * steps * (steps + 1) // 2
+    return size * (steps * weights + stored * per_token) / bandwidth
+
+
+def log_prob_difference(model: Any, completions: Sequence[Completion]) -> dict[str, float]:
+    """Returns how far rollouts are from a packed training forward of the same tokens, in nats.
+
+    Args:
+        model: The patched model.
+        completions: Completions of the model.
+    """
+    device = next(model.parameters()).device
+    documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in completions]
+    labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in completions]
+    batch = PackedBatch.from_documents(documents, labels=labels).to(device)
+    with torch.no_grad():
+        trained = token_log_probs(model, batch).log_probs.float().cpu()
+    rollout = torch.tensor([x for one in completions for x in one.log_probs])
+    apart = (rollout - trained).abs()
+    return {"mean": float(apart.mean()), "largest": float(apart.max()), "tokens": len(apart)}
+
+
+class Bench:
+    """Runs the contenders and saves their results.
+
+    Args:
+        options: Command line.
+        device: Device of the models.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        header = new_record([], device, 1, 0)
+        self._options = options
+        self._device = device
+        self._start = time.perf_counter()
+        self._tokens: list[list[int]] = []
+        self.record: dict[str, Any] = {
+            "device": header.device,
+            "date": header.date,
+            "versions": {**header.versions, "transformers": installed_version("transformers")},
+            "bandwidth": options.bandwidth,
+            "cases": {},
+        }
+
+    def run(self) -> None:
+        """Runs all cases, as far as time allows."""
+        options = self._options
+        shape = self._shape(_SHAPES[options.shape])
+        prompts = make_prompts(
+            options.requests, options.shortest, options.longest, shape.vocab_size
+        )
+        self._case("batch", shape, prompts, options.new_tokens)
+        small = self._shape(llama_135m)
+        prompt = make_prompts(1, options.shortest, options.shortest, small.vocab_size)
+        self._case("single", small, prompt, options.new_tokens)
+
+    def _shape(self, shape: ModelShape) -> ModelShape:
+        return tiny(shape) if self._options.tiny else shape
+
+    def _case(
+        self,
+        name: str,
+        shape: ModelShape,
+        prompts: list[list[int]],
+        new_tokens: int,
+    ) -> None:
+        on_gpu = self._device.type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        model = build_shape(shape, "sdpa", self._device, dtype).eval()
+        floor = floor_seconds(model, shape, prompts, new_tokens, self._options.bandwidth)
+        self.record["cases"][name] = case = {
+            "shape": shape.title,
+            "requests": len(prompts),
+            "prompt_tokens": sum(map(len, prompts)),
+            "longest_prompt": max(map(len, prompts)),
+            "new_tokens": new_tokens,
+            "floor_seconds": floor,
+            "results": {},
+        }
+        peer = min(self._options.peer_tokens, new_tokens)
+        with patch_model(model, fused=True):
+            run_continuous(model, prompts[:2], min(FEW, new_tokens), True)  # compiles the kernels
+            self._measure(case, "graphs", lambda: self._compared(case, model, prompts))
+            self._measure(case, "eager", lambda: self._repeated(case, model, prompts))
+        self._measure(case, "padded", lambda: run_padded(model, prompts, peer))
+        if len(prompts) > 1:
+            self._measure(case, "generate_batch", lambda: run_generate_batch(model, prompts, peer))
+
+    def _compared(
+        self, case: dict[str, Any], model: Any, prompts: list[list[int]]
+    ) -> dict[str, Any]:
+        """Runs lctrain with CUDA graphs, and compares log-probabilities with a training forward."""
+        figures, found = run_continuous(model, prompts, case["new_tokens"], True)
+        case["log_prob_difference"] = log_prob_difference(model, found[:COMPARED])
+        self._tokens = [one.token_ids for one in found]
+        return figures
+
+    def _repeated(
+        self, case: dict[str, Any], model: Any, prompts: list[list[int]]
+    ) -> dict[str, Any]:
+        """Runs lctrain without CUDA graphs, and counts the completions with the same tokens."""
+        figures, found = run_continuous(model, prompts, case["new_tokens"], False)
+        pairs = zip(found, self._tokens, strict=False)
+        case["equal_completions"] = sum(one.token_ids == tokens for one, tokens in pairs)
+        return figures
+
+    def _measure(
+        self, case: dict[str, Any], contender: str, run: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Runs a contender, and saves its figures or the error."""
+        if contender not in self._options.contenders:
+            return
+        spent = time.perf_counter() - self._start
+        if spent > self._options.seconds:
+            result: dict[str, Any] = {"error": f"not run after {spent:.0f} s"}
+        else:
+            try:
+                result = run()
+                rest = case["new_tokens"] - result["new_tokens"]
+                seconds = result["seconds"] + rest * result["step_ms"] / 1e3
+                made = case["requests"] * case["new_tokens"]
+                result |= {
+                    "all_seconds": round(seconds, 4),
+                    "tokens_per_s": round(made / seconds, 2),
+                    "share_of_floor": round(case["floor_seconds"] / seconds, 4),
+                }
+            except Exception as error:  # a contender that fails leaves the others their turn
+                result = {"error": f"{type(error).__name__}: {error}"[:400]}
+        case["results"][contender] = result
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{case['shape']}, {case['requests']} requests, {contender}: {result}", flush=True)
+        self._options.output.write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="lctrain-bench generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=list(_SHAPES), default="llama-1b")
+    parser.add_argument("--requests", type=positive, default=64, help="number of prompts")
+    parser.add_argument("--shortest", type=positive, default=1024, help="tokens of a prompt")
+    parser.add_argument("--longest", type=positive, default=8192, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=positive, default=512, help="tokens of a completion")
+    parser.add_argument("--peer-tokens", type=positive, default=64, help="the same, of peers")
+    parser.add_argument(
+        "--contenders",
+        type=names_of(dict.fromkeys(CONTENDERS), "contenders"),
+        default=CONTENDERS,
+        help=f"separated by commas; default: {','.join(CONTENDERS)}",
+    )
+    parser.add_argument("--bandwidth", type=float, default=4.2e12, help="bytes/s of the floor")
+    parser.add_argument(
+        "--seconds", type=positive, default=140, help="no contender begins later; default 140"
+    )
+    parser.add_argument("--tiny", action="store_true", help="models that a CPU runs in seconds")
+    parser.add_argument("--output", type=Path, default=Path("generation.json"), help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark. Returns 2 if the machine cannot run it, 1 if lctrain failed."""
+    options = parse_arguments(arguments)
+    if not 1 < FEW < options.peer_tokens:
+        print(f"--peer-tokens must be above {FEW}, got {options.peer_tokens}.", file=sys.stderr)
+        return 2
+    on_gpu = torch.cuda.is_available()
+    if not (options.tiny or on_gpu):
+        print(
+            "lctrain-bench generation needs a GPU, and torch sees none. Try it with --tiny.",
+            file=sys.stderr,
+        )
+        return 2
+    bench = Bench(options, torch.device("cuda" if on_gpu else "cpu"))
+    bench.run()
+    cases = bench.record["cases"].values()
+    return int(any("error" in case["results"].get("graphs", {}) for case in cases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Contenders of `lctrain-bench generation`: each completes prompts greedily and times itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from lctrain.generation.continuous import ContinuousBatch
+from lctrain.generation.graph import GraphCapture
+from lctrain.generation.options import Completion, SamplingOptions
+from lctrain.generation.road import find_cache
+from lctrain.generation.task import GenerationTask
+
+FEW = 8
+"""Tokens of the short run from which the time of a step of `generate_batch` is found."""
+
+
+class TimedBatch(ContinuousBatch):
+    """A ContinuousBatch that adds up the seconds of its prefills and of its decode steps.
+
+    Both end with a copy of tokens to the host, so the host's clock is right.
+
+    Attributes:
+        prefill_seconds: Seconds of all prefills.
+        decode_seconds: Seconds of each decode step.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.prefill_seconds = 0.0
+        self.decode_seconds: list[float] = []
+
+    def _prefill(self, groups: Any) -> None:
+        start = time.perf_counter()
+        super()._prefill(groups)
+        self.prefill_seconds += time.perf_counter() - start
+
+    def _decode(self) -> None:
+        start = time.perf_counter()
+        super()._decode()
+        self.decode_seconds.append(time.perf_counter() - start)
+
+
+def run_continuous(
+    model: Any, prompts: Sequence[list[int]], new_tokens: int, graphs: bool
+) -> tuple[dict[str, Any], list[Completion]]:
+    """Times lctrain's continuous batching; returns the figures and the completions.
+
+    Args:
+        model: A patched model in eval mode.
+        prompts: Token ids of each prompt; all are completed together.
+        new_tokens: Tokens of each completion.
+        graphs: Whether decode steps are captured; not on a CPU.
+    """
+    options = SamplingOptions(temperature=0)
+    task = GenerationTask(
+        prompts, range(len(prompts)), options, new_tokens, batch_size=len(prompts)
+    )
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    with torch.no_grad():
+        shape = find_cache(model)
+        if isinstance(shape, str):
+            raise ValueError(f"the model must have a paged cache, got: {shape}.")
+        start = time.perf_counter()
+        batch = TimedBatch(model, task, shape, None, GraphCapture() if graphs and on_gpu else None)
+        found = batch.run()
+        seconds = time.perf_counter() - start
+    figures = _figures(seconds, batch.prefill_seconds, batch.decode_seconds, new_tokens)
+    return figures | {"preempted": batch.schedule.preempted}, found
+
+
+def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Times transformers' generate on one left-padded batch.
+
+    Args:
+        model: A model of transformers in eval mode.
+        prompts: Token ids of each prompt.
+        new_tokens: Tokens of each completion.
+    """
+    from transformers import StoppingCriteriaList
+
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    times = [time.perf_counter()]
+
+    def note(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+        input_ids[:1, -1:].tolist()  # waits for the step
+        times.append(time.perf_counter())
+        return ended
+
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask.to(device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=True,
+        stopping_criteria=StoppingCriteriaList([note]),  # type: ignore[list-item]
+    )
+    steps = [later - earlier for earlier, later in pairwise(times[1:])]
+    return _figures(times[-1] - times[0], times[1] - times[0], steps, new_tokens)
+
+
+def run_generate_batch(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Times transformers' continuous batching as it comes.
+
+    A short run before it warms it up; the time of a step is the difference of the two.
+
+    Args:
+        model: A model of transformers in eval mode.
+        prompts: Token ids of each prompt.
+        new_tokens: Tokens of each completion, more than FEW.
+
+    Raises:
+        RuntimeError: if a request failed.
+    """
+    from transformers import GenerationConfig
+
+    def run(tokens: int) -> float:
+        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+        config.pad_token_id = 0
+        start = time.perf_counter()
+        found = model.generate_batch(list(prompts), generation_config=config)
+        seconds = time.perf_counter() - start
+        lengths = [len(one.generated_tokens) for one in found.values()]
+        if lengths != [tokens] * len(prompts):
+            errors = {str(one.error) for one in found.values()}
+            raise RuntimeError(
+                f"{len(lengths)} requests with up to {max(lengths, default=0)} "
+                f"tokens, {sorted(errors)[:1]}"
+            )
+        return seconds
+
+    few = run(FEW)
+    seconds = run(new_tokens)
+    step = max(0.0, seconds - few) / (new_tokens - FEW)
+    rest = seconds - step * (new_tokens - 1)
+    return _figures(seconds, rest, [step] * (new_tokens - 1), new_tokens)
+
+
+def _figures(
+    seconds: float, prefill: float, steps: Sequence[float], new_tokens: int
+) -> dict[str, Any]:
+    """Returns the figures of a run, rounded.
+
+    Args:
+        seconds: Seconds of the run.
+        prefill: Seconds until the first token of each completion.
+        steps: Seconds of each decode step.
+        new_tokens: Tokens of each completion.
+    """
+    return {
+        "new_tokens": new_tokens,
+        "seconds": round(seconds, 4),
+        "prefill_seconds": round(prefill, 4),
+        "step_ms": round(1e3 * median(steps), 4) if steps else 0.0,
+    }

@@ -1,0 +1,76 @@
+"""Tests lctrain-bench generation on a CPU: figures, the floor, and a time limit."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lctrain
+from lctrain.bench.__main__ import main
+from lctrain.bench.generation import floor_seconds, log_prob_difference, make_prompts
+from lctrain.bench.shapes import SHAPES, build_shape, tiny
+from tests.numerics import near
+
+SIZES = ["--requests", "3", "--shortest", "20", "--longest", "70", "--new-tokens", "10"]
+
+
+@pytest.fixture
+def patched_tiny():
+    shape = tiny(SHAPES["llama-1b"])
+    model = build_shape(shape, "sdpa", torch.device("cpu"), torch.float32).eval()
+    lctrain.patch_model(model)
+    return model
+
+
+def test_a_trial_measures_every_case(tmp_path):
+    """generate_batch is left out: on a CPU it takes minutes."""
+    output = tmp_path / "generation.json"
+    options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", "graphs,eager,padded"]
+    assert main(["generation", *options, "--output", str(output)]) == 0
+    cases = json.loads(output.read_text())["cases"]
+    assert [case["requests"] for case in cases.values()] == [3, 1]
+    for case in cases.values():
+        assert list(case["results"]) == ["graphs", "eager", "padded"]
+        assert [one["new_tokens"] for one in case["results"].values()] == [10, 10, 9]
+        assert all(one["tokens_per_s"] > 0 for one in case["results"].values())
+        assert case["log_prob_difference"]["tokens"] == 10 * case["requests"]
+        assert case["equal_completions"] == case["requests"]
+
+
+def test_the_difference_is_that_of_the_log_probs(patched_tiny):
+    found = lctrain.generate(patched_tiny, [[1, 2, 3], [4]], max_new_tokens=3, temperature=0)
+    wrong = [replace(one, log_probs=[x + 1.0 for x in one.log_probs]) for one in found]
+    right, shifted = (log_prob_difference(patched_tiny, part) for part in (found, wrong))
+    assert right["tokens"] == shifted["tokens"] == 6
+    assert right["mean"] <= right["largest"] < 0.5 < shifted["mean"]
+
+
+def test_no_contender_begins_after_the_limit(tmp_path, monkeypatch):
+    output = tmp_path / "generation.json"
+    clock = SimpleNamespace(perf_counter=iter(range(0, 10**6, 100)).__next__)
+    monkeypatch.setattr("lctrain.bench.generation.time", clock)
+    options = ["--tiny", *SIZES, "--contenders", "padded", "--seconds", "1"]
+    assert main(["generation", *options, "--output", str(output)]) == 0
+    cases = json.loads(output.read_text())["cases"]
+    assert "not run after" in cases["batch"]["results"]["padded"]["error"]
+
+
+def test_the_floor_counts_weights_and_caches():
+    shape = tiny(SHAPES["llama-1b"])
+    model = build_shape(shape, "sdpa", torch.device("cpu"), torch.float32)
+    weights = sum(weight.numel() for weight in model.parameters())
+    prompts = make_prompts(2, 5, 7, 256)
+    assert sorted(map(len, prompts)) == [5, 7]
+    stored = (6 + 8) + (7 + 9)  # two steps, each with its new token
+    values = 2 * weights + stored * 2 * 2 * 2 * 16  # keys and values, layers, heads, head dim
+    assert floor_seconds(model, shape, prompts, 3, 4.0) == near(values)
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["generation"]) == 2
+    assert "lctrain-bench generation needs a GPU" in capsys.readouterr().err
+    assert main(["generation", "--peer-tokens", "8"]) == 2
+    assert "--peer-tokens must be above 8, got 8" in capsys.readouterr().err
