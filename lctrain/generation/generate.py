@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +68,8 @@ def generate(
 
     Args:
         model: A causal LM of transformers, a model of PEFT, or a module whose attribute `model` is
-            one, such as a LongContextModule. Patched or not.
+            one, such as a LongContextModule. Patched or not. A LightningModule that is attached to
+            a trainer generates in the trainer's precision.
         prompts: Token ids of each prompt, or texts, if there is a tokenizer.
         max_new_tokens: Most tokens of a completion.
         temperature: Divisor of the logits; 0 chooses the most probable token.
@@ -125,7 +126,7 @@ def generate(
         int(batch_size),
         int(samples),
     )
-    with _as_before(causal_lm):
+    with _as_before(causal_lm), _precision_of(model):
         shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
         if not isinstance(shape, str):
             return complete_continuously(causal_lm, task, shape, cache_gib, cuda_graphs)
@@ -137,6 +138,12 @@ def generate(
         if cache_gib is not None:
             warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")
         return complete_padded(causal_lm, task)
+
+
+def _precision_of(model: Any) -> Any:
+    """Returns the context in which the trainer of a LightningModule runs forward passes."""
+    trainer = getattr(model, "_trainer", None)
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
 
 @contextmanager

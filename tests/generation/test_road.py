@@ -114,3 +114,20 @@ def test_a_pool_is_freed(patched, monkeypatch):
     monkeypatch.setattr(continuous, "PagePool", Watched)
     lctrain.generate(patched, PROMPTS, max_new_tokens=2)
     assert [pool() for pool in pools] == [None]
+
+
+def test_a_module_generates_in_the_precision_of_its_trainer(patched):
+    from lightning import LightningModule, Trainer
+
+    module = LightningModule()
+    module.model = patched
+    options = {"max_new_tokens": 3, "batching": "continuous"}
+    exact = lctrain.generate(module, PROMPTS, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = lctrain.generate(patched, PROMPTS, **options)
+    module.trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False
+    )
+    found = lctrain.generate(module, PROMPTS, **options)
+    assert found == rounded != exact
+    assert not torch.is_autocast_enabled("cpu")
