@@ -18,7 +18,9 @@ import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,53 +114,53 @@ class Bench:
         }
 
     def run(self) -> None:
-        """Runs all cases, as far as time allows."""
+        """Runs all contenders, as far as time allows; those of transformers last."""
         options = self._options
-        shape = self._shape(_SHAPES[options.shape])
-        prompts = make_prompts(
-            options.requests, options.shortest, options.longest, shape.vocab_size
-        )
-        self._case("batch", shape, prompts, options.new_tokens)
-        small = self._shape(llama_135m)
-        prompt = make_prompts(1, options.shortest, options.shortest, small.vocab_size)
-        self._case("single", small, prompt, options.new_tokens)
+        shapes = {"batch": _SHAPES[options.shape], "single": llama_135m}
+        if options.tiny:
+            shapes = {name: tiny(shape) for name, shape in shapes.items()}
+        sizes = {"batch": (options.requests, options.longest), "single": (1, options.shortest)}
+        cases = []
+        for name, shape in shapes.items():
+            requests, longest = sizes[name]
+            prompts = make_prompts(requests, options.shortest, longest, shape.vocab_size)
+            cases.append(self._build(name, shape, prompts))
+        for case, model, prompts in cases:
+            with patch_model(model, fused=True):
+                self._measure(case, "graphs", partial(self._compared, case, model, prompts))
+                self._measure(case, "eager", partial(self._repeated, case, model, prompts))
+        peer = min(options.peer_tokens, options.new_tokens)
+        for case, model, prompts in cases:
+            self._measure(case, "padded", partial(run_padded, model, prompts, peer))
+        case, model, prompts = cases[0]
+        self._measure(case, "generate_batch", partial(run_generate_batch, model, prompts, peer))
 
-    def _shape(self, shape: ModelShape) -> ModelShape:
-        return tiny(shape) if self._options.tiny else shape
-
-    def _case(
-        self,
-        name: str,
-        shape: ModelShape,
-        prompts: list[list[int]],
-        new_tokens: int,
-    ) -> None:
-        on_gpu = self._device.type == "cuda"
-        dtype = torch.bfloat16 if on_gpu else torch.float32
+    def _build(
+        self, name: str, shape: ModelShape, prompts: list[list[int]]
+    ) -> tuple[dict[str, Any], Any, list[list[int]]]:
+        """Returns the record of a new case, its model in eval mode, and its prompts."""
+        options = self._options
+        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         model = build_shape(shape, "sdpa", self._device, dtype).eval()
-        floor = floor_seconds(model, shape, prompts, new_tokens, self._options.bandwidth)
         self.record["cases"][name] = case = {
             "shape": shape.title,
             "requests": len(prompts),
             "prompt_tokens": sum(map(len, prompts)),
             "longest_prompt": max(map(len, prompts)),
-            "new_tokens": new_tokens,
-            "floor_seconds": floor,
+            "new_tokens": options.new_tokens,
+            "floor_seconds": floor_seconds(
+                model, shape, prompts, options.new_tokens, options.bandwidth
+            ),
             "results": {},
         }
-        peer = min(self._options.peer_tokens, new_tokens)
-        with patch_model(model, fused=True):
-            run_continuous(model, prompts[:2], min(FEW, new_tokens), True)  # compiles the kernels
-            self._measure(case, "graphs", lambda: self._compared(case, model, prompts))
-            self._measure(case, "eager", lambda: self._repeated(case, model, prompts))
-        self._measure(case, "padded", lambda: run_padded(model, prompts, peer))
-        if len(prompts) > 1:
-            self._measure(case, "generate_batch", lambda: run_generate_batch(model, prompts, peer))
+        return case, model, prompts
 
     def _compared(
         self, case: dict[str, Any], model: Any, prompts: list[list[int]]
     ) -> dict[str, Any]:
         """Runs lctrain with CUDA graphs, and compares log-probabilities with a training forward."""
+        self._tokens = []
+        run_continuous(model, prompts[:2], min(FEW, case["new_tokens"]), True)  # compiles
         figures, found = run_continuous(model, prompts, case["new_tokens"], True)
         case["log_prob_difference"] = log_prob_difference(model, found[:COMPARED])
         self._tokens = [one.token_ids for one in found]
@@ -192,8 +194,12 @@ class Bench:
                     "all_seconds": round(seconds, 4),
                     "tokens_per_s": round(made / seconds, 2),
                     "share_of_floor": round(case["floor_seconds"] / seconds, 4),
+                    "decode_share": round(
+                        case["floor_seconds"] / max(1e-9, seconds - result["prefill_seconds"]), 4
+                    ),
                 }
             except Exception as error:  # a contender that fails leaves the others their turn
+                traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"[:400]}
         case["results"][contender] = result
         gc.collect()

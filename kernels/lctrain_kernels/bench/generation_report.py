@@ -24,10 +24,10 @@ def generation_table(record: Mapping[str, Any]) -> str:
     lines = [
         origin(record),
         "",
-        "Greedy completions of random prompts. The share of the floor is the time to read weights, "
-        "keys and values of all decode steps at "
-        f"{record['bandwidth'] / 1e12:.1f} TB/s, divided by the whole time, prefill included. A "
-        "star marks a time that is projected from fewer tokens with the median step.",
+        "Greedy completions of random prompts. The floor is the time to read weights, keys and "
+        f"values of all decode steps at {record['bandwidth'] / 1e12:.1f} TB/s; its share of the "
+        "whole time and, in brackets, of the time without prefills. A star marks a time that is "
+        "projected from fewer tokens with the median step.",
     ]
     for case in record["cases"].values():
         title = f"{case['shape']}, requests: {case['requests']}, prompts of up to "
@@ -46,7 +46,8 @@ def generation_table(record: Mapping[str, Any]) -> str:
             star = "" if result["new_tokens"] == case["new_tokens"] else "*"
             lines.append(
                 f"| {TITLES[name]} | {result['prefill_seconds']:.2f} | {result['step_ms']:.2f} "
-                f"| {result['tokens_per_s']:,.0f}{star} | {result['share_of_floor']:.2f} |"
+                f"| {result['tokens_per_s']:,.0f}{star} "
+                f"| {result['share_of_floor']:.2f} ({result['decode_share']:.2f}) |"
             )
         if difference := case.get("log_prob_difference"):
             lines += [

@@ -199,7 +199,7 @@ def test_shares_show_the_slowest_share():
 
 def test_generation_marks_projected_times():
     done = {"prefill_seconds": 1.5, "step_ms": 2.25, "tokens_per_s": 12345.6, "new_tokens": 512}
-    done |= {"share_of_floor": 0.5}
+    done |= {"share_of_floor": 0.5, "decode_share": 0.75}
     results = {"graphs": done, "padded": {**done, "new_tokens": 64}}
     results["generate_batch"] = {"error": "RuntimeError"}
     case = {"shape": "1B", "requests": 64, "longest_prompt": 8192, "new_tokens": 512}
@@ -207,8 +207,8 @@ def test_generation_marks_projected_times():
     record = {**HEAD, "bandwidth": 4.2e12, "cases": {"batch": {**case, "results": results}}}
     text = generation_table(record)
     assert "1B, requests: 64, prompts of up to 8,192 tokens, 512 new tokens each:" in text
-    assert "CUDA graphs | 1.50 | 2.25 | 12,346 | 0.50 |" in text
-    assert "SDPA | 1.50 | 2.25 | 12,346* | 0.50 |" in text
+    assert "CUDA graphs | 1.50 | 2.25 | 12,346 | 0.50 (0.75) |" in text
+    assert "SDPA | 1.50 | 2.25 | 12,346* | 0.50 (0.75) |" in text
     assert "`generate_batch`, SDPA | error | - | - | - |" in text
     assert "4,096 generated tokens" in text
     assert "1.5e-04 nats on average" in text
