@@ -14,8 +14,8 @@ from lctrain.generation.pages import PAGE, PagePool
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records a function; returns a function that runs it again, and the tensor with its result."""
 
-WARM_UP = 2
-"""Steps of a size that run as they are before one is captured."""
+WARM_UP = 8
+"""Steps of a size before one is captured. A capture takes as long as many steps."""
 
 
 def batch_sizes(most: int) -> list[int]:

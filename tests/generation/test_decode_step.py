@@ -4,14 +4,22 @@ import pytest
 import torch
 
 import lctrain
+from lctrain.generation import decode
 from lctrain.generation.continuous import complete_continuously
-from lctrain.generation.decode import WARM_UP, batch_sizes
+from lctrain.generation.decode import batch_sizes
 from lctrain.generation.graph import capture_refusal
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 
+WARM_UP = 2
 PROMPTS = [[5, 6, 7], [8] * 63, [9, 10], [11, 12, 13, 14], [15]]
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    """Captures the third step of a size, also in short completions."""
+    monkeypatch.setattr(decode, "WARM_UP", WARM_UP)
 
 
 class Recording:
