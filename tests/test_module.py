@@ -334,15 +334,14 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
     """Uses DDP with gloo, unequal packs, accumulation, an incomplete window and clipping."""
     from tests import train_two_ranks as ranks
 
-    out = tmp_path / "out.pt"
     subprocess.run(
-        [sys.executable, "-m", "tests.train_two_ranks", str(out)],
+        [sys.executable, "-m", "tests.train_two_ranks", str(tmp_path)],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"},
         check=True,
         capture_output=True,
     )
-    result = torch.load(out)
+    result = torch.load(tmp_path / "found.pt")
     windows = [
         one_batch([batch for rank in (0, 1) for batch in ranks.batches(rank)[begin:end]])
         for begin, end in ((0, 2), (2, 3))

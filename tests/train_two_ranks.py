@@ -1,22 +1,26 @@
 """Trains in float64 on two gloo ranks with packs of unequal size; tests/test_module.py starts it.
 
-Usage: python -m tests.train_two_ranks OUT_FILE
+Usage: python -m tests.train_two_ranks FOLDER
+
+The results of rank 0 are FOLDER/found.pt.
 """
 
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback, LightningModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
-from lctrain.process_group import leave_at_exit
+from tests.distributed.ranks import fork_ranks
 from tests.float64 import built_in_float64
 from tests.training import loader, make_batch, make_trainer
 
 LENGTHS = [[[5, 9], [2, 3, 4], [31]], [[40], [17, 30], [6]]]  # by rank and micro-batch
+RANKS = 2
 WINDOW = 2  # micro-batches: the last window of the epoch is incomplete
 CLIP = 0.5
 
@@ -59,23 +63,33 @@ class Recorder(LongContextModule):
         return loader(batches(self.global_rank))
 
 
-def main(out: Path) -> None:
-    """Trains, and writes the results of rank 0 to OUT_FILE."""
-    module = Recorder(make_model())
+def trained(module: LightningModule, folder: Path, callbacks: Sequence[Callback] = ()) -> dict:
+    """Trains a module on all ranks, and returns its records and weights.
+
+    Args:
+        module: A module with `records` and `model`.
+        folder: Folder of the trainer.
+        callbacks: Callbacks of the trainer.
+    """
     trainer = make_trainer(
-        out.parent,
+        folder,
+        callbacks,
         strategy="ddp",
-        devices=2,
+        devices=RANKS,
         accumulate_grad_batches=WINDOW,
         gradient_clip_val=CLIP,
     )
     trainer.fit(module)
-    if trainer.is_global_zero:
-        torch.save({"records": module.records, "weights": module.model.state_dict()}, out)
+    return {"records": module.records, "weights": module.model.state_dict()}
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    """Trains, and writes the results of rank 0."""
+    with built_in_float64():
+        found = trained(Recorder(make_model()), folder)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    leave_at_exit()
-    with built_in_float64():
-        main(Path(sys.argv[1]))
+    fork_ranks(main, RANKS, Path(sys.argv[1]))

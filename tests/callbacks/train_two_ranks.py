@@ -1,20 +1,22 @@
-"""Runs tests.train_two_ranks with a user's module and callbacks; test_token_exact.py starts it.
+"""Trains LongContextModule and a user's module on two ranks; test_token_exact.py starts it.
 
-Usage: python -m tests.callbacks.train_two_ranks OUT_FILE
+Usage: python -m tests.callbacks.train_two_ranks FOLDER
+
+The results of rank 0 are FOLDER/module.pt and FOLDER/callback.pt.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from lctrain.callbacks import PatchAttention, TokenExactLoss
-from lctrain.process_group import leave_at_exit
 from tests.callbacks.own_module import OwnModule
+from tests.distributed.ranks import fork_ranks
 from tests.float64 import built_in_float64
-from tests.train_two_ranks import CLIP, WINDOW, batches, make_model
-from tests.training import loader, make_trainer
+from tests.train_two_ranks import RANKS, batches, make_model, trained
+from tests.train_two_ranks import Recorder as ModuleRecorder
+from tests.training import loader
 
 
 class Recorder(OwnModule):
@@ -33,25 +35,18 @@ class Recorder(OwnModule):
         return loader(batches(self.global_rank))
 
 
-def main(out: Path) -> None:
-    """Trains, and writes the results of rank 0 to OUT_FILE."""
-    exact = TokenExactLoss()
-    module = Recorder(exact)
-    trainer = make_trainer(
-        out.parent,
-        [exact, PatchAttention()],
-        strategy="ddp",
-        devices=2,
-        accumulate_grad_batches=WINDOW,
-        gradient_clip_val=CLIP,
-    )
-    trainer.fit(module)
-    if trainer.is_global_zero:
-        torch.save({"records": module.records, "weights": module.model.state_dict()}, out)
+def main(rank: int, size: int, folder: Path) -> None:
+    """Trains both modules, and writes the results of rank 0."""
+    with built_in_float64():
+        exact = TokenExactLoss()
+        found = {
+            "module": trained(ModuleRecorder(make_model()), folder),
+            "callback": trained(Recorder(exact), folder, [exact, PatchAttention()]),
+        }
+    if rank == 0:
+        for name, results in found.items():
+            torch.save(results, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    leave_at_exit()
-    with built_in_float64():
-        main(Path(sys.argv[1]))
+    fork_ranks(main, RANKS, Path(sys.argv[1]))
