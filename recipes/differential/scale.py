@@ -1,4 +1,4 @@
-"""Sizes of the experiment: one for a GPU, and one that runs the same code in minutes on a CPU."""
+"""Sizes of the experiment: two for a GPU, and one that runs the same code in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -46,6 +46,32 @@ SCALES = {
         parity_steps=40,
         train=("trainer.enable_progress_bar=false",),
         of_variant={"v2": ("model.config.intermediate_size=896",)},
+    ),
+    "small": Scale(
+        shares=(0.5, 1.0),
+        keys_per_cell=4,
+        depths=(0.0, 0.5, 1.0),
+        logit_documents=4,
+        max_tokens=16384,
+        parity_rows=4,
+        parity_steps=20,
+        train=(
+            "model.config.hidden_size=256",
+            "model.config.intermediate_size=680",
+            "model.config.num_hidden_layers=4",
+            "model.config.num_attention_heads=4",
+            "model.config.num_key_value_heads=4",
+            "model.config.max_position_embeddings=1024",
+            "data.max_bytes=12000000",
+            "data.vocab_size=4096",
+            "data.max_document_tokens=1024",
+            "data.num_workers=1",
+            "optim.warmup_fraction=0.1",
+            "trainer.max_steps=300",
+            "trainer.limit_val_batches=16",
+            "trainer.enable_progress_bar=false",
+        ),
+        of_variant={"v2": ("model.config.intermediate_size=592",)},
     ),
     "tiny": Scale(
         shares=(0.5, 1.0),

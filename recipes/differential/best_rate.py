@@ -1,0 +1,117 @@
+"""Compares the variants at the best learning rate of each: which rate, and how far apart they are.
+
+A variant's best rate has the lowest held-out loss, as a mean over seeds. The difference from the
+plain model is paired by seed, since both saw the same batches. Its 95 % interval is Student's, over
+the seeds. The losses agree if the whole interval lies within PARITY nats of zero; they differ if it
+does not hold zero. Otherwise the seeds are too few to tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lctrain.recipes.differential.comparison import over_seeds
+
+PARITY = 0.03
+"""Largest difference of held-out losses that counts as none, in nats per token."""
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+"""97.5 % quantile of Student's distribution by the number of seeds."""
+
+
+def summarize_rates(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the losses by variant and rate, and the comparison at the best rates.
+
+    Args:
+        runs: Records of runs, each with its variant, seed, learning rate and held-out loss.
+
+    Returns:
+        `by_rate`: for each variant a list of rates, each with the means over seeds.
+        `best`: for each variant its best rate, whether this is the lowest or the highest of all
+        rates (so that a better one may lie outside), and the difference from the plain model.
+    """
+    by_rate = {name: _rates(runs, name) for name in dict.fromkeys(run["variant"] for run in runs)}
+    found = {name: _best(rates) for name, rates in by_rate.items()}
+    best: dict[str, Any] = {}
+    for name, row in found.items():
+        rates = [other["rate"] for other in by_rate[name]]
+        best[name] = {**row, "at_the_edge": row["rate"] in (rates[0], rates[-1])}
+        if name != "plain" and "plain" in found:
+            best[name]["minus_plain"] = _paired(row, found["plain"])
+    return {"by_rate": by_rate, "best": best}
+
+
+def _rates(runs: Sequence[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
+    rows = []
+    for rate in sorted({run["learning_rate"] for run in runs if run["variant"] == variant}):
+        group = [r for r in runs if r["variant"] == variant and r["learning_rate"] == rate]
+        group.sort(key=lambda run: run["seed"])
+        rows.append(
+            {
+                "rate": rate,
+                "seeds": [run["seed"] for run in group],
+                "held_out_loss": over_seeds([run["held_out_loss"] for run in group]),
+                "largest_logit": over_seeds([run["largest_logit"] for run in group]),
+            }
+        )
+    return rows
+
+
+def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return min(rates, key=lambda row: row["held_out_loss"]["mean"])
+
+
+def _paired(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Returns the difference from the plain model over the seeds that both have."""
+    theirs = dict(zip(plain["seeds"], plain["held_out_loss"]["values"], strict=True))
+    ours = dict(zip(row["seeds"], row["held_out_loss"]["values"], strict=True))
+    difference = over_seeds([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    error, count = difference["standard_error"], len(difference["values"])
+    if error is None or not math.isfinite(error):
+        return {**difference, "interval": None, "verdict": "one seed says nothing"}
+    reach = STUDENT.get(count, 1.96) * error
+    low, high = difference["mean"] - reach, difference["mean"] + reach
+    return {**difference, "interval": [low, high], "verdict": verdict(low, high)}
+
+
+def verdict(low: float, high: float) -> str:
+    """Returns what the interval of a difference says, in nats per token."""
+    if low >= -PARITY and high <= PARITY:
+        return "the losses agree"
+    if low > 0 or high < 0:
+        return "the losses differ"
+    return "too few seeds to tell"
+
+
+def as_markdown(summary: dict[str, Any]) -> str:
+    """Returns the two tables of a summary."""
+    rates = sorted({row["rate"] for rows in summary["by_rate"].values() for row in rows})
+    lines = [f"| held-out loss | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    lines.append(f"|{'---|' * (len(rates) + 1)}")
+    for name, rows in summary["by_rate"].items():
+        losses = {row["rate"]: with_error(row["held_out_loss"], ".3f") for row in rows}
+        lines.append(f"| {name} | {' | '.join(losses.get(rate, '') for rate in rates)} |")
+    lines += [
+        "",
+        "| at its best rate | rate | largest logit | minus plain | 95 % interval | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in summary["best"].items():
+        rate = f"{row['rate']:g}" + (" (the edge)" if row["at_the_edge"] else "")
+        cells = [name, rate, with_error(row["largest_logit"], ".0f")]
+        difference = row.get("minus_plain")
+        if difference is None:
+            lines.append(f"| {' | '.join(cells)} | | | |")
+            continue
+        ends = difference["interval"]
+        interval = "" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+        cells += [f"{difference['mean']:+.3f}", interval, difference["verdict"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_error(cell: dict[str, Any], form: str) -> str:
+    """Returns a mean with its standard error."""
+    error = cell["standard_error"]
+    return f"{cell['mean']:{form}}" + ("" if error is None else f" ± {error:{form}}")
