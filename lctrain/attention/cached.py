@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lctrain.attention.compute_dtype import compute_dtype
+
 MOST_QUERIES = 16
 """Queries of a call for which a DynamicCache is read by the decode kernels; more take varlen's."""
 
@@ -68,14 +70,16 @@ def attend_cached(
             backend.
 
     Returns:
-        [B, S, H, D]; zero at queries before the first key of their row.
+        [B, S, H, D] in the dtype of `value`, or in autocast's if `value` is float32; zero at
+        queries before the first key of their row.
     """
     from lctrain_kernels import flash_attn_with_kvcache
 
     places: dict[str, Any] = {"max_seqlen_k": key.shape[2]} if exact else {}
     if rows is not None:
         places |= {"cache_leftpad": rows[0].flatten(), "cache_seqlens": rows[1].flatten()}
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = flash_attn_with_kvcache(q.to(v.dtype), k, v, causal=True, **places, **options)
+    dtype = compute_dtype(value)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
+    out = flash_attn_with_kvcache(q, k, v, causal=True, **places, **options)
     assert isinstance(out, Tensor)
     return out

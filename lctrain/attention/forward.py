@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, is_packed
 from lctrain.attention.cached import MOST_QUERIES, is_cached_rows
+from lctrain.attention.compute_dtype import compute_dtype
 from lctrain.attention.documents import find_documents_of_layer
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.shared import Kernel, Part, Split, attend_shared
 from lctrain.attention.spec import AttentionSpec
-from lctrain_kernels.autocast import autocast_dtype
 
 SPEC_ATTRIBUTE = "lctrain_attention_spec"
 BOUNDARIES_ARGUMENT = "lctrain_boundaries"
@@ -268,7 +268,7 @@ def attend(
         if `value` is float32.
     """
     value_dim = value.shape[-1]
-    dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     width = max(query.shape[-1], value_dim)  # in multi-head latent attention Dv differs from D
     q = _tokens(query, boundaries.indices_q, dtype, width)
     k = _tokens(key, boundaries.indices_k, dtype, width)
@@ -297,13 +297,3 @@ def _tokens(states: Tensor, indices: Tensor | None, dtype: torch.dtype, width: i
     if width != tokens.shape[-1]:
         tokens = F.pad(tokens, (0, width - tokens.shape[-1]))
     return tokens.to(dtype)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    """Returns the dtype in which to attend: that of `value`, or autocast's for a float32 `value`.
-
-    Under autocast, RoPE returns float32 queries and keys, while values already have autocast's
-    dtype.
-    """
-    dtype = autocast_dtype(value.device.type) if value.dtype == torch.float32 else None
-    return dtype or value.dtype

@@ -258,6 +258,28 @@ def test_no_prompts(model):
     assert lctrain.generate(model, []) == []
 
 
+def test_under_autocast_the_cache_is_read_in_its_dtype(model, monkeypatch):
+    """transformers' cache holds float32 then, which the kernels of a GPU do not take."""
+    import lctrain_kernels
+
+    seen = []
+    decode = lctrain_kernels.flash_attn_with_kvcache
+
+    def remembered(*tensors, **options):
+        seen.append({tensor.dtype for tensor in tensors})
+        return decode(*tensors, **options)
+
+    monkeypatch.setattr(lctrain_kernels, "flash_attn_with_kvcache", remembered)
+    lctrain.patch_model(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        lctrain.generate(model, PROMPTS, max_new_tokens=3)
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+    seen.clear()
+    lctrain.generate(model, PROMPTS, max_new_tokens=3)
+    assert all(dtypes == {torch.float32} for dtypes in seen)
+
+
 def test_a_row_ends_once():
     finish = Finish(2, torch.tensor([7]), None)
     for step, ids in enumerate(([1, 1, 7], [1, 1, 7, 7]), 1):
