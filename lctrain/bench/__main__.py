@@ -24,6 +24,7 @@ BENCHMARKS = {
     "groups": ("lctrain.bench.groups", "prompts that completions share, on one GPU"),
     "chat": ("lctrain.bench.chat", "tokenizing and masking conversations, on a CPU"),
     "sft": ("lctrain.bench.sft", "supervised fine-tuning beside TRL, on one GPU"),
+    "detached": ("lctrain.bench.detached", "gradients of a shared prompt, on a CPU"),
     "scale": ("lctrain.bench.scale", "training steps and shared attention on several GPUs"),
     "shares": ("lctrain.bench.shares", "shares of a document and sharded steps, on one GPU"),
     "encoder": ("lctrain.bench.encoder", "encoders on padded rows, beside padded peers"),

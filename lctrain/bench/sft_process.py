@@ -244,7 +244,7 @@ def _train_trl(
     from trl import SFTConfig, SFTTrainer
 
     class Timing(TrainerCallback):
-        def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             clock.step_ends(state.global_step)
 
     def count_tokens(module: Any, inputs: Any, named: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lctrain_kernels.bench.memory_published import published_table
-from lctrain_kernels.bench.newest import RESULTS, origin
+from lctrain_kernels.bench.newest import RESULTS, origin, records_of
 from lctrain_kernels.bench.peers import OURS
 
 PICTURE = "long_context.png"
@@ -23,8 +22,7 @@ def memory_records(results: Path = RESULTS) -> list[dict[str, Any]]:
     Args:
         results: Folder that holds the folders of all kinds.
     """
-    records = [json.loads(path.read_text()) for path in (results / "memory").glob("*.json")]
-    return sorted(records, key=lambda record: str(record["date"]))
+    return records_of("memory", results)
 
 
 def memory_tables(records: Sequence[Mapping[str, Any]]) -> str:

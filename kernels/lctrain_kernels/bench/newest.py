@@ -25,6 +25,17 @@ def newest_record(
     return max(records, key=lambda record: record["date"], default=None)
 
 
+def records_of(kind: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Returns all records of a kind, in the order of their dates.
+
+    Args:
+        kind: Name of the folder of the kind.
+        results: Folder that holds the folders of all kinds.
+    """
+    records = [json.loads(path.read_text()) for path in (results / kind).glob("*.json")]
+    return sorted(records, key=lambda record: str(record["date"]))
+
+
 def origin(record: Mapping[str, Any]) -> str:
     """Returns device, date and versions of a record, as a sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

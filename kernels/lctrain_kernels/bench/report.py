@@ -16,12 +16,13 @@ from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.balance_report import balance_table
 from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.decode_report import decode_table
+from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.memory_plot import draw_curve
 from lctrain_kernels.bench.memory_report import PICTURE, curve_of, memory_records, memory_tables
-from lctrain_kernels.bench.newest import RESULTS, newest_record
+from lctrain_kernels.bench.newest import RESULTS, newest_record, records_of
 from lctrain_kernels.bench.operation_report import newest_operation_record, operation_tables
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
@@ -44,12 +45,15 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "curves": curves_table,
     "balance": balance_table,
     "longest": longest_table,
-    "shared_prefix": shared_prefix_table,
     "encoder": encoder_table,
     "decode": decode_table,
     "generation": generation_table,
+    "detached": detached_table,
     "shares": shares_table,
 }
+
+# Kinds of records that each have a table, all of which are shown.
+SERIES: dict[str, Callable[[Mapping[str, Any]], str]] = {"shared_prefix": shared_prefix_table}
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:
@@ -225,7 +229,7 @@ def readme_with_sections(readme: str, folder: Path = RESULTS) -> str:
 
 
 def readme_with_steps(readme: str) -> str:
-    """Returns the page's text with its tables of steps, operations and KINDS replaced.
+    """Returns the page's text with its tables of steps, operations, KINDS and SERIES replaced.
 
     A page without the markers of such a table is left as it is.
 
@@ -239,6 +243,10 @@ def readme_with_steps(readme: str) -> str:
         **{
             kind: NOTHING_MEASURED if record is None else KINDS[kind](record)
             for kind, record in records.items()
+        },
+        **{
+            kind: "\n".join(map(table, records_of(kind))) or NOTHING_MEASURED
+            for kind, table in SERIES.items()
         },
         "memory": memory_tables(memory_records()) or NOTHING_MEASURED,
         "step": step_table(newest_step_record()),

@@ -7,6 +7,7 @@ import pytest
 from lctrain_kernels.bench import report
 from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.decode_report import decode_table
+from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
@@ -18,7 +19,7 @@ from lctrain_kernels.bench.memory_report import (
     memory_table,
     memory_tables,
 )
-from lctrain_kernels.bench.newest import RESULTS, newest_record
+from lctrain_kernels.bench.newest import RESULTS, newest_record, records_of
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.shares_report import shares_table
 
@@ -34,7 +35,7 @@ def test_the_newest_record_counts_by_its_date(tmp_path):
     assert newest_record("none", tmp_path) is None
 
 
-@pytest.mark.parametrize("kind", report.KINDS)
+@pytest.mark.parametrize("kind", [*report.KINDS, *report.SERIES])
 def test_every_kind_has_a_record_and_a_place_on_the_page(kind):
     has_record = newest_record(kind) is not None
     assert has_record or kind in WITHOUT_RECORD
@@ -44,10 +45,27 @@ def test_every_kind_has_a_record_and_a_place_on_the_page(kind):
     assert ("2026" if has_record else report.NOTHING_MEASURED) in text
 
 
+def test_all_records_of_a_series_are_shown():
+    records = records_of("shared_prefix")
+    assert len(records) > 1
+    begin, end = "<!-- shared_prefix tables: begin -->", "<!-- shared_prefix tables: end -->"
+    text = report.readme_with_steps(f"{begin}\n{end}\n")
+    assert text.count("| completions |") == len(records)
+    assert [record["date"] for record in records] == sorted(record["date"] for record in records)
+
+
+def test_a_detached_log_sum_exp_has_errors_for_every_deviation():
+    errors = {"differentiable": {"out": 3e-7, "dq": 2e-7}, "detached": {"out": 3e-7, "dq": 0.134}}
+    sizes = {"prompt": 8, "completions": 2, "length": 4}
+    text = detached_table({**HEAD, **sizes, "errors": {"2": errors}})
+    assert "| with its gradient, as in lctrain | 2 | 3e-07 | 2e-07 |" in text
+    assert "| detached | 2 | 3e-07 | 13% |" in text
+
+
 def test_every_folder_of_records_is_read_or_named():
     """The others hold details of a log entry, and no page shows them."""
     details = {"groups", "profile"}
-    shown = {*report.KINDS, *report.SECTIONS, "step", "ops", "memory", "scale"}
+    shown = {*report.KINDS, *report.SERIES, *report.SECTIONS, "step", "ops", "memory", "scale"}
     folders = {path.name for path in RESULTS.iterdir() if path.is_dir()}
     assert folders | WITHOUT_RECORD == shown | details
 
