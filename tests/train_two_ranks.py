@@ -2,7 +2,8 @@
 
 Usage: python -m tests.train_two_ranks FOLDER
 
-The results of rank 0 are FOLDER/found.pt.
+The last packs hold prompts that completions share, one of them on both ranks. The results of rank 0
+are FOLDER/found.pt.
 """
 
 import sys
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lctrain.batch import PackedBatch
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
 from tests.distributed.ranks import fork_ranks
@@ -23,11 +25,22 @@ LENGTHS = [[[5, 9], [2, 3, 4], [31]], [[40], [17, 30], [6]]]  # by rank and micr
 RANKS = 2
 WINDOW = 2  # micro-batches: the last window of the epoch is incomplete
 CLIP = 0.5
+PROMPT, OTHER = list(range(20, 45)), [7, 8, 9]
+GROUPS = [  # by rank
+    [(PROMPT, [[50, 51, 52]])],
+    [(OTHER, [[60], [61, 62]]), (PROMPT, [[53], [54, 55, 56, 57, 58]])],
+]
 
 
 def batches(rank: int):
     """Returns the packs of one rank."""
     return [make_batch(lengths, 10 * rank + i) for i, lengths in enumerate(LENGTHS[rank])]
+
+
+def whole_groups() -> PackedBatch:
+    """Returns the groups of both ranks in one pack."""
+    ((_, first),), (other, (prompt, second)) = GROUPS
+    return PackedBatch.from_groups([other, (prompt, [*first, *second])])
 
 
 def make_model(layers: int = 2) -> LlamaForCausalLM:
@@ -63,6 +76,14 @@ class Recorder(LongContextModule):
         return loader(batches(self.global_rank))
 
 
+class GroupsRecorder(Recorder):
+    """A Recorder whose last packs hold groups."""
+
+    def train_dataloader(self):
+        rank = self.global_rank
+        return loader([*batches(rank)[:-1], PackedBatch.from_groups(GROUPS[rank])])
+
+
 def trained(module: LightningModule, folder: Path, callbacks: Sequence[Callback] = ()) -> dict:
     """Trains a module on all ranks, and returns its records and weights.
 
@@ -86,7 +107,7 @@ def trained(module: LightningModule, folder: Path, callbacks: Sequence[Callback]
 def main(rank: int, size: int, folder: Path) -> None:
     """Trains, and writes the results of rank 0."""
     with built_in_float64():
-        found = trained(Recorder(make_model()), folder)
+        found = trained(GroupsRecorder(make_model()), folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
 

@@ -14,18 +14,20 @@ END = "<!-- post_training tables: end -->"
 
 def tables() -> str:
     """Returns the tables of the recorded runs as Markdown, between the marks of the README."""
-    parts = [_sft(_read("sft"))]
-    parts += [_passkeys(stage, _read(stage)) for stage in ("dpo", "grpo") if _is_recorded(stage)]
+    parts = [_sft(record) for record in records("sft")]
+    for stage in ("dpo", "grpo"):
+        parts += [_passkeys(stage, record) for record in records(stage)]
     return "\n\n".join([BEGIN, *parts, END])
 
 
-def _is_recorded(stage: str) -> bool:
-    return (RESULTS / f"{stage}.json").exists()
+def records(stage: str) -> list[dict[str, Any]]:
+    """Returns the records of a stage: `<stage>.json`, and `<stage>_<device>.json`.
 
-
-def _read(stage: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / f"{stage}.json").read_text())
-    return record
+    Args:
+        stage: "sft", "dpo" or "grpo".
+    """
+    paths = sorted(RESULTS.glob(f"{stage}*.json"), key=lambda path: path.stem)
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def _sft(record: dict[str, Any]) -> str:
