@@ -148,6 +148,20 @@ def test_pairs_hold_the_right_key_and_another_answer(shipped, questions):
             assert not torch.equal(one, other)
 
 
+def test_grpo_trains_adapters(tmp_path, questions, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(grpo, "rewards", lambda given, answers: torch.arange(len(given)).float())
+    config = Experiment(tmp_path, SCALES["tiny"], (0,), ("adapter=lora",)).compose("grpo", 0)
+    policy = build_model(config.model, 0, config.adapter)
+    module = grpo.Grpo(policy, config, SCALES["tiny"])
+    lctrain.patch_model(policy.get_base_model())
+    module.training_step(questions[0], 0).backward()
+    for name, weight in policy.named_parameters():
+        assert weight.requires_grad == ("lora" in name)
+        assert (weight.grad is not None) == weight.requires_grad
+    assert any(weight.grad.any() for weight in policy.parameters() if weight.grad is not None)
+
+
 def test_grpo_takes_its_reference_from_the_memory_settings(tmp_path, shipped):
     experiment = Experiment(tmp_path, SCALES["tiny"], (0,), ("memory.reference=host",))
     module = grpo.Grpo(shipped[0], experiment.compose("grpo", 0), SCALES["tiny"])
