@@ -14,6 +14,7 @@ from typing import Any
 
 from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.balance_report import balance_table
+from lctrain_kernels.bench.chat_report import chat_table
 from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
@@ -27,6 +28,7 @@ from lctrain_kernels.bench.operation_report import newest_operation_record, oper
 from lctrain_kernels.bench.peers import OURS, PEERS
 from lctrain_kernels.bench.record import BenchmarkRecord, Result
 from lctrain_kernels.bench.scale_report import NOT_MEASURED, newest_scale_record, scale_table
+from lctrain_kernels.bench.sft_report import sft_table
 from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.shares_report import shares_table
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
@@ -49,6 +51,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "decode": decode_table,
     "generation": generation_table,
     "detached": detached_table,
+    "chat": chat_table,
+    "sft": sft_table,
     "shares": shares_table,
 }
 
