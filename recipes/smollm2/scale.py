@@ -18,6 +18,7 @@ class Scale:
         documents: Number of novels, the longest first.
         answers: Context lengths up to the window, for needles and RULER.
         answers_beyond: Context lengths beyond the window, for needles.
+        answer_tokens: Tokens of the prompts, answers included, that are answered together.
         depths: Fractions of the text before a needle.
         needles: Number of needles at each length and depth.
         ruler_tasks: Names of RULER's tasks; None for all but qa.
@@ -35,6 +36,7 @@ class Scale:
     documents: int
     answers: tuple[int, ...]
     answers_beyond: tuple[int, ...]
+    answer_tokens: int
     depths: tuple[float, ...]
     needles: int
     ruler_tasks: tuple[str, ...] | None
@@ -56,6 +58,7 @@ SCALES = {
         documents=6,
         answers=(4096, 8192),
         answers_beyond=(16384, 32768),
+        answer_tokens=262144,
         depths=(0.0, 0.25, 0.5, 0.75, 1.0),
         needles=4,
         ruler_tasks=None,
@@ -78,6 +81,7 @@ SCALES = {
         documents=2,
         answers=(4096,),
         answers_beyond=(16384,),
+        answer_tokens=16384,
         depths=(0.0, 0.5, 1.0),
         needles=1,
         ruler_tasks=("niah_single_1", "vt"),
@@ -100,6 +104,7 @@ SCALES = {
         documents=1,
         answers=(1024,),
         answers_beyond=(2048,),
+        answer_tokens=2048,
         depths=(0.5,),
         needles=1,
         ruler_tasks=("niah_single_1",),

@@ -69,7 +69,8 @@ def _ask(
             items=scale.ruler_items,
         ),
     }
-    _run(experiment, stage, task, lengths, **{task: questions[task]}, **settings)
+    settings |= {task: questions[task], "max_tokens": max(scale.answer_tokens, lengths[-1])}
+    _run(experiment, stage, task, lengths, **settings)
 
 
 def _run(
