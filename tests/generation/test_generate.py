@@ -258,7 +258,7 @@ def test_no_prompts(model):
     assert lctrain.generate(model, []) == []
 
 
-def test_under_autocast_the_cache_is_read_in_its_dtype(model, monkeypatch):
+def test_under_autocast_the_cache_is_read_in_its_dtype(plain, monkeypatch):
     """transformers' cache holds float32 then, which the kernels of a GPU do not take."""
     import lctrain_kernels
 
@@ -270,13 +270,13 @@ def test_under_autocast_the_cache_is_read_in_its_dtype(model, monkeypatch):
         return decode(*tensors, **options)
 
     monkeypatch.setattr(lctrain_kernels, "flash_attn_with_kvcache", remembered)
-    lctrain.patch_model(model)
+    lctrain.patch_model(plain)
     with torch.autocast("cpu", torch.bfloat16):
-        lctrain.generate(model, PROMPTS, max_new_tokens=3)
+        lctrain.generate(plain, PROMPTS, max_new_tokens=3, batching="padded")
     assert seen
     assert all(dtypes == {torch.bfloat16} for dtypes in seen)
     seen.clear()
-    lctrain.generate(model, PROMPTS, max_new_tokens=3)
+    lctrain.generate(plain, PROMPTS, max_new_tokens=3, batching="padded")
     assert all(dtypes == {torch.float32} for dtypes in seen)
 
 
