@@ -26,11 +26,9 @@ from typing import Any
 
 import torch
 
-from lctrain.batch import PackedBatch
 from lctrain.bench.generation_runs import FEW, run_continuous, run_generate_batch, run_padded
+from lctrain.bench.generation_yardsticks import floor_seconds, log_prob_difference, make_prompts
 from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_8b, llama_135m, tiny
-from lctrain.generation.options import Completion
-from lctrain.loss import token_log_probs
 from lctrain.models import patch_model
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
@@ -40,55 +38,6 @@ _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
 CONTENDERS = ("graphs", "eager", "padded", "generate_batch")
 COMPARED = 8
 """Completions whose log-probabilities are compared with a training forward."""
-
-
-def make_prompts(requests: int, shortest: int, longest: int, vocabulary: int) -> list[list[int]]:
-    """Returns prompts of random tokens whose lengths are spread evenly, in a random order."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(shortest, longest, requests).long()
-    lengths = lengths[torch.randperm(requests, generator=draw)]
-    return [torch.randint(vocabulary, (int(n),), generator=draw).tolist() for n in lengths]
-
-
-def floor_seconds(
-    model: Any, shape: ModelShape, prompts: Sequence[list[int]], new_tokens: int, bandwidth: float
-) -> float:
-    """Returns the seconds to read weights, keys and values of all decode steps.
-
-    Args:
-        model: The model; a table of embeddings that is not the output head is not read.
-        shape: Shape of the model.
-        prompts: Token ids of each prompt.
-        new_tokens: Tokens of each completion; the first one comes from the prefill.
-        bandwidth: Bytes per second.
-    """
-    settings, size = shape.settings, next(model.parameters()).element_size()
-    weights = sum(weight.numel() for weight in model.parameters())
-    if not settings["tie_word_embeddings"]:
-        weights -= settings["vocab_size"] * settings["hidden_size"]
-    width = settings["num_key_value_heads"] * settings["head_dim"]
-    per_token = 2 * settings["num_hidden_layers"] * width
-    steps = new_tokens - 1
-    stored = steps * sum(map(len, prompts)) + len(prompts) * steps * (steps + 1) // 2
-    return size * (steps * weights + stored * per_token) / bandwidth
-
-
-def log_prob_difference(model: Any, completions: Sequence[Completion]) -> dict[str, float]:
-    """Returns how far rollouts are from a packed training forward of the same tokens, in nats.
-
-    Args:
-        model: The patched model.
-        completions: Completions of the model.
-    """
-    device = next(model.parameters()).device
-    documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in completions]
-    labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in completions]
-    batch = PackedBatch.from_documents(documents, labels=labels).to(device)
-    with torch.no_grad():
-        trained = token_log_probs(model, batch).log_probs.float().cpu()
-    rollout = torch.tensor([x for one in completions for x in one.log_probs])
-    apart = (rollout - trained).abs()
-    return {"mean": float(apart.mean()), "largest": float(apart.max()), "tokens": len(apart)}
 
 
 class Bench:
@@ -142,6 +91,7 @@ class Bench:
         options = self._options
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         model = build_shape(shape, "sdpa", self._device, dtype).eval()
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
         self.record["cases"][name] = case = {
             "shape": shape.title,
             "requests": len(prompts),

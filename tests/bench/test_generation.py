@@ -9,7 +9,7 @@ import torch
 
 import lctrain
 from lctrain.bench.__main__ import main
-from lctrain.bench.generation import floor_seconds, log_prob_difference, make_prompts
+from lctrain.bench.generation_yardsticks import floor_seconds, log_prob_difference, make_prompts
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from tests.numerics import near
 

@@ -1,0 +1,62 @@
+"""Prompts of `lctrain-bench generation`, and what its figures are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lctrain.batch import PackedBatch
+from lctrain.bench.shapes import ModelShape
+from lctrain.generation.options import Completion
+from lctrain.loss import token_log_probs
+
+
+def make_prompts(requests: int, shortest: int, longest: int, vocabulary: int) -> list[list[int]]:
+    """Returns prompts of random tokens whose lengths are spread evenly, in a random order."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(shortest, longest, requests).long()
+    lengths = lengths[torch.randperm(requests, generator=draw)]
+    return [torch.randint(vocabulary, (int(n),), generator=draw).tolist() for n in lengths]
+
+
+def floor_seconds(
+    model: Any, shape: ModelShape, prompts: Sequence[list[int]], new_tokens: int, bandwidth: float
+) -> float:
+    """Returns the seconds to read weights, keys and values of all decode steps.
+
+    Args:
+        model: The model; a table of embeddings that is not the output head is not read.
+        shape: Shape of the model.
+        prompts: Token ids of each prompt.
+        new_tokens: Tokens of each completion; the first one comes from the prefill.
+        bandwidth: Bytes per second.
+    """
+    settings, size = shape.settings, next(model.parameters()).element_size()
+    weights = sum(weight.numel() for weight in model.parameters())
+    if not settings["tie_word_embeddings"]:
+        weights -= settings["vocab_size"] * settings["hidden_size"]
+    width = settings["num_key_value_heads"] * settings["head_dim"]
+    per_token = 2 * settings["num_hidden_layers"] * width
+    steps = new_tokens - 1
+    stored = steps * sum(map(len, prompts)) + len(prompts) * steps * (steps + 1) // 2
+    return size * (steps * weights + stored * per_token) / bandwidth
+
+
+def log_prob_difference(model: Any, completions: Sequence[Completion]) -> dict[str, float]:
+    """Returns how far rollouts are from a packed training forward of the same tokens, in nats.
+
+    Args:
+        model: The patched model.
+        completions: Completions of the model.
+    """
+    device = next(model.parameters()).device
+    documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in completions]
+    labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in completions]
+    batch = PackedBatch.from_documents(documents, labels=labels).to(device)
+    with torch.no_grad():
+        trained = token_log_probs(model, batch).log_probs.float().cpu()
+    rollout = torch.tensor([x for one in completions for x in one.log_probs])
+    apart = (rollout - trained).abs()
+    return {"mean": float(apart.mean()), "largest": float(apart.max()), "tokens": len(apart)}
