@@ -93,8 +93,8 @@ class ContinuousBatch:
         return sorted(found, key=lambda request: request.group)
 
     def _prefill(self, groups: Sequence[list[Request]]) -> None:
-        tokens = [(group[0].tokens, group[0].pages) for group in groups]
-        logits = prefill.prefill(self._forward, self._pool, tokens)
+        leaders = [(group[0].tokens, group[0].pages, group[0].known) for group in groups]
+        logits = prefill.prefill(self._forward, self._pool, leaders)
         rows = [row for row, group in enumerate(groups) for _ in group]
         requests = [request for group in groups for request in group]
         if self._history is not None:

@@ -55,8 +55,9 @@ def generate(
     A model patched with attention="flash" generates by continuous batching: prompts are prefilled
     in packs without padding, all running requests decode one token per step on the decode kernels,
     and a request that ends makes room for the next. Equal prompts that run together are prefilled
-    once and share pages, which are copied when one of them writes. If the cache is full, the
-    request that was admitted last is prefilled again later. On a GPU, decode steps are CUDA graphs.
+    once and share pages, which are copied when one of them writes; prompts that begin alike share
+    full pages. If the cache is full, the request that was admitted last is prefilled again later.
+    On a GPU, decode steps are CUDA graphs.
 
     Other models generate in left-padded batches by transformers' loop: those without a patch or
     with another attention, with RoPE frequencies that depend on the length, with layers that share

@@ -87,12 +87,15 @@ class PagePool:
             self._users[page] += 1
         return list(pages)
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Removes a user from each of some pages; pages without a user are free."""
+    def release(self, pages: Sequence[int]) -> list[int]:
+        """Removes a user from each of some pages; returns those without a user, which are free."""
+        freed = []
         for page in pages:
             self._users[page] -= 1
             if self._users[page] == 0:
-                self._free.append(page)
+                freed.append(page)
+        self._free += freed
+        return freed
 
     def is_shared(self, page: int) -> bool:
         """Returns whether a page has several users."""

@@ -15,6 +15,10 @@ TOKENS = 8192
 """Most tokens of a pack. Longer prompts are cut, and each piece attends to those before it."""
 
 
+Prompt = tuple[Sequence[int], Sequence[int], int]
+"""Tokens and pages of a request, and the number of tokens whose keys its pages hold already."""
+
+
 class Piece(NamedTuple):
     """Consecutive tokens of a request.
 
@@ -92,15 +96,15 @@ class PrefillStep:
 def prefill(
     forward: CachedForward,
     pool: PagePool,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    requests: Sequence[Prompt],
     most: int = TOKENS,
 ) -> Tensor:
-    """Stores all tokens of requests, and returns the logits after each request's last token.
+    """Stores the tokens of requests, and returns the logits after each request's last token.
 
     Args:
         forward: The model.
         pool: Pages.
-        requests: Tokens and pages of each request.
+        requests: What to store. Tokens that are known come from an earlier request.
         most: Most tokens of a pack.
 
     Returns:
@@ -120,24 +124,21 @@ def prefill(
     return torch.cat(found)
 
 
-def packs(
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]], most: int
-) -> Iterator[list[Piece]]:
+def packs(requests: Sequence[Prompt], most: int) -> Iterator[list[Piece]]:
     """Yields the pieces of each pack, in the order of the requests.
 
     A request that fits into one pack is not cut, so its attention is that of a training forward.
 
     Args:
-        requests: Tokens and pages of each request.
+        requests: What to store.
         most: Most tokens of a pack.
     """
     pieces: list[Piece] = []
     room = most
-    for tokens, pages in requests:
-        if len(tokens) > room and pieces:
+    for tokens, pages, begin in requests:
+        if len(tokens) - begin > room and pieces:
             yield pieces
             pieces, room = [], most
-        begin = 0
         while len(tokens) - begin > most:
             yield [Piece(tokens, pages, begin, begin + most)]
             begin += most

@@ -20,6 +20,7 @@ class Request:
         token_ids: Generated token ids.
         log_probs: Log-probability of each.
         pages: Pages that hold its keys and values.
+        known: Tokens whose keys and values another request has stored, or will before this one.
         stored: Tokens whose keys and values are in the cache.
         slot: Row of the request in tensors per running request; -1 while it waits.
         stopped: Whether an end token or a stop string ended it.
@@ -33,6 +34,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    known: int = 0
     stored: int = 0
     slot: int = -1
     stopped: bool = False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lctrain.generation.pages import PAGE, PagePool, pages_of
+from lctrain.generation.prefixes import PrefixPages
 from lctrain.generation.request import Request
 
 
@@ -32,12 +33,14 @@ class Schedule:
         running: Requests with pages, in the order in which they were admitted.
         preempted: Number of times that a request gave its pages up.
         forked: Number of requests that took over the pages of another one's prompt.
+        shared: Number of pages that requests took over from the beginning of another prompt.
     """
 
     def __init__(self, requests: Iterable[Request], pool: PagePool, slots: int, width: int) -> None:
         self.waiting = deque(requests)
         self.running: list[Request] = []
-        self.preempted = self.forked = 0
+        self.preempted = self.forked = self.shared = 0
+        self._prefixes = PrefixPages()
         self._pool = pool
         self._slots = list(range(slots - 1, -1, -1))
         self._tables = torch.zeros(slots, width, dtype=torch.int32)
@@ -46,16 +49,21 @@ class Schedule:
         """Starts as many waiting requests as slots and pages suffice for.
 
         Returns:
-            Groups of requests with equal tokens. The first of a group is to be prefilled; the
-            others share its pages.
+            Groups of requests with equal tokens. The first of a group is to be prefilled, from the
+            token `known` on; the others share its pages.
         """
         groups = []
         while self.waiting and self._slots:
-            need = pages_of(len(self.waiting[0].tokens))
+            tokens = self.waiting[0].tokens
+            known = self._prefixes.find(tokens)
+            need = pages_of(len(tokens)) - len(known)
             if self._pool.free < need + self._needed_soon():
                 break
             leader = self.waiting.popleft()
-            self._start(leader, self._pool.take(need))
+            leader.known = len(known) * PAGE
+            self._start(leader, self._pool.share(known) + self._pool.take(need))
+            self._prefixes.add(tokens, leader.pages)
+            self.shared += len(known)
             group = [leader]
             while self._slots and self._is_fork(leader) and self._pool.free > self._needed_soon():
                 fork = self.waiting.popleft()
@@ -78,7 +86,7 @@ class Schedule:
     def retire(self, request: Request) -> None:
         """Frees the pages and the slot of a running request."""
         self.running.remove(request)
-        self._pool.release(request.pages)
+        self._prefixes.forget(self._pool.release(request.pages))
         self._slots.append(request.slot)
         request.pages, request.stored, request.slot = [], 0, -1
 

@@ -11,6 +11,7 @@ from lctrain.generation.forward import CachedForward
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE, CacheShape, PagePool, pages_of
 from lctrain.generation.pool_size import longest_pages, pool_pages
+from lctrain.generation.prefixes import PrefixPages
 from lctrain.generation.task import GenerationTask
 
 # The second one fills a page exactly, the third one begins a page while it is completed.
@@ -122,6 +123,40 @@ def test_equal_prompts_share_pages_until_they_write(make_batch, monkeypatch):
     assert len({tuple(one) for one in tokens(drawn._completions)}) == 5
 
 
+def test_prompts_that_begin_alike_share_pages(make_batch, monkeypatch):
+    """Some are admitted together, others while the first one runs, others when all have ended."""
+    start = [index % 90 for index in range(150)]
+    prompts = [[*start, 5], [*start[:128], 7], [8, *start], start[:128], [*start[:70], 9] * 2]
+    expected = [make_batch([prompt], temperature=0).run()[0].token_ids for prompt in prompts]
+    read = []
+    original = prefill.prefill
+    monkeypatch.setattr(
+        prefill, "prefill", lambda f, p, rows: read.extend(rows) or original(f, p, rows)
+    )
+    together = make_batch(prompts, temperature=0)
+    assert tokens(together.run()) == expected
+    assert [known for _, _, known in read] == [0, 128, 0, 64, 64]
+    assert together.schedule.shared == 4
+    for batch_size, pages in ((2, None), (1, None), (64, 5)):
+        found = make_batch(prompts, batch_size=batch_size, pages=pages, temperature=0)
+        assert tokens(found.run()) == expected
+        assert found._pool.free == found._pool.pages
+        assert (found.schedule.shared > 0) == (batch_size > 1)
+
+
+def test_pages_are_known_by_all_tokens_before_them():
+    known = PrefixPages()
+    first, second = [1] * 64, [2] * 64
+    known.add([*first, *second, 3], [4, 5, 6])
+    assert known.find([*first, *second]) == [4]  # a token is left for the logits
+    assert known.find([*first, *second, 9]) == [4, 5]
+    assert known.find([*second, *second, 9]) == []
+    known.add([*first, *second, 9], [7, 8, 9])  # the pages of the first one stay
+    assert known.find([*first, *second, 9]) == [4, 5]
+    known.forget([5, 8])
+    assert known.find([*first, *second, 9]) == [4]
+
+
 @pytest.mark.parametrize("batch_size", [64, 4, 1])
 def test_samples_are_those_of_copies(patched, batch_size):
     copies = [prompt for prompt in PROMPTS[:3] for _ in range(3)]
@@ -190,7 +225,7 @@ def test_long_prompts_are_cut(patched):
     with torch.no_grad():
         for most in (100, 16):
             pool = PagePool(shape, 8, CPU)
-            requests = [(row, pool.take(pages_of(len(row)))) for row in rows]
+            requests = [(row, pool.take(pages_of(len(row))), 0) for row in rows]
             found.append(prefill.prefill(forward, pool, requests, most).argmax(-1).tolist())
         expected = [patched(torch.tensor([row])).logits[0, -1].argmax().item() for row in rows]
     assert found == [expected, expected]
@@ -210,7 +245,8 @@ def test_pages_have_users():
     assert copy not in first
     assert (keys[copy] == 7.0).all()
     assert not pool.is_shared(first[1])
-    pool.release([*first, first[0], copy])
+    assert pool.release([first[0], copy]) == [copy]
+    assert pool.release(first) == first
     assert pool.free == 3
 
 

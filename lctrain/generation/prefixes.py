@@ -1,0 +1,60 @@
+"""PrefixPages: finds pages in use that hold the first tokens of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lctrain.generation.pages import PAGE
+
+
+class PrefixPages:
+    """Remembers which page holds which tokens of a prompt, behind which page.
+
+    The keys and values of a token depend on all tokens before it. So a page is known by its tokens
+    and by the page before it; a request that uses a page uses all pages before it, too. Only full
+    pages are remembered, to which nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """Returns the pages that hold the first tokens; at least one token is left over.
+
+        Args:
+            tokens: Token ids of a request.
+        """
+        found: list[int] = []
+        for place in range((len(tokens) - 1) // PAGE):
+            page = self._pages.get(_key(tokens, place, found))
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def add(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Remembers the full pages of a request.
+
+        Args:
+            tokens: Token ids of the request.
+            pages: Its pages.
+        """
+        for place in range(len(tokens) // PAGE):
+            key = _key(tokens, place, pages)
+            if pages[place] not in self._keys and key not in self._pages:
+                self._pages[key] = pages[place]
+                self._keys[pages[place]] = key
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Forgets pages that have no user any more."""
+        for page in pages:
+            key = self._keys.pop(page, None)
+            if key is not None:
+                del self._pages[key]
+
+
+def _key(tokens: Sequence[int], place: int, pages: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Returns the page before a place, -1 at the beginning, and the tokens at the place."""
+    before = pages[place - 1] if place else -1
+    return before, tuple(tokens[place * PAGE : (place + 1) * PAGE])
