@@ -80,6 +80,9 @@ def scaled(measured: Profile, tokens: int) -> Profile:
         head=int(measured.head * factor),
         attention_operations=measured.attention_operations * factor**2,
         other_operations=measured.other_operations * factor,
+        trained_operations=measured.trained_operations * factor,
+        tile_operations=measured.tile_operations * factor,
+        head_operations=measured.head_operations * factor,
     )
 
 

@@ -126,6 +126,7 @@ class MemoryBench:
             "planned_host_gib": round(plan.host_bytes / GIB, 3),
             "planned_fits": plan.fits,
             "planned_longest": plan.longest,
+            "planned_s": None if plan.seconds is None else round(plan.seconds, 2),
             "plan_s": round(time.perf_counter() - begin, 1),
             "layers": [f"{layer.inputs}/{layer.attention}" for layer in plan.policies],
         }

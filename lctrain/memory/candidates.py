@@ -9,6 +9,7 @@ from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
 from lctrain.limits import require
 from lctrain.memory.arena import aligned
+from lctrain.memory.duration import repeated
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import Profile
 from lctrain.pluralize import pluralize
@@ -39,24 +40,21 @@ def candidates(
     on_host = count if host_limit is None else max(host_limit - measured.host, 0) // per_input
     found: list[tuple[float, MemoryConfig]] = []
 
-    def add(name: str, segment: int, attention: int = 0, **options: Any) -> None:
+    def add(name: str, segment: int, **options: Any) -> None:
         unused = {} if name in WITH_HOST else {"keep_inputs": None, "host_gib": None}
         made = replace(config, name=name, segment_layers=segment, **(unused | options))
-        rebuilt = count - -(-count // segment)
-        cost = measured.attention_operations * (count - attention)
-        found.append((cost + measured.other_operations * (count + rebuilt), made))
+        found.append((sum(repeated(measured, policies_of(made, count))), made))
 
     for segment in range(1, min(LONGEST_SEGMENT, count) + 1):
         # Inputs of layers that do not fit on the host stay on the device.
         least = max(_kept_inputs(config, count), count - segment * on_host)
         for kept in reversed(range(layers + 1)):
-            add("checkpoint", segment, kept, keep_attention=kept)
+            add("checkpoint", segment, keep_attention=kept)
         for kept in reversed(range(layers + 1)):
             for away in range(layers - kept + 1):
                 add(
                     "offload",
                     segment,
-                    kept + away,
                     keep_inputs=least,
                     keep_attention=kept,
                     host_attention=away,

@@ -13,6 +13,7 @@ from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
 from lctrain.memory.arena import aligned
 from lctrain.memory.candidates import candidates, policies_of
+from lctrain.memory.duration import step_seconds
 from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
 from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.profile import LayerBytes, Profile, profile
@@ -20,6 +21,7 @@ from lctrain.memory.reserved import CONTEXT, allocator_bytes, held_bytes
 from lctrain.memory.store import MOST_WAITING
 
 GIB = 2**30
+KNOWN_GPU = "NVIDIA H200"
 ALLOCATOR = "lost by the allocator"
 CUDA = "CUDA's context and libraries"
 FRAGMENTS = (
@@ -48,6 +50,8 @@ class Plan:
         longest: Largest number of tokens that fits with this policy, a multiple of 1024; None if
             the GPU's memory is unknown.
         fits: Whether the step fits into the GPU's and the host's memory; None if that is unknown.
+        seconds: Expected seconds of a step on one document on an H200, without the optimizer; None
+            for a head dim or precision that was not measured there, and for sharded parameters.
         parts: `device_bytes` by purpose, such as "weights" or "optimizer".
         rows: Bytes of every layer.
         device_limit: Memory of the GPU in bytes; None if unknown.
@@ -62,6 +66,7 @@ class Plan:
     host_bytes: int
     longest: int | None
     fits: bool | None
+    seconds: float | None
     parts: dict[str, int]
     rows: tuple[LayerBytes, ...]
     device_limit: int | None
@@ -89,6 +94,11 @@ class Plan:
             f"peak of the tensors {self.tensor_bytes / GIB:.2f} GiB; with room for it, the "
             f"allocator reserves {self.reserved_bytes / GIB:.2f} GiB",
         ]
+        if self.seconds is not None:
+            lines.append(
+                f"expected on one {KNOWN_GPU}: {self.seconds:,.1f} s a step, "
+                f"{self.tokens / self.seconds:,.0f} tokens/s, without the optimizer"
+            )
         if self.longest is not None:
             lines.append(f"longest context that fits with these settings: {self.longest:,} tokens")
         if self.policies and not has_expandable_segments():
@@ -237,6 +247,7 @@ def _plan(
         host_bytes=host,
         longest=_longest(measured, policies, device_limit, host_limit) if limited else None,
         fits=fits,
+        seconds=step_seconds(measured, policies, KNOWN_GPU),
         parts=parts,
         rows=measured.layers,
         device_limit=device_limit,

@@ -67,6 +67,11 @@ class Profile:
             it is trained.
         attention_operations: Floating-point operations of a layer's attention in the forward.
         other_operations: Floating-point operations of a layer's matrix products in the forward.
+        trained_operations: Those of a layer's weight gradients.
+        tile_operations: Those of a layer's MLP, if tiles compute it once more in the backward.
+        head_operations: Those of the output projection in the loss.
+        head_dim: Columns of a head of the attention's outputs; 0 if it is not lctrain's.
+        in_bfloat16: Whether matrix products are in bfloat16.
     """
 
     tokens: int
@@ -80,6 +85,11 @@ class Profile:
     loss: int
     attention_operations: float
     other_operations: float
+    trained_operations: float = 0.0
+    tile_operations: float = 0.0
+    head_operations: float = 0.0
+    head_dim: int = 0
+    in_bfloat16: bool = False
 
 
 def profile(
@@ -129,6 +139,11 @@ def profile(
             f"values: {str(error).splitlines()[0]} Patch it by lctrain.patch_model "
             "before it is planned."
         ) from error
+    tiled = 0
+    if mlp_tokens is not None and mlp_tokens < tokens:
+        tiled = sum(_matrix_elements(layer.mlp) for layer in layers if hasattr(layer, "mlp"))
+    head = _head_weight(inner)
+    dtype = next(layers[0].parameters()).dtype
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))
     on_device, on_host = optimizer_bytes(trained, optimizer)
@@ -154,6 +169,11 @@ def profile(
         # q k and p v take 2 operations for each of T^2 / 2 pairs and each column.
         attention_operations=2 * tokens * sum(x.outputs for x in run.layers) / len(layers),
         other_operations=2 * tokens * sum(map(_matrix_elements, layers)) / len(layers),
+        trained_operations=2 * tokens * sum(map(_trained_elements, layers)) / len(layers),
+        tile_operations=2 * tokens * tiled / len(layers),
+        head_operations=2 * tokens * _head_passes(head) * (0 if head is None else head.numel()),
+        head_dim=max(layer.head_dim for layer in run.layers),
+        in_bfloat16=precision == "bf16-mixed" or dtype == torch.bfloat16,
     )
 
 
@@ -162,7 +182,7 @@ class _Layer:
 
     def __init__(self) -> None:
         self.inputs = self.attention = self.saved = self.forward = self.backward = 0
-        self.outputs = 0  # elements of its attention's outputs
+        self.outputs = self.head_dim = 0  # elements and columns of its attention's outputs
 
 
 class _Run:
@@ -247,7 +267,7 @@ class _Run:
             out = found[0] if isinstance(found, tuple) else found
             measured.saved = self.tracker.live - begin - _bytes(out)
             return found
-        results = KeptResults(lambda result: (_bytes(result), result.numel() * (result.dim() == 3)))
+        results = KeptResults(lambda result: (_bytes(result), *_outputs(result)))
         recording, _ = results.contexts()
         calls = []
 
@@ -263,8 +283,9 @@ class _Run:
 
         found = checkpoint(call, *given, use_reentrant=False, **options)
         sizes = [size for call in results.calls for size in call]
-        measured.attention = sum(size for size, _ in sizes)
-        measured.outputs = sum(elements for _, elements in sizes)
+        measured.attention = sum(size for size, _, _ in sizes)
+        measured.outputs = sum(elements for _, elements, _ in sizes)
+        measured.head_dim = max((columns for *_, columns in sizes), default=0)
         self._open("head", index)
         return found
 
@@ -296,8 +317,7 @@ class _Run:
 
 def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:
     """Returns the bytes of a chunk of logits plus the output embedding's float32 gradient."""
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
+    weight = _head_weight(inner)
     if weight is None:
         return 0
     size = 2 if precision == "bf16-mixed" else weight.element_size()
@@ -306,9 +326,30 @@ def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:
     return chunk * vocabulary * size + (4 * weight.numel() if weight.requires_grad else 0)
 
 
+def _head_weight(inner: Any) -> Tensor | None:
+    """Returns the weight of a model's output projection; None if it has none."""
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    return getattr(head, "weight", None)
+
+
+def _head_passes(weight: Tensor | None) -> int:
+    """Returns the number of matrix products of the loss with the output projection."""
+    return 3 if weight is not None and weight.requires_grad else 2
+
+
+def _trained_elements(layer: nn.Module) -> int:
+    """Returns the number of elements of all trained matrices of a layer."""
+    return sum(p.numel() for p in layer.parameters() if p.dim() == 2 and p.requires_grad)
+
+
 def _matrix_elements(layer: nn.Module) -> int:
     """Returns the number of elements of all matrices of a layer."""
     return sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+
+
+def _outputs(result: Tensor) -> tuple[int, int]:
+    """Returns elements and columns of attention outputs [T, H, D]; zeros for an lse [H, T]."""
+    return (result.numel(), result.shape[-1]) if result.dim() == 3 else (0, 0)
 
 
 def _bytes(x: Tensor) -> int:

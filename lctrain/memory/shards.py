@@ -42,6 +42,7 @@ def divided(measured: Profile, model: Any, precision: str, shards: int) -> Profi
         weights=-(-measured.weights // shards) + weights,
         gradients=-(-measured.gradients // shards) + gradients,
         optimizer=-(-measured.optimizer // shards),
+        head_dim=0,  # the time of the collectives is unknown
     )
 
 
