@@ -181,7 +181,7 @@ def plan_memory(config: TrainConfig) -> Plan:
     Raises:
         ValueError: if the model cannot be built, patched or planned.
     """
-    model = _without_weights(config.model, config.adapter, config.data.vocab_size)
+    model = _without_weights(config.model, config.adapter, config.data.vocab_size, config.task)
     precision = config.trainer.precision
     if precision == "auto":  # without a GPU here, the plan is for a run on a GPU
         precision = "32-true" if config.trainer.accelerator == "cpu" else "bf16-mixed"

@@ -66,6 +66,8 @@ def model_card(
         load = load.replace("AutoModelForCausalLM", "AutoModelForMaskedLM")
     if adapters:
         load = _LOAD_ADAPTERS if base else _LOAD_ON_BASE
+        if masked:
+            load = load.replace("AutoPeftModelForCausalLM", "AutoPeftModel")
     what = _what_loads(config, spec, trained_length, version)
     if adapters:
         what = [_what_adapters_are(base), *(what if isinstance(spec, DualChunkSpec) else [])]

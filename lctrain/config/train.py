@@ -133,8 +133,6 @@ class TrainConfig:
         passkeys = self.data.passkey_fraction or self.evaluation.passkey_lengths
         targets = [getattr(c, "_target_", None) or "" for c in self.callbacks.values() if c]
         wrong = {
-            "adapter must be none": self.adapter is not None,
-            "memory must be none": self.memory.name != "none",
             "attention must be flash or none": getattr(self.attention, "name", "flash") != "flash",
             "evaluation.methods must be empty": bool(self.evaluation.methods),
             "passkeys must be off": bool(passkeys),

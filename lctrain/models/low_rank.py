@@ -71,13 +71,13 @@ def require_trainable_weights(architecture: Any, has_adapter: bool) -> None:
 
 
 def add_adapter(model: Any, config: AdapterConfig) -> Any:
-    """Returns a PeftModel: a pretrained causal LM with frozen weights and trainable adapters.
+    """Returns a PeftModel: a pretrained model with frozen weights and trainable adapters.
 
     The adapters are float32, on the device of the weights. A checkpoint of the returned model holds
     the adapters only; the frozen weights are loaded again from their source.
 
     Args:
-        model: A causal LM of transformers; its layers are changed in place.
+        model: A causal or masked LM of transformers; its layers are changed in place.
         config: Settings of the adapters.
 
     Raises:
@@ -93,7 +93,8 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
         lora_dropout=config.dropout,
         use_dora=config.dora,
         target_modules=ALL_LINEAR if whole else list(config.targets),
-        task_type="CAUSAL_LM",
+        # peft has no task for masked language models.
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     try:
         adapted = peft.get_peft_model(model, lora)

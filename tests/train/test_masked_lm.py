@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from lctrain.build import plan_memory
 from lctrain.module import LongContextModule
 from lctrain.train import train
 from tests.configs.composed import composed
@@ -47,6 +48,31 @@ def test_a_run_stopped_and_resumed_is_the_whole_run(overrides, tmp_path, capsys)
     assert_same_run(part, tmp_path / "whole")
 
 
+def test_adapters_train_under_a_memory_policy(overrides, tmp_path):
+    """The frozen encoder offloads its layers' inputs; the adapters load again by peft."""
+    peft = pytest.importorskip("peft")
+    quiet = [*overrides, "trainer.max_steps=2", "evaluation.enabled=false"]
+    base = train(config(*quiet, output_dir=tmp_path / "base")).paths["model"]
+    kept = [text for text in quiet if not text.startswith(("model", "+model", "data.vocab_size"))]
+    kept += ["model=hf", f"model.name_or_path={base}", "adapter=lora", "adapter.dropout=0.1"]
+    weights = []
+    for memory in (["memory=none"], ["memory=offload", "memory.keep_inputs=1"]):
+        output = tmp_path / str(len(memory))
+        folder = train(config(*kept, *memory, output_dir=output)).paths["model"]
+        adapted = peft.AutoPeftModel.from_pretrained(folder)
+        assert type(adapted.get_base_model()).__name__ == "ModernBertForMaskedLM"
+        weights.append({n: p for n, p in adapted.named_parameters() if "lora_" in n})
+        assert any(p.any() for n, p in weights[-1].items() if "lora_B" in n)  # zero at first
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    card = (folder / "README.md").read_text()
+    assert "AutoPeftModel.from_pretrained" in card
+    assert "pipeline_tag: fill-mask" in card
+    planned = plan_memory(config(*kept, "memory=checkpoint", output_dir=tmp_path / "plan"))
+    assert planned.policy == "checkpoint"
+    assert len(planned.rows) == 2
+
+
 def test_the_recipe_and_the_default_share():
     recipe = composed("experiment=modernbert_mlm")
     assert (recipe.task, recipe.data.mask_fraction) == ("mlm", 0.3)
@@ -63,7 +89,6 @@ def test_the_recipe_and_the_default_share():
         (["task=nsp"], "task must be one of causal, mlm, got 'nsp'"),
         (["task=causal", "data.mask_fraction=0.2"], "mask_fraction must be null with task=causal"),
         (["data.mask_fraction=1.5"], r"data.mask_fraction must be in \(0, 1\), got 1.5"),
-        (["memory=checkpoint"], "memory must be none with task=mlm"),
         (["attention=dual_chunk"], "attention must be flash or none with task=mlm"),
         (["evaluation.methods=[plain]"], "evaluation.methods must be empty with task=mlm"),
         (
