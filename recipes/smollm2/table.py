@@ -24,6 +24,8 @@ END = "<!-- smollm2 tables: end -->"
 def tables(records: Mapping[str, Record]) -> str:
     """Returns the tables of the recorded runs as Markdown, between the marks of the README."""
     parts = [BEGIN]
+    if any(stage in records for stage in PANELS):
+        parts.append("![Gain from context of SmolLM2-135M-Instruct](../../docs/smollm2.png)")
     for stage, table in (
         ("gain", _gain),
         ("beyond", _beyond),
