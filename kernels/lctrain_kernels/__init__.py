@@ -8,7 +8,8 @@ from lctrain_kernels.cross_entropy.api import linear_cross_entropy
 from lctrain_kernels.cross_entropy.options import VocabularyShard
 from lctrain_kernels.decode.api import flash_attn_with_kvcache
 from lctrain_kernels.decode.plan import make_decode_plan
-from lctrain_kernels.decode.structures import DecodePlan
+from lctrain_kernels.decode.prefixes import make_shared_prefixes
+from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.differential.api import diff_attn_varlen_func
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
 from lctrain_kernels.linear.api import linear_add, merged_linear
@@ -33,6 +34,7 @@ from lctrain_kernels.varlen.api import flash_attn_func, flash_attn_varlen_func
 
 __all__ = [
     "DecodePlan",
+    "SharedPrefixes",
     "TileSchedule",
     "VocabularyShard",
     "apply_rotary_emb",
@@ -51,6 +53,7 @@ __all__ = [
     "linear_cross_entropy",
     "make_decode_plan",
     "make_schedule",
+    "make_shared_prefixes",
     "merge_attn_states",
     "merged_linear",
     "pad_input",

@@ -12,10 +12,13 @@ from lctrain_kernels.schedule import TileSchedule
 DRAW_ROWS = 16  # queries that share draws of dropout's random bits; see reference/philox.py
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.device) -> None:
+def check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, total: int | None, device: torch.device
+) -> None:
     """Raises unless cu_seqlens is [N + 1] int32 on q's device.
 
-    For a CPU tensor, its values must also never decrease and run from 0 to `total`.
+    For a CPU tensor, its values must also never decrease and run from 0 to `total`, if that is
+    given.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}.")
@@ -38,7 +41,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
         raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"{name} must not decrease. Pass cumulative lengths, not lengths.")
-    if int(cu_seqlens[-1]) != total:
+    if total is not None and int(cu_seqlens[-1]) != total:
         raise ValueError(
             f"{name} must end at the number of packed tokens ({total}), got {int(cu_seqlens[-1])}. "
             "Drop the tokens beyond the last document, or give them a document of their own."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lctrain_kernels import (
         DecodePlan,
+        SharedPrefixes,
         TileSchedule,
         VocabularyShard,
         apply_rotary_emb,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         linear_cross_entropy,
         make_decode_plan,
         make_schedule,
+        make_shared_prefixes,
         merge_attn_states,
         merged_linear,
         pad_input,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DecodePlan",
+    "SharedPrefixes",
     "TileSchedule",
     "VocabularyShard",
     "apply_rotary_emb",
@@ -61,6 +64,7 @@ __all__ = [
     "linear_cross_entropy",
     "make_decode_plan",
     "make_schedule",
+    "make_shared_prefixes",
     "merge_attn_states",
     "merged_linear",
     "pad_input",

@@ -7,7 +7,10 @@
 A case is requests x keys. Each request has one query. Times are those of a replayed CUDA graph
 whose calls read different caches, so that no call finds its keys in L2. The figure is bytes of keys
 and values over time, as a share of the copy bandwidth. A configuration is
-rows x keys:warps:stages:split size:programs per multiprocessor, with 0 programs for no plan.
+rows x keys:warps:stages:split size:programs per multiprocessor, with 0 programs for no plan. It may
+go on with :limit of registers (0 for none):splits that the merge loads together:1 to load page
+numbers a tile ahead. The case 16x16k+256 is 16 requests
+with 256 keys each after a prefix of 16k keys that all share.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +34,17 @@ from torch import Tensor
 from lctrain_kernels import flash_attn_with_kvcache, make_decode_plan
 from lctrain_kernels.bench.__main__ import names_of, positive, results_folder
 from lctrain_kernels.bench.decode_peers import PEERS, DecodeInputs
+from lctrain_kernels.bench.decode_prefix import measure_prefix
+from lctrain_kernels.bench.decode_shapes import (
+    CASES,
+    COLD_BYTES,
+    LAYOUTS,
+    MAX_DIFFERENCE,
+    OURS,
+    TINY,
+    DecodeShape,
+    time_calls,
+)
 from lctrain_kernels.bench.measure import graph_timer
 from lctrain_kernels.bench.operations import copy_bandwidth, wall_timer
 from lctrain_kernels.bench.peers import installed_version
@@ -38,68 +52,37 @@ from lctrain_kernels.bench.run import DTYPE, new_record
 from lctrain_kernels.decode.launch_config import DecodeConfig, decode_config, override_decode_config
 from lctrain_kernels.tile.config import TileConfig
 
-OURS = "lctrain"
-COLD_BYTES = 512 * 2**20
-"""Bytes of the caches of one graph, at least: ten times the L2 cache of an H200."""
-MAX_DIFFERENCE = 2e-2
-"""Largest relative difference from PyTorch's result: several roundings to bfloat16."""
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    """Sizes of a case.
-
-    Attributes:
-        requests: Number of requests, with one query each.
-        keys: Keys of each request.
-        heads: Query heads.
-        heads_kv: Key/value heads.
-        head_dim: Head dim.
-    """
-
-    requests: int
-    keys: int
-    heads: int = 32
-    heads_kv: int = 8
-    head_dim: int = 128
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the keys and values in bfloat16."""
-        return 4 * self.requests * self.keys * self.heads_kv * self.head_dim
-
-
-CASES = {
-    f"{requests}x{keys}k": DecodeShape(requests, keys * 1024)
-    for requests, keys in (
-        *((1, 8), (1, 16), (1, 64), (1, 128), (16, 8), (16, 32), (16, 128)),
-        *((64, 8), (64, 32)),
-    )
-}
-LAYOUTS = {"dense": 0, "page16": 16, "page64": 64, "page256": 256}
-TINY = {"tiny": DecodeShape(2, 256, 4, 2, 16)}
+MERGED = DecodeConfig(TileConfig(16, 64, 4, 3), 64).merge_unroll
+"""Splits that the merge loads together by default."""
 
 
 def parse_config(text: str) -> DecodeConfig:
     """Reads a configuration, such as "64x64:4:3:512:4", as an argparse type."""
-    found = re.fullmatch(r"(\d+)x(\d+):(\d+):(\d+):(\d+):(\d+)", text)
+    found = re.fullmatch(r"(\d+)x(\d+):(\d+):(\d+):(\d+):(\d+)(?::(\d+):(\d+):(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"a configuration is ROWSxKEYS:WARPS:STAGES:SPLIT:PROGRAMS, got {text!r}."
+            "a configuration is ROWSxKEYS:WARPS:STAGES:SPLIT:PROGRAMS[:REGISTERS:MERGED:AHEAD], "
+            f"got {text!r}."
         )
-    rows, keys, warps, stages, split, programs = map(int, found.groups())
+    rows, keys, warps, stages, split, programs, registers, merged, ahead = (
+        int(number or 0) for number in found.groups()
+    )
     if keys == 0 or split % keys:
         raise argparse.ArgumentTypeError(
             f"the split size must be a multiple of the keys of a tile, got {text!r}."
         )
-    return DecodeConfig(TileConfig(rows, keys, warps, stages), split, programs)
+    tile = TileConfig(rows, keys, warps, stages, max_registers=registers or None)
+    return DecodeConfig(tile, split, programs, bool(ahead), merge_unroll=merged or MERGED)
 
 
 def config_name(config: DecodeConfig) -> str:
     """Returns the text that parse_config reads as this configuration."""
     tile = config.tile
     sizes = (f"{tile.block_m}x{tile.block_n}", tile.num_warps, tile.num_stages, config.split_size)
-    return ":".join(map(str, (*sizes, config.programs)))
+    numbers = [*sizes, config.programs]
+    if tile.max_registers or config.merge_unroll != MERGED or config.prefetch_pages:
+        numbers += [tile.max_registers or 0, config.merge_unroll, int(config.prefetch_pages)]
+    return ":".join(map(str, numbers))
 
 
 def draw_inputs(shape: DecodeShape, device: torch.device) -> DecodeInputs:
@@ -147,24 +130,13 @@ def ours(inputs: DecodeInputs, page: int, config: DecodeConfig) -> list[Any]:
     ]
 
 
-def time_calls(calls: Sequence[Any], timer: Any) -> float:
-    """Returns the milliseconds of one call, from a timing of all of them in turn."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return timer(run) / len(calls)
-
-
-def compile_config(name: str, page: int) -> None:
+def compile_config(config: DecodeConfig, page: int) -> None:
     """Compiles the kernels of a configuration into Triton's cache, in a process of its own."""
     device = torch.device("cuda", torch.cuda.current_device())
     shape = DecodeShape(2, 2048)
     k = torch.zeros(1, 2, 2048, shape.heads_kv, shape.head_dim, dtype=DTYPE, device=device)
     q = torch.zeros(2, 1, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
     inputs = DecodeInputs(q, k, k, torch.full((2,), 2048, dtype=torch.int32, device=device))
-    config = parse_config(name)
     with override_decode_config(config):
         for call in ours(inputs, page, config):
             call()
@@ -173,9 +145,7 @@ def compile_config(name: str, page: int) -> None:
 def compile_all(configs: Sequence[DecodeConfig], pages: Sequence[int]) -> None:
     """Compiles every configuration and page size in processes side by side."""
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(compile_config, config_name(c), page) for c in configs for page in pages
-        ]
+        jobs = [pool.submit(compile_config, c, page) for c in configs for page in pages]
         for job in jobs:
             if job.exception() is not None:
                 print(f"not compiled: {job.exception()}".splitlines()[0], flush=True)
@@ -289,13 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fastest = max(record["copy_bytes_per_s"].values())
         print(f"{head.device}, copies {fastest / 1e12:.3f} TB/s", flush=True)
         for name, shape in cases.items():
-            arguments_of_case = (shape, options.layouts, configs, options.peers, device, timer)
-            for result in measure_case(*arguments_of_case):
+            if shape.prefix:
+                measured = measure_prefix(shape, options.layouts, configs, device, timer)
+            else:
+                measured = measure_case(
+                    *(shape, options.layouts, configs, options.peers, device, timer)
+                )
+            for result in measured:
                 record["results"].append({"case": name, **result})
                 _show(name, result, fastest)
             output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"Wrote {output}")
-    ours_failed = [r for r in record["results"] if r["contender"] == OURS and "error" in r]
+    ours_failed = [r for r in record["results"] if r["contender"].startswith(OURS) and "error" in r]
     return int(bool(ours_failed))
 
 

@@ -9,6 +9,9 @@ from lctrain_kernels.bench.newest import origin
 
 TITLES = {
     "lctrain": "lctrain",
+    "lctrain_own_pages": "lctrain, prefix copied",
+    "lctrain_same_pages": "lctrain, prefix read by each",
+    "lctrain_shared": "lctrain, prefix read once",
     "sdpa": "PyTorch SDPA, `enable_gqa`",
     "fa4": "FlashAttention-4",
     "flashinfer": "FlashInfer",

@@ -13,6 +13,7 @@ from lctrain_kernels.decode.triton_append import decode_append_kernel
 from lctrain_kernels.decode.triton_attention import decode_split_kernel, decode_whole_kernel
 from lctrain_kernels.decode.triton_merge import decode_merge_kernel
 from lctrain_kernels.decode.triton_plan import decode_plan_kernel
+from lctrain_kernels.decode.triton_prefix import decode_prefix_kernel
 from lctrain_kernels.decode.triton_tile import DecodeFlags, DecodeShape
 from lctrain_kernels.tile.arguments import DOT_PRECISION, padded_head_dim
 from lctrain_kernels.tile.config import TileConfig
@@ -25,9 +26,20 @@ KERNELS = {
     "decode_merge": decode_merge_kernel,
     "decode_append": decode_append_kernel,
     "decode_plan": decode_plan_kernel,
+    "decode_prefix": decode_prefix_kernel,
 }
 GROUP = 4
-_INTEGERS = ("seqlens", "batch_index", "leftpad", "block_table", "work", "work_ptr")
+_INTEGERS = (
+    "seqlens",
+    "batch_index",
+    "leftpad",
+    "block_table",
+    "work",
+    "cu_seqlens_q",
+    "prefix",
+    "members",
+    "groups",
+)
 _FLOATS = ("partial", "stats", "lse", "alibi_slopes", "learnable_sink")
 _SCALARS = ("scale", "softcap", "value_scale")
 
@@ -40,11 +52,15 @@ class DecodeCase:
         name: Name in reports: "causal", or "all" for every feature.
         page: Tokens of a page; 0 for a dense cache.
         everything: Whether the call has a window, softcap, ALiBi, sinks, padding and a rotation.
+        packed: Whether the queries are packed.
+        shared: Whether requests share prefixes.
     """
 
     name: str
     page: int = 0
     everything: bool = False
+    packed: bool = False
+    shared: bool = False
 
     @property
     def absent(self) -> set[str]:
@@ -54,6 +70,10 @@ class DecodeCase:
             names.add("block_table")
         else:
             names.add("batch_index")
+        if not self.packed:
+            names.add("cu_seqlens_q")
+        if not self.shared:
+            names |= {"prefix", "prefix_ptr"}
         if not self.everything:
             names |= {"batch_index", "leftpad", "cos", "sin", "alibi_slopes", "learnable_sink"}
             names.add("leftpad_ptr")
@@ -63,7 +83,9 @@ class DecodeCase:
         """Constant flags of the call."""
         return DecodeFlags(self.everything, True, self.everything, True, True)
 
-    def shape(self, tile: TileConfig, head_dim: int, group: int = GROUP) -> DecodeShape:
+    def shape(
+        self, tile: TileConfig, head_dim: int, group: int = GROUP, prefetch: bool = False
+    ) -> DecodeShape:
         """Compile-time sizes of the call."""
         return DecodeShape(
             head_dim=head_dim,
@@ -75,11 +97,14 @@ class DecodeCase:
             rotary=head_dim if self.everything else 0,
             scattered=self.page > 0
             and (self.everything or tile.block_n == 0 or self.page % tile.block_n != 0),
+            prefetch=prefetch and self.page > 0,
         )
 
 
 DENSE, PAGED = DecodeCase("causal"), DecodeCase("causal-page16", page=16)
 ALL = DecodeCase("all-page64", page=64, everything=True)
+PACKED = DecodeCase("packed-page16", page=16, packed=True)
+SHARED = DecodeCase("shared-page16", page=16, shared=True)
 
 
 def describe(
@@ -92,6 +117,7 @@ def describe(
     constants: dict[str, object] | None = None,
     options: dict[str, Any] | None = None,
     absent: tuple[str, ...] = (),
+    prefetch: bool = False,
     note: str = "",
 ) -> KernelVariant:
     """Describes one compilation of a decode kernel.
@@ -105,6 +131,7 @@ def describe(
         constants: Values of the constexprs besides TILE, FLAGS and PRECISION.
         options: Compiler options; those of the tile by default.
         absent: Names of pointers that this variant does not pass, besides those of the case.
+        prefetch: Whether page numbers are loaded one tile ahead.
         note: Text that is appended to the kernel's name.
     """
     function = KERNELS[kernel]
@@ -113,7 +140,7 @@ def describe(
     if kernel == "decode_plan" and not case.everything:
         missing.add("window_left")
     values: dict[str, object] = {
-        "TILE": case.shape(tile, head_dim, group),
+        "TILE": case.shape(tile, head_dim, group, prefetch),
         "FLAGS": DecodeFlags(False, False, False, True, False)
         if kernel == "decode_append"
         else case.flags(),
@@ -136,13 +163,15 @@ def describe(
         fields = groups.get(name)
         if name == "pointers":
             types[name] = fields._make(kind(field) for field in fields._fields)
+        elif name == "groups":
+            types[name] = fields._make("*i32" for _ in fields._fields)
         elif name == "strides":
             types[name] = fields._make("i32" for _ in fields._fields)
         elif name.endswith("_ptr") or name in _SCALARS or name in missing:
             types[name] = kind(name)
         else:
             types[name] = "i32"
-    attends = kernel in ("decode_split", "decode_whole")
+    attends = kernel in ("decode_split", "decode_whole", "decode_prefix")
     label = f"{kernel}{note}-D{head_dim}-{case.name}-{dtype}"
     if attends:
         label += f"-{tile.block_m}x{tile.block_n}"
@@ -162,23 +191,71 @@ def split_variant(
 ) -> KernelVariant:
     """Describes decode_split_kernel, which reads a plan unless every feature is compiled."""
     absent = ("out", "lse", "learnable_sink", *(("work",) if case.everything else ()))
-    tile = config.tile_for(case.shape(config.tile, head_dim).scattered)
-    return describe("decode_split", case, head_dim, tile, dtype=dtype, absent=absent)
+    return describe(
+        "decode_split",
+        case,
+        head_dim,
+        config.tile,
+        dtype=dtype,
+        absent=absent,
+        prefetch=config.prefetch_pages,
+    )
 
 
 def whole_variant(
-    case: DecodeCase, head_dim: int, tile: TileConfig, has_splits: bool, dtype: str = "bf16"
+    case: DecodeCase, head_dim: int, config: DecodeConfig, exact: TileConfig | None = None
 ) -> KernelVariant:
-    """Describes decode_whole_kernel, with splits or in the order of the training kernel."""
+    """Describes decode_whole_kernel, with splits, or with the tile of the training kernel."""
+    has_splits = exact is None
+    tile = config.tile if exact is None else exact
     return describe(
         "decode_whole",
         case,
         head_dim,
         tile,
-        dtype=dtype,
         constants={"HAS_SPLITS": has_splits},
         absent=("partial", "stats", "work"),
+        prefetch=config.prefetch_pages,
         note="" if has_splits else "_exact",
+    )
+
+
+def prefix_variants(
+    case: DecodeCase, head_dim: int, config: DecodeConfig
+) -> Iterator[KernelVariant]:
+    """Yields the variants of decode_prefix_kernel, with each of its tiles."""
+    for tile in (config.tile, *config.shared_tiles):
+        yield describe(
+            "decode_prefix",
+            case,
+            head_dim,
+            tile,
+            absent=("out", "lse", "learnable_sink"),
+            prefetch=config.prefetch_pages,
+        )
+
+
+def merge_variant(case: DecodeCase, head_dim: int, config: DecodeConfig) -> KernelVariant:
+    """Describes decode_merge_kernel."""
+    return describe(
+        "decode_merge",
+        case,
+        head_dim,
+        config.tile,
+        constants={"ROWS": config.merge_rows, "UNROLL": config.merge_unroll},
+        options={"num_warps": MERGE_WARPS, "enable_fp_fusion": True},
+    )
+
+
+def plan_variant(case: DecodeCase, head_dim: int, config: DecodeConfig) -> KernelVariant:
+    """Describes decode_plan_kernel."""
+    return describe(
+        "decode_plan",
+        case,
+        head_dim,
+        config.tile,
+        constants={"REQUESTS": 64, "SPLITS": PLAN_SPLITS},
+        options={"num_warps": 4, "enable_fp_fusion": True},
     )
 
 
@@ -186,31 +263,16 @@ def small_variants(
     case: DecodeCase, head_dim: int, config: DecodeConfig
 ) -> Iterator[KernelVariant]:
     """Yields the variants of the kernels without matrix products: merge, append and plan."""
-    fused = {"enable_fp_fusion": True}
-    yield describe(
-        "decode_merge",
-        case,
-        head_dim,
-        config.tile,
-        constants={"ROWS": config.merge_rows, "UNROLL": config.merge_unroll},
-        options={"num_warps": MERGE_WARPS, **fused},
-    )
+    yield merge_variant(case, head_dim, config)
     yield describe(
         "decode_append",
         case,
         head_dim,
         TileConfig(0, 0, APPEND_WARPS, 1),
         constants={"TOKENS": APPEND_TOKENS},
-        options={"num_warps": APPEND_WARPS, **fused},
+        options={"num_warps": APPEND_WARPS, "enable_fp_fusion": True},
     )
-    yield describe(
-        "decode_plan",
-        case,
-        head_dim,
-        config.tile,
-        constants={"REQUESTS": 64, "SPLITS": PLAN_SPLITS},
-        options={"num_warps": 4, **fused},
-    )
+    yield plan_variant(case, head_dim, config)
 
 
 def kernel_variants(
@@ -228,15 +290,27 @@ def kernel_variants(
             config = table_config(table, head_dim)
             yield split_variant(DENSE, head_dim, config)
             yield split_variant(PAGED, head_dim, config)
-            yield whole_variant(DENSE, head_dim, config.tile_for(False), True)
+            yield whole_variant(DENSE, head_dim, config)
+            yield from prefix_variants(SHARED, head_dim, config)
+        config = table_config(table, middle)
         exact = varlen_config(table, "varlen_fwd", middle, GROUP)
-        yield whole_variant(DENSE, middle, exact, False)
+        yield whole_variant(DENSE, middle, config, exact)
+        yield whole_variant(PACKED, middle, config, exact)
+        yield from _grouped_variants(middle, config)
     config = table_config(table, middle)
     if "all" in features:
         yield split_variant(ALL, middle, config)
-        yield whole_variant(ALL, middle, config.tile_for(True), True)
+        yield whole_variant(ALL, middle, config)
     case = ALL if "all" in features else DENSE
     yield from small_variants(case, middle, config)
     if "causal" in features and table == "sm_90":
         config = table_config("float32", head_dims[0])
         yield split_variant(DENSE, head_dims[0], config, "fp32")
+
+
+def _grouped_variants(head_dim: int, config: DecodeConfig) -> Iterator[KernelVariant]:
+    """Yields the variants of packed queries and of shared prefixes."""
+    for case in (PACKED, SHARED):
+        yield split_variant(case, head_dim, config)
+        yield merge_variant(case, head_dim, config)
+    yield plan_variant(SHARED, head_dim, config)

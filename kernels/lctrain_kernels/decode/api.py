@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode import pytorch
 from lctrain_kernels.decode.checks import (
+    check_backend,
     check_metadata,
     check_new_tokens,
     check_no_gradients,
+    check_numbers,
     check_plan,
     check_stored,
     check_tensors,
 )
+from lctrain_kernels.decode.operators import append_tokens, decode_attention
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import (
     check_head_tensors,
     check_softcap_and_scale,
-    check_window,
     resolve_window,
 )
 
 SPLITS = ("fixed", "exact")
 
 
-@torch._disable_dynamo
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -60,8 +60,7 @@ def flash_attn_with_kvcache(
     """Appends new keys and values to a cache in place, and attends to the cache.
 
     Positional arguments are those of FlashAttention's function of this name. Masks are aligned at
-    the bottom right: the last query of a request sees its last key. The call has no backward, and
-    torch.compile breaks its graph at it.
+    the bottom right: the last query of a request sees its last key. The call has no backward.
 
     Shapes: B requests, Sq queries each, H query heads, Hk key/value heads, head dim D.
 
@@ -118,8 +117,11 @@ def flash_attn_with_kvcache(
             a GPU are read only if LCTRAIN_CHECK_CACHE=1 is set, since reading them synchronises.
             Without it, a new token beyond the cache is not written.
     """
+    check_backend(backend)
     check_tensors(q, k_cache, v_cache)
     check_no_gradients(
+        "flash_attn_with_kvcache",
+        "train with flash_attn_varlen_func",
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
@@ -132,7 +134,7 @@ def flash_attn_with_kvcache(
     cos, sin = unit_stride(rotary_cos, rotary_sin)
     new = NewTokens(k, v, cos, sin, rotary_interleaved)
     check_new_tokens(q, k_cache, new, cache_seqlens is not None)
-    check_window(window_size, q.device)
+    check_numbers(window_size, q.device)
     check_softcap_and_scale(softcap, softmax_scale)
     check_head_tensors(requests, heads, q.device, alibi_slopes, learnable_sink)
     _check_splits(split, num_splits, max_seqlen_k)
@@ -144,10 +146,10 @@ def flash_attn_with_kvcache(
         longest = stored + new.tokens if longest is None else longest
         cache_seqlens = torch.full((requests,), stored, dtype=torch.int32, device=q.device)
     cache = cache._replace(seqlens=cache_seqlens)
-    check_metadata(q, cache, new, max_seqlen_k)
     _, left, right = resolve_window(window_size, causal)
     if plan is not None:
         check_plan(plan, q, cache, new, left)
+    check_metadata(q, cache, new, max_seqlen_k, None if plan is None else plan.shared)
     slopes, sink, *vectors = unit_stride(
         alibi_slopes, learnable_sink, cache.seqlens, cache_batch_idx, cache_leftpad, block_table
     )
@@ -163,17 +165,8 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
     )
     backend = select_backend(q.device, q.dtype, backend, head_dim=head_dim)
-    if backend == "pytorch":
-        pytorch.append_tokens(cache, new)
-        out, lse = pytorch.decode_attention(q, cache, new, options)
-    else:
-        from lctrain_kernels.decode import launch
-
-        with torch.no_grad():
-            launch.append_tokens(cache, new)
-            out, lse = launch.decode_attention(
-                q if q.stride(-1) == 1 else q.contiguous(), cache, new, options, plan, longest
-            )
+    append_tokens(cache, new, backend)
+    out, lse = decode_attention(q, cache, new, options, backend, plan=plan, longest=longest)
     return (out, lse) if return_softmax_lse else out
 
 

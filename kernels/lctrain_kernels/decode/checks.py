@@ -1,4 +1,4 @@
-"""Argument checks of flash_attn_with_kvcache. Each error message names the remedy.
+"""Argument checks of the decode functions. Each error message names the remedy.
 
 Shapes, dtypes and devices are always checked. Values (lengths, page tables) are read where that
 needs no synchronisation, on a CPU, and on a GPU if LCTRAIN_CHECK_CACHE=1 is set.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.checks import check_floating
-from lctrain_kernels.decode.structures import DecodePlan, KVCache, NewTokens
+from lctrain_kernels.decode.structures import DecodePlan, KVCache, NewTokens, SharedPrefixes
+from lctrain_kernels.options import check_window
 
 SWITCH = "LCTRAIN_CHECK_CACHE"
 MIN_PAGE, MAX_PAGE = 16, 256
@@ -55,16 +56,41 @@ def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         )
 
 
-def check_no_gradients(**tensors: Tensor | None) -> None:
-    """Raises if autograd records and an operand, given by its name, requires a gradient."""
+def check_no_gradients(function: str, remedy: str, **tensors: Tensor | None) -> None:
+    """Raises if autograd records and an operand, given by its name, requires a gradient.
+
+    Args:
+        function: Name of the function, for the message.
+        remedy: What a caller who needs gradients does, for the message.
+        **tensors: Operands by name.
+    """
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"flash_attn_with_kvcache has no backward, and {name} requires a gradient. Call it "
-                "under torch.no_grad(), or train with flash_attn_varlen_func."
+                f"{function} has no backward, and {name} requires a gradient. Call it under "
+                f"torch.no_grad(), or {remedy}."
             )
+
+
+def check_backend(backend: str) -> None:
+    """Raises if the Hopper kernels are named: the decode kernels are portable."""
+    if backend == "hopper":
+        raise ValueError(
+            "backend must be auto, triton or pytorch, got backend='hopper', which has no decode "
+            "kernels. Pass backend='auto'."
+        )
+
+
+def check_numbers(window_size: object, device: torch.device) -> None:
+    """Raises unless a window is two ints."""
+    check_window(window_size, device)  # type: ignore[arg-type]
+    if isinstance(window_size, Tensor):
+        raise TypeError(
+            "window_size must be two ints for the decode kernels, got a tensor. Pass (left, right) "
+            "as Python ints."
+        )
 
 
 def check_new_tokens(q: Tensor, k_cache: Tensor, new: NewTokens, has_seqlens: bool) -> None:
@@ -167,6 +193,11 @@ def check_plan(plan: DecodePlan, q: Tensor, cache: KVCache, new: NewTokens, left
                 f"plan must have the {name} of the call, {called}, got {made}. Pass {name} to "
                 "make_decode_plan, and make a plan in every step."
             )
+    if plan.shared is not None and cache.block_table is None:
+        raise ValueError(
+            "block_table must be given with a plan of shared prefixes, got None. Make the plan "
+            "without shared_prefixes for a dense cache."
+        )
     if plan.window_left >= 0 and not 0 <= left <= plan.window_left:
         raise ValueError(
             f"plan must have a left window of at least the call's, {left}, got "
@@ -174,7 +205,56 @@ def check_plan(plan: DecodePlan, q: Tensor, cache: KVCache, new: NewTokens, left
         )
 
 
-def check_metadata(q: Tensor, cache: KVCache, new: NewTokens, longest: int | None = None) -> None:
+def check_shared(
+    shared: SharedPrefixes, requests: int, device: torch.device, has_leftpad: bool
+) -> None:
+    """Raises unless shared prefixes are those of this number of requests, without padding.
+
+    Args:
+        shared: Prefixes that several requests share.
+        requests: Number of requests B.
+        device: Device of the cache.
+        has_leftpad: Whether requests have padding on the left.
+    """
+    if shared.prefix.shape != (requests,) or shared.prefix.device != device:
+        raise ValueError(
+            f"shared_prefixes must be for {requests} requests on {device}, got "
+            f"{tuple(shared.prefix.shape)} on {shared.prefix.device}. Make them from the rows of "
+            "this batch, with device=."
+        )
+    if has_leftpad:
+        raise ValueError(
+            "cache_leftpad must be None with shared_prefixes, got a tensor. Pages hold no padding "
+            "that requests could share."
+        )
+
+
+def _check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
+    """Raises unless the members of each group have the pages of its prefix in common."""
+    assert cache.block_table is not None
+    members = shared.members.tolist()
+    for first, count, tokens in shared.groups.tolist():
+        group = members[first : first + count]
+        pages = -(-tokens // cache.page)
+        leader = cache.block_table[group[0], :pages]
+        for request in group:
+            stored = int(cache.seqlens[request])
+            same = torch.equal(cache.block_table[request, :pages], leader)
+            if stored >= 0 and (stored < tokens or not same):
+                raise ValueError(
+                    f"shared_prefixes must hold for block_table and cache_seqlens, got {tokens} "
+                    f"tokens that request {request} does not share with request {group[0]}. Make "
+                    "them from the page table of this step."
+                )
+
+
+def check_metadata(
+    q: Tensor,
+    cache: KVCache,
+    new: NewTokens,
+    longest: int | None = None,
+    shared: SharedPrefixes | None = None,
+) -> None:
     """Raises unless lengths, indices and page table fit the cache and the new tokens.
 
     Args:
@@ -182,6 +262,7 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens, longest: int | Non
         cache: Cache of the call.
         new: New tokens of the call.
         longest: max_seqlen_k of the call.
+        shared: Prefixes of the plan that several requests share, or None.
     """
     requests = q.shape[0]
     for name, side in (("k_cache", cache.k), ("v_cache", cache.v)):
@@ -216,12 +297,7 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens, longest: int | Non
                 "cache_batch_idx must be None with a block_table, got a tensor. Choose the rows of "
                 "block_table instead."
             )
-        page = cache.page
-        if not MIN_PAGE <= page <= MAX_PAGE or page & (page - 1):
-            raise ValueError(
-                f"k_cache must have pages of 16, 32, 64, 128 or 256 tokens, got {page}. Allocate "
-                "it as [pages, page, heads, D]."
-            )
+        check_page("k_cache", cache.page)
     elif cache.batch_index is None and cache.k.shape[0] < requests:
         raise ValueError(
             f"k_cache must have a row per request ({requests}), got {cache.k.shape[0]}. Pass "
@@ -232,11 +308,16 @@ def check_metadata(q: Tensor, cache: KVCache, new: NewTokens, longest: int | Non
             f"rotary_cos must have a row per token of the cache ({cache.capacity}), got "
             f"{new.cos.shape[0]}. Build longer tables."
         )
-    if _reads_values(q.device):
-        _check_values(cache, new.tokens, longest)
+    if reads_values(q.device):
+        check_values(cache, new.tokens, longest)
+        if shared is not None:
+            _check_shared_pages(shared, cache)
 
 
-def _reads_values(device: torch.device) -> bool:
+def reads_values(device: torch.device) -> bool:
+    """Returns whether the checks read values of tensors on a device."""
+    if torch.compiler.is_compiling():
+        return False
     if device.type == "cpu":
         return True
     if os.environ.get(SWITCH, "0") != "1":
@@ -244,7 +325,7 @@ def _reads_values(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def _check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
+def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
     """Raises unless lengths fit the capacity, and every page that a request uses exists."""
     lengths = cache.seqlens.tolist()
     pads = [0] * len(lengths) if cache.leftpad is None else cache.leftpad.tolist()
@@ -288,6 +369,15 @@ def _check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
                     f"cache_batch_idx[{request}] must be from 0 to {cache.k.shape[0] - 1}, got "
                     f"{row}. Nothing was written."
                 )
+
+
+def check_page(name: str, page: int) -> None:
+    """Raises unless the tokens of a page are a power of two from 16 to 256."""
+    if not MIN_PAGE <= page <= MAX_PAGE or page & (page - 1):
+        raise ValueError(
+            f"{name} must have pages of 16, 32, 64, 128 or 256 tokens, got {page}. Allocate "
+            "it as [pages, page, heads, D]."
+        )
 
 
 def _check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:

@@ -1,4 +1,4 @@
-"""Launches the decode kernels: append, attention by splits or as a whole, and merge."""
+"""Launches the decode kernels: append, attention by splits or as a whole, prefixes, and merge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lctrain_kernels.decode.launch_config import decode_config, exact_config
 from lctrain_kernels.decode.launch_plan import fill_plan
-from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
+from lctrain_kernels.decode.structures import (
+    DecodeOptions,
+    DecodePlan,
+    KVCache,
+    NewTokens,
+    PackedQueries,
+)
 from lctrain_kernels.decode.triton_append import (
     AppendPointers,
     AppendStrides,
@@ -18,6 +24,7 @@ from lctrain_kernels.decode.triton_append import (
 )
 from lctrain_kernels.decode.triton_attention import decode_split_kernel, decode_whole_kernel
 from lctrain_kernels.decode.triton_merge import MergePointers, decode_merge_kernel
+from lctrain_kernels.decode.triton_prefix import GroupPointers, decode_prefix_kernel
 from lctrain_kernels.decode.triton_tile import (
     DecodeFlags,
     DecodePointers,
@@ -82,25 +89,32 @@ def decode_attention(
     options: DecodeOptions,
     plan: DecodePlan | None = None,
     longest: int | None = None,
+    packed: PackedQueries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the attention of queries over a cache that holds the new tokens already.
 
     Args:
-        q: Queries [B, Sq, H, D], last stride 1.
+        q: Queries [B, Sq, H, D], or [T, H, D] if packed; last stride 1.
         cache: Cache; its seqlens do not count the new tokens.
         new: New tokens.
         options: Mask, scale and the other options.
         plan: List of the splits; None computes split i of every request up to the longest.
         longest: Upper bound of the keys of a request; the capacity by default.
+        packed: Numbers of queries, if packed.
 
     Returns:
-        out [B, Sq, H, D] in q's dtype and lse [B, H, Sq] float32.
+        out in the shape of q and in its dtype; lse [B, H, Sq], or [H, T] if packed, float32.
     """
-    requests, seqlen_q, heads, head_dim = q.shape
+    heads, head_dim = q.shape[-2:]
     heads_kv = cache.k.shape[2]
     group = heads // heads_kv
-    out = torch.empty((requests, seqlen_q, heads, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((requests, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if packed is None:
+        requests, seqlen_q = q.shape[:2]
+        lse = torch.empty((requests, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    else:
+        requests, seqlen_q = packed.requests, packed.longest
+        lse = torch.empty((heads, q.shape[0]), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     exact = options.split == "exact"
@@ -113,7 +127,7 @@ def decode_attention(
         plan = None  # a plan has the fixed size
     if plan is not None:
         size = plan.split_size
-    elif longest is None and not exact and options.num_splits != 1:
+    elif (longest is None or packed is not None) and not exact and options.num_splits != 1:
         plan = fill_plan(
             cache.seqlens,
             cache.leftpad,
@@ -122,15 +136,15 @@ def decode_attention(
             seqlen_q=seqlen_q,
             new_tokens=new.tokens,
             window_left=options.window_left,
+            longest=longest,
         )
+    shared = None if plan is None else plan.shared
     keys = cache.capacity if longest is None else min(longest, cache.capacity)
     max_splits = max(1, triton.cdiv(keys, size)) if plan is None else plan.max_splits
     rows = seqlen_q * group
     row_tiles = triton.cdiv(rows, tile.block_m)
     pieces = requests * heads_kv * row_tiles
-    shape = decode_shape(tile, head_dim, group, cache, new)
-    if not exact:
-        tile = config.tile_for(shape.scattered)
+    shape = decode_shape(tile, head_dim, group, cache, new, config.prefetch_pages)
     has_left, has_right = options.window_left >= 0, options.window_right >= 0
     flags = DecodeFlags(
         has_left, has_right, options.softcap > 0, new.interleaved, options.rotates_each
@@ -150,6 +164,10 @@ def decode_attention(
         partial = torch.empty((*sizes, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((*sizes, 2), dtype=torch.float32, device=q.device)
     work = None if plan is None or whole else plan.work
+    if whole:
+        shared = None
+    cu_seqlens_q = None if packed is None else packed.cu_seqlens
+    prefix = None if shared is None else shared.prefix
     pointers = DecodePointers(
         q,
         cache.k,
@@ -162,13 +180,16 @@ def decode_attention(
         cache.batch_index,
         cache.leftpad,
         cache.block_table,
+        cu_seqlens_q,
+        prefix,
         work,
         new.cos,
         new.sin,
         options.alibi_slopes,
         options.learnable_sink if whole else None,
     )
-    strides = DecodeStrides._make((*_strides(q, cache.k, cache.v), _table_stride(cache)))
+    rows_of_q = q if packed is None else q[None]
+    strides = DecodeStrides._make((*_strides(rows_of_q, cache.k, cache.v), _table_stride(cache)))
     common: tuple[Any, ...] = (
         pointers,
         strides,
@@ -186,6 +207,7 @@ def decode_attention(
         has_splits = not (exact or options.num_splits == 1)
         launch(decode_whole_kernel, (pieces,))(
             *common,
+            lse.stride(-2),
             options.softmax_scale,
             options.softcap,
             1.0,
@@ -193,6 +215,26 @@ def decode_attention(
             **constants,
         )
         return out, lse
+    if shared is not None:
+        most = shared.most * rows
+        prefix_tile = config.tile_of_rows(most)
+        shape_of_prefix = decode_shape(
+            prefix_tile, head_dim, group, cache, new, config.prefetch_pages
+        )
+        row_tiles = triton.cdiv(most, prefix_tile.block_m)
+        splits = triton.cdiv(shared.longest, size)
+        programs = shared.groups.shape[0] * splits * row_tiles * heads_kv
+        launch(decode_prefix_kernel, (programs,))(
+            pointers,
+            GroupPointers(shared.members, shared.groups),
+            *common[1:],
+            max_splits,
+            row_tiles,
+            splits,
+            options.softmax_scale,
+            options.softcap,
+            **{**constants, "TILE": shape_of_prefix, **prefix_tile.options},
+        )
     pieces *= max_splits
     if work is not None:
         pieces = min(pieces, config.programs * multiprocessors(q.device))
@@ -207,7 +249,15 @@ def decode_attention(
     blocks = triton.cdiv(rows, config.merge_rows)
     launch(decode_merge_kernel, (requests * heads_kv * blocks,))(
         MergePointers(
-            partial, stats, out, lse, cache.seqlens, cache.leftpad, options.learnable_sink
+            partial,
+            stats,
+            out,
+            lse,
+            cache.seqlens,
+            cache.leftpad,
+            cu_seqlens_q,
+            prefix,
+            options.learnable_sink,
         ),
         seqlen_q,
         new.tokens,
@@ -215,9 +265,10 @@ def decode_attention(
         heads_kv,
         *window,
         size,
+        lse.stride(-2),
         max_splits,
         1.0,
-        TILE=shape,
+        TILE=shape._replace(prefetch=False),
         FLAGS=flags,
         ROWS=config.merge_rows,
         UNROLL=config.merge_unroll,
@@ -228,7 +279,12 @@ def decode_attention(
 
 
 def decode_shape(
-    tile: TileConfig, head_dim: int, group: int, cache: KVCache, new: NewTokens
+    tile: TileConfig,
+    head_dim: int,
+    group: int,
+    cache: KVCache,
+    new: NewTokens,
+    prefetch: bool = False,
 ) -> DecodeShape:
     """Returns the compile-time sizes of a launch.
 
@@ -238,6 +294,7 @@ def decode_shape(
         group: Number of query heads per key/value head.
         cache: Cache of the call.
         new: New tokens of the call.
+        prefetch: Whether page numbers are loaded one tile ahead.
     """
     page = cache.page
     scattered = page > 0 and (
@@ -252,6 +309,7 @@ def decode_shape(
         page=page,
         rotary=new.rotary,
         scattered=scattered,
+        prefetch=prefetch and page > 0,
     )
 
 

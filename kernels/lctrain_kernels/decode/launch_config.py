@@ -6,10 +6,11 @@ bits in every batch. `split="exact"` takes the tiles of the training kernel, var
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from lctrain_kernels.decode.prefixes import PREFIX_MULTIPLE
 from lctrain_kernels.tile.arguments import padded_head_dim
 from lctrain_kernels.tile.config import TileConfig, device_table, tile_config
 
@@ -22,8 +23,9 @@ class DecodeConfig:
         tile: Rows, keys, warps and stages of the attention kernels.
         split_size: Keys of a split, a multiple of tile.block_n.
         programs: Programs of decode_split_kernel per multiprocessor, if it reads a plan.
-        scattered_stages: num_stages where the keys of one tile lie on several pages, since loads of
-            page numbers take a stage; 0 for that of the tile. Stages do not change bits.
+        prefetch_pages: Whether page numbers are loaded one tile of keys ahead. Otherwise, their
+            loads take stages of the pipeline of keys and values.
+        shared_tiles: Tiles of decode_prefix_kernel for more rows than tile.block_m, by their rows.
         merge_rows: Rows of a program of decode_merge_kernel, a divisor of tile.block_m.
         merge_unroll: Splits whose results decode_merge_kernel loads together.
     """
@@ -31,23 +33,47 @@ class DecodeConfig:
     tile: TileConfig
     split_size: int
     programs: int = 4
-    scattered_stages: int = 0
+    prefetch_pages: bool = False
+    shared_tiles: tuple[TileConfig, ...] = ()
     merge_rows: int = 1
     merge_unroll: int = 16
 
-    def tile_for(self, scattered: bool) -> TileConfig:
-        """Returns the tile, with the stages for keys on one page or on several pages."""
-        if scattered and self.scattered_stages:
-            return replace(self.tile, num_stages=self.scattered_stages)
-        return self.tile
+    def tile_of_rows(self, rows: int) -> TileConfig:
+        """Returns the tile of decode_prefix_kernel: the smallest that holds the rows of a group.
+
+        Raises:
+            ValueError: if a shared prefix may end inside a block of keys.
+        """
+        tiles = (self.tile, *self.shared_tiles)
+        if any(PREFIX_MULTIPLE % tile.block_n for tile in tiles):
+            raise ValueError(
+                f"tiles of keys must divide {PREFIX_MULTIPLE} for shared prefixes, got "
+                f"{[tile.block_n for tile in tiles]}. Plan without shared_prefixes."
+            )
+        return next((tile for tile in tiles if tile.block_m >= rows), tiles[-1])
 
 
 # Architecture -> {largest padded head dim: configuration}. 16 rows hold the group of a query; the
 # figures for D = 128 are in bench/NOTES.md.
 _HOPPER = {
-    64: DecodeConfig(TileConfig(16, 64, 4, 4), 1024, scattered_stages=5),
-    128: DecodeConfig(TileConfig(16, 64, 4, 3), 1024, scattered_stages=4),
-    256: DecodeConfig(TileConfig(16, 32, 4, 3), 1024, scattered_stages=4),
+    64: DecodeConfig(
+        TileConfig(16, 64, 4, 4),
+        1024,
+        prefetch_pages=True,
+        shared_tiles=(TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3)),
+    ),
+    128: DecodeConfig(
+        TileConfig(16, 64, 4, 3),
+        1024,
+        prefetch_pages=True,
+        shared_tiles=(TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3)),
+    ),
+    256: DecodeConfig(
+        TileConfig(16, 32, 4, 3),
+        1024,
+        prefetch_pages=True,
+        shared_tiles=(TileConfig(64, 32, 4, 2), TileConfig(128, 32, 8, 2)),
+    ),
 }
 _AMPERE = {
     64: DecodeConfig(TileConfig(32, 64, 4, 3), 512),
@@ -67,7 +93,9 @@ TABLES = {
     "gfx950": _CDNA,
     "float32": {256: DecodeConfig(TileConfig(16, 32, 4, 1), 512)},
     # Two blocks of keys are a split, so that short requests have several splits.
-    "interpreter": {256: DecodeConfig(TileConfig(16, 32, 4, 1), 64, merge_rows=16, merge_unroll=2)},
+    "interpreter": {
+        256: DecodeConfig(TileConfig(16, 32, 4, 1), 64, 4, True, merge_rows=16, merge_unroll=2)
+    },
 }
 
 
@@ -97,7 +125,7 @@ def exact_config(q: Tensor, group: int) -> TileConfig:
         q: Queries.
         group: Number of query heads per key/value head.
     """
-    return tile_config("varlen_fwd", q.flatten(0, 1), group, False)
+    return tile_config("varlen_fwd", q.flatten(0, -3), group, False)
 
 
 _OVERRIDE: list[DecodeConfig] = []

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lctrain_kernels.decode.structures import DecodePlan
+from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.decode.triton_plan import decode_plan_kernel
 from lctrain_kernels.launch import launch
 
@@ -24,6 +24,7 @@ def fill_plan(
     new_tokens: int = 0,
     window_left: int = -1,
     longest: int | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> DecodePlan:
     """Launches decode_plan_kernel, without a synchronisation, and returns the plan.
 
@@ -38,19 +39,24 @@ def fill_plan(
         new_tokens: Tokens that a call appends to each request.
         window_left: Visible keys before a query's own position; -1 is unbounded.
         longest: Upper bound of the keys of a request, new tokens included; the capacity by default.
+        shared: Prefixes that several requests share; None for none.
     """
     requests = seqlens.shape[0]
     keys = capacity if longest is None else min(longest, capacity)
     max_splits = max(1, triton.cdiv(keys, split_size))
+    if shared is not None:
+        max_splits += 1  # the prefix and the keys after it may end in one split each
     work = torch.zeros(1 + requests * max_splits, dtype=torch.int32, device=seqlens.device)
     plan = DecodePlan(
         *(work, max_splits, split_size, seqlen_q, new_tokens, window_left),
         has_leftpad=leftpad is not None,
+        shared=shared,
     )
     if requests:
         launch(decode_plan_kernel, (requests,))(
             seqlens,
             leftpad,
+            None if shared is None else shared.prefix,
             work,
             requests,
             seqlen_q,

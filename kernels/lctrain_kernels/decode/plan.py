@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode.checks import check_int32
-from lctrain_kernels.decode.structures import DecodePlan
+from lctrain_kernels.decode.checks import check_int32, check_numbers, check_shared
+from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.layout import unit_stride
-from lctrain_kernels.options import check_window, resolve_window
+from lctrain_kernels.options import resolve_window
 
 
 @torch._disable_dynamo
@@ -27,6 +27,7 @@ def make_decode_plan(
     window_size: Sequence[int] = (-1, -1),
     cache_leftpad: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
 ) -> DecodePlan:
     """Returns the plan of flash_attn_with_kvcache for a step, without a synchronisation.
 
@@ -44,6 +45,10 @@ def make_decode_plan(
         window_size: (left, right) keys around a query's own position; -1 is unbounded.
         cache_leftpad: First token of each request in the cache, [B] int32, or None.
         max_seqlen_k: Upper bound of the lengths after the step, a Python int.
+        shared_prefixes: Result of make_shared_prefixes, for a paged cache: the pages that several
+            requests share are read once for all of them. The results are those without it up to
+            rounding; they depend on the group. With split="exact", and where one program computes
+            all keys of a request, nothing is shared.
 
     Raises:
         TypeError: if cache_seqlens or cache_leftpad is not an int32 tensor.
@@ -64,12 +69,14 @@ def make_decode_plan(
     for name, value in (("capacity", capacity), ("seqlen_q", seqlen_q), ("head_dim", head_dim)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    check_window(window_size, cache_seqlens.device)
+    check_numbers(window_size, cache_seqlens.device)
+    if shared_prefixes is not None:
+        check_shared(shared_prefixes, len(cache_seqlens), device, cache_leftpad is not None)
     _, left, _ = resolve_window(window_size, causal)
     if select_backend(device, dtype, head_dim=head_dim, warn=False) == "pytorch":
         work = torch.zeros(1, dtype=torch.int32, device=device)
         padded = cache_leftpad is not None
-        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left, padded)
+        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left, padded, shared_prefixes)
     from lctrain_kernels.decode.launch_config import decode_config
     from lctrain_kernels.decode.launch_plan import fill_plan
 
@@ -84,4 +91,5 @@ def make_decode_plan(
         new_tokens=new_tokens,
         window_left=left,
         longest=max_seqlen_k,
+        shared=shared_prefixes,
     )

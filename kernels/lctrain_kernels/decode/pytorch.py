@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lctrain_kernels.decode.structures import DecodeOptions, KVCache, NewTokens
+from lctrain_kernels.decode.structures import DecodeOptions, KVCache, NewTokens, PackedQueries
 from lctrain_kernels.reference.attention import dense_attention
 
 
@@ -28,29 +28,36 @@ def append_tokens(cache: KVCache, new: NewTokens) -> None:
 
 
 def decode_attention(
-    q: Tensor, cache: KVCache, new: NewTokens, options: DecodeOptions
+    q: Tensor,
+    cache: KVCache,
+    new: NewTokens,
+    options: DecodeOptions,
+    packed: PackedQueries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the attention of queries over a cache that holds the new tokens already.
 
     Args:
-        q: Queries [B, Sq, H, D].
+        q: Queries [B, Sq, H, D], or [T, H, D] if packed.
         cache: Cache; its seqlens do not count the new tokens.
         new: New tokens.
         options: Mask, scale and the other options.
+        packed: Numbers of queries, if packed.
 
     Returns:
-        out [B, Sq, H, D] in q's dtype and lse [B, H, Sq] in float32, or float64 for a q of float64.
+        out in the shape of q and in its dtype; lse [B, H, Sq], or [H, T] if packed, in float32, or
+        float64 for a q of float64.
     """
+    rows = list(q) if packed is None else list(q.split(packed.cu_seqlens.diff().tolist()))
     slopes = options.alibi_slopes
-    leftpads = [0] * q.shape[0] if cache.leftpad is None else cache.leftpad.tolist()
+    leftpads = [0] * len(rows) if cache.leftpad is None else cache.leftpad.tolist()
     outs, lses = [], []
     for request, stored in enumerate(cache.seqlens.tolist()):
         keys = torch.arange(leftpads[request], stored + new.tokens, device=q.device)
         page, slot = cache_places(cache, request, keys)
-        queries = torch.arange(q.shape[1], device=q.device)
+        queries = torch.arange(len(rows[request]), device=q.device)
         positions = stored + queries * options.rotates_each
         out, lse, _ = dense_attention(
-            rotate(q[request], positions, new),
+            rotate(rows[request], positions, new),
             cache.k[page, slot],
             cache.v[page, slot],
             softmax_scale=options.softmax_scale,
@@ -62,7 +69,10 @@ def decode_attention(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return torch.empty_like(q), q.new_empty(0, q.shape[2], q.shape[1], dtype=torch.float32)
+        shape = (0, q.shape[2], q.shape[1]) if packed is None else (q.shape[1], 0)
+        return torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+    if packed is not None:
+        return torch.cat(outs), torch.cat(lses, 1)
     return torch.stack(outs), torch.stack(lses)
 
 

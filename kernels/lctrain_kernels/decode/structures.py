@@ -98,18 +98,58 @@ class DecodeOptions(NamedTuple):
         return self.window_left >= 0 or self.window_right >= 0
 
 
+class PackedQueries(NamedTuple):
+    """Numbers of queries of the requests, if queries [T, H, D] are packed.
+
+    Attributes:
+        cu_seqlens: Cumulative numbers of queries, [B + 1] int32.
+        longest: Largest number of queries of a request.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+
+    @property
+    def requests(self) -> int:
+        """Number of requests B."""
+        return self.cu_seqlens.shape[0] - 1
+
+
+class SharedPrefixes(NamedTuple):
+    """Groups of requests that begin with the same pages, for make_decode_plan.
+
+    The tensors are on the device of the cache. A CUDA graph that was captured with them reads their
+    values at every replay.
+
+    Attributes:
+        prefix: Tokens that a request shares with its group, [B] int32; 0 for a request without one.
+        members: Requests of all groups, group by group, [M] int32.
+        groups: Index of the first member, number of members and tokens of the prefix of each group,
+            [G, 3] int32.
+        longest: Tokens of the longest prefix.
+        most: Number of members of the largest group.
+    """
+
+    prefix: Tensor
+    members: Tensor
+    groups: Tensor
+    longest: int
+    most: int
+
+
 class DecodePlan(NamedTuple):
     """Splits of all requests of a step, without those that no query sees.
 
     Attributes:
-        work: Number of splits, then request * max_splits + split of each, [1 + B * max_splits]
-            int32, on the device of the cache.
+        work: Number of splits, then request * max_splits + slot of each, [1 + B * max_splits]
+            int32, on the device of the cache. Splits of shared prefixes are not listed.
         max_splits: Splits of a request, at most.
         split_size: Keys of a split.
         seqlen_q: Queries of a request.
         new_tokens: Tokens that a call appends to each request.
         window_left: Visible keys before a query's own position; -1 is unbounded.
         has_leftpad: Whether requests have padding on the left.
+        shared: Prefixes that several requests share; None for none.
     """
 
     work: Tensor
@@ -119,3 +159,4 @@ class DecodePlan(NamedTuple):
     new_tokens: int
     window_left: int
     has_leftpad: bool = False
+    shared: SharedPrefixes | None = None

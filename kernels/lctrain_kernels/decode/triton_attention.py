@@ -4,7 +4,7 @@ Both kernels take these arguments:
 
 - pointers, strides: DecodePointers and DecodeStrides.
 - stride_alibi: Stride between the ALiBi slopes of two requests; 0 if they share them.
-- seqlen_q: Queries of a request, Sq.
+- seqlen_q: Queries of a request, Sq; of the longest one if pointers.cu_seqlens_q is given.
 - new_tokens: Tokens that the call appended to each request.
 - capacity: Most tokens of a request.
 - heads_kv: Number of key/value heads Hk.
@@ -22,14 +22,16 @@ Both kernels take these arguments:
 import triton
 import triton.language as tl
 
+from lctrain_kernels.decode.triton_attend import attend, merge_step
 from lctrain_kernels.decode.triton_tile import (
     RUNTIME_INTEGERS,
     DecodePointers,
     DecodeStrides,
-    attend,
     load_queries,
-    merge_step,
     request_bounds,
+    request_queries,
+    shared_tokens,
+    store_result,
     tile_keys,
     tile_rows,
 )
@@ -62,8 +64,9 @@ def decode_split_kernel(
 ):
     """Computes the unnormalised attention of tiles of queries over single splits of the keys.
 
-    Shapes: q [B, Sq, H, D]; partial [B, max_splits, Hk, Sq * GROUP, D] float32; stats [B,
-    max_splits, Hk, Sq * GROUP, 2] float32, the maximum and the sum of the base-2 softmax.
+    Shapes: q [B, Sq, H, D], or [T, H, D] with cu_seqlens_q; partial [B, max_splits, Hk, Sq * GROUP,
+    D] float32; stats [B, max_splits, Hk, Sq * GROUP, 2] float32, the maximum and the sum of the
+    base-2 softmax.
 
     The grid has one axis. A program computes piece after piece. A piece is a split, a tile of rows
     and a key/value head; the heads of one split are neighbours. The number of programs is free.
@@ -71,8 +74,9 @@ def decode_split_kernel(
     Args:
         pointers: Described in this module, as are all that follow but these two.
         max_splits: Splits of a request, at most.
-        items: Number of splits of all requests. Split i is split i % max_splits of request i //
-            max_splits. If pointers.work is given, that list replaces both.
+        items: Number of splits of all requests. Split i has slot i % max_splits of request i //
+            max_splits. If pointers.work is given, that list replaces both. Slots of a shared prefix
+            belong to decode_prefix_kernel.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_D: tl.constexpr = TILE.block_d
@@ -90,20 +94,23 @@ def decode_split_kernel(
         if pointers.work is not None:
             item = tl.load(pointers.work + 1 + item)
         request = item // max_splits
-        split = item % max_splits
+        prefix = shared_tokens(pointers.prefix, request)
+        split = item % max_splits - tl.cdiv(prefix, split_size)
+        first, queries = request_queries(pointers.cu_seqlens_q, request, seqlen_q)
         stored, leftpad, length = request_bounds(
             pointers.seqlens, pointers.leftpad, request, new_tokens, capacity
         )
-        row, valid, position, member = tile_rows(tile, rows, TILE)
+        row, valid, position, member = tile_rows(tile, queries * TILE.group, TILE)
         head = head_kv * TILE.group + member
-        low, high = tile_keys(tile, seqlen_q, length, window_left, window_right, TILE, FLAGS)
-        begin = tl.maximum(split * split_size, low)
-        end = tl.minimum((split + 1) * split_size, high)
-        if begin < end:
+        low, high = tile_keys(tile, queries, length, window_left, window_right, TILE, FLAGS)
+        begin = tl.maximum(prefix + split * split_size, low)
+        end = tl.minimum(prefix + (split + 1) * split_size, high)
+        if (begin < end) & (split >= 0):
             q = load_queries(
                 pointers,
                 strides,
                 request,
+                first,
                 head,
                 position,
                 stored,
@@ -129,8 +136,7 @@ def decode_split_kernel(
                 head_kv,
                 leftpad,
                 length,
-                position,
-                length - seqlen_q,
+                position + length - queries,
                 window_left,
                 window_right,
                 scale,
@@ -162,6 +168,7 @@ def decode_whole_kernel(
     window_left,
     window_right,
     split_size,
+    lse_stride,
     scale,
     softcap,
     value_scale,
@@ -172,11 +179,12 @@ def decode_whole_kernel(
 ):
     """Computes out and lse of a tile of queries over all keys that they see.
 
-    Shapes: q and out [B, Sq, H, D], lse [B, H, Sq] float32. The grid has one axis: requests x tiles
-    of rows x key/value heads.
+    Shapes: q and out [B, Sq, H, D], lse [B, H, Sq] float32; with cu_seqlens_q [T, H, D] and [H, T].
+    The grid has one axis: requests x tiles of rows x key/value heads.
 
     Args:
-        pointers: Described in this module, as are all that follow but this one.
+        pointers: Described in this module, as are all that follow but these two.
+        lse_stride: Stride of heads in lse.
         HAS_SPLITS: Whether the keys are computed split by split and merged in order, as
             decode_split_kernel and decode_merge_kernel do. Otherwise the order is that of
             varlen_fwd_kernel.
@@ -184,9 +192,7 @@ def decode_whole_kernel(
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_D: tl.constexpr = TILE.block_d
     HAS_ALIBI: tl.constexpr = pointers.alibi_slopes is not None
-    columns = tl.arange(0, BLOCK_D)
-    rows = seqlen_q * TILE.group
-    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row_tiles = tl.cdiv(seqlen_q * TILE.group, BLOCK_M)
     pid = tl.program_id(0)
     head_kv = pid % heads_kv
     tile = row_tiles - 1 - pid // heads_kv % row_tiles
@@ -195,11 +201,12 @@ def decode_whole_kernel(
     stored, leftpad, length = request_bounds(
         pointers.seqlens, pointers.leftpad, request, new_tokens, capacity
     )
-    _, valid, position, member = tile_rows(tile, rows, TILE)
+    first, queries = request_queries(pointers.cu_seqlens_q, request, seqlen_q)
+    _, valid, position, member = tile_rows(tile, queries * TILE.group, TILE)
     head = head_kv * TILE.group + member
-    low, high = tile_keys(tile, seqlen_q, length, window_left, window_right, TILE, FLAGS)
+    low, high = tile_keys(tile, queries, length, window_left, window_right, TILE, FLAGS)
     q = load_queries(
-        pointers, strides, request, head, position, stored, rotary_rows, valid, TILE, FLAGS
+        pointers, strides, request, first, head, position, stored, rotary_rows, valid, TILE, FLAGS
     )
     slope = 0.0
     if HAS_ALIBI:
@@ -232,8 +239,7 @@ def decode_whole_kernel(
             head_kv,
             leftpad,
             length,
-            position,
-            length - seqlen_q,
+            position + length - queries,
             window_left,
             window_right,
             scale,
@@ -252,9 +258,5 @@ def decode_whole_kernel(
         sink = tl.load(pointers.learnable_sink + head, mask=valid, other=0.0)
         acc, m, l = add_sink(acc, m, l, sink.to(tl.float32) * _LOG2_E)
     out, lse = finish(acc, m, l, value_scale)
-    place = (request.to(tl.int64) * seqlen_q + position) * (heads_kv * TILE.group) + head
-    inside = valid[:, None] & (columns < TILE.head_dim)[None, :]
-    ptrs = pointers.out + place[:, None] * TILE.head_dim + columns[None, :]
-    tl.store(ptrs, out.to(pointers.out.dtype.element_ty), mask=inside)
-    place = (request.to(tl.int64) * (heads_kv * TILE.group) + head) * seqlen_q + position
-    tl.store(pointers.lse + place, lse, mask=valid)
+    heads = heads_kv * TILE.group
+    store_result(pointers, out, lse, request, first, position, head, heads, lse_stride, valid, TILE)

@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from lctrain_kernels.decode.triton_attend import merge_step
 from lctrain_kernels.decode.triton_tile import (
     RUNTIME_INTEGERS,
-    merge_step,
     request_bounds,
+    request_queries,
+    shared_tokens,
+    slot_range,
+    store_result,
     tile_keys,
 )
 from lctrain_kernels.tile.logits import LOG2_E
@@ -26,6 +30,8 @@ class MergePointers(NamedTuple):
     lse: Any
     seqlens: Any
     leftpad: Any
+    cu_seqlens_q: Any
+    prefix: Any
     learnable_sink: Any
 
 
@@ -39,6 +45,7 @@ def decode_merge_kernel(
     window_left,
     window_right,
     split_size,
+    lse_stride,
     max_splits,
     value_scale,
     TILE: tl.constexpr,
@@ -49,12 +56,13 @@ def decode_merge_kernel(
     """Computes out and lse of ROWS rows of a tile from the results of decode_split_kernel.
 
     Shapes: partial [B, max_splits, Hk, Sq * GROUP, D] and stats [B, max_splits, Hk, Sq * GROUP, 2]
-    float32; out [B, Sq, H, D], lse [B, H, Sq] float32. The grid has one axis: requests x key/value
-    heads x blocks of ROWS rows. triton_attention.py describes the arguments that are not named
-    here.
+    float32; out [B, Sq, H, D], lse [B, H, Sq] float32, with cu_seqlens_q [T, H, D] and [H, T]. The
+    grid has one axis: requests x key/value heads x blocks of ROWS rows. triton_attention.py
+    describes the arguments that are not named here.
 
     Args:
         pointers: Tensors.
+        lse_stride: Stride of heads in lse.
         ROWS: Rows of a program, a divisor of BLOCK_M.
         UNROLL: Splits whose results are loaded together.
     """
@@ -67,28 +75,32 @@ def decode_merge_kernel(
     head_kv = pid // blocks % heads_kv
     request = pid // blocks // heads_kv
     _, _, length = request_bounds(pointers.seqlens, pointers.leftpad, request, new_tokens, capacity)
+    first, queries = request_queries(pointers.cu_seqlens_q, request, seqlen_q)
     tile = block * ROWS // TILE.block_m
-    low, high = tile_keys(tile, seqlen_q, length, window_left, window_right, TILE, FLAGS)
-    first_split = low // split_size
-    end_split = tl.minimum(tl.cdiv(high, split_size), max_splits)
+    low, high = tile_keys(tile, queries, length, window_left, window_right, TILE, FLAGS)
+    prefix = shared_tokens(pointers.prefix, request)
+    first_slot, end_slot = slot_range(low, high, prefix, split_size)
+    end_slot = tl.minimum(end_slot, max_splits)
     row = block * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
+    valid = row < queries * TILE.group
     inside = valid[:, None] & (columns < TILE.head_dim)[None, :]
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in tl.range(first_split, end_split, UNROLL):
+    for start in tl.range(first_slot, end_slot, UNROLL):
+        loaded = ()  # all loads come before the first merge, which waits for one of them
         for step in tl.static_range(UNROLL):
-            split = first + step
-            known = split < end_split
-            item = request.to(tl.int64) * max_splits + split
+            known = start + step < end_slot
+            item = request.to(tl.int64) * max_splits + start + step
             place = (item * heads_kv + head_kv) * rows + row
             ptrs = pointers.partial + place[:, None] * TILE.head_dim + columns[None, :]
             acc_split = tl.load(ptrs, mask=inside & known, other=0.0)
             stats = pointers.stats + 2 * place
             m_split = tl.load(stats, mask=valid & known, other=float("-inf"))
             l_split = tl.load(stats + 1, mask=valid & known, other=0.0)
-            m, l, acc = merge_step(m, l, acc, m_split, l_split, acc_split)
+            loaded = loaded + ((m_split, l_split, acc_split),)  # noqa: RUF005
+        for step in tl.static_range(UNROLL):
+            m, l, acc = merge_step(m, l, acc, loaded[step][0], loaded[step][1], loaded[step][2])
     position = row // TILE.group
     head = head_kv * TILE.group + row % TILE.group
     if pointers.learnable_sink is not None:
@@ -96,8 +108,4 @@ def decode_merge_kernel(
         acc, m, l = add_sink(acc, m, l, sink.to(tl.float32) * _LOG2_E)
     out, lse = finish(acc, m, l, value_scale)
     heads = heads_kv * TILE.group
-    place = (request.to(tl.int64) * seqlen_q + position) * heads + head
-    ptrs = pointers.out + place[:, None] * TILE.head_dim + columns[None, :]
-    tl.store(ptrs, out.to(pointers.out.dtype.element_ty), mask=inside)
-    place = (request.to(tl.int64) * heads + head) * seqlen_q + position
-    tl.store(pointers.lse + place, lse, mask=valid)
+    store_result(pointers, out, lse, request, first, position, head, heads, lse_stride, valid, TILE)

@@ -3,24 +3,42 @@
 import triton
 import triton.language as tl
 
-from lctrain_kernels.decode.triton_tile import RUNTIME_INTEGERS, request_bounds
+from lctrain_kernels.decode.triton_tile import (
+    RUNTIME_INTEGERS,
+    request_bounds,
+    shared_tokens,
+    slot_range,
+)
 
 
 @triton.jit
-def _splits(seqlens_ptr, leftpad_ptr, request, seqlen_q, new_tokens, capacity, left, size, most):
-    """Returns (first split, number of splits) of each request [N]."""
+def _slots(
+    seqlens_ptr,
+    leftpad_ptr,
+    prefix_ptr,
+    request,
+    seqlen_q,
+    new_tokens,
+    capacity,
+    left,
+    size,
+    most,
+):
+    """Returns (first slot, number of slots) of each request [N], without a shared prefix's."""
     _, _, length = request_bounds(seqlens_ptr, leftpad_ptr, request, new_tokens, capacity)
-    first = request * 0
+    prefix = shared_tokens(prefix_ptr, request)
+    low = prefix
     if left is not None:
-        first = tl.maximum(length - seqlen_q - left, 0) // size
-    end = tl.minimum(tl.cdiv(length, size), most)
-    return first, tl.maximum(end - first, 0)
+        low = tl.maximum(length - seqlen_q - left, prefix)
+    first, end = slot_range(low, tl.maximum(length, prefix), prefix, size)
+    return first, tl.maximum(tl.minimum(end, most) - first, 0)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_INTEGERS, "requests"])
 def decode_plan_kernel(
     seqlens_ptr,
     leftpad_ptr,
+    prefix_ptr,
     work_ptr,
     requests,
     seqlen_q,
@@ -32,7 +50,7 @@ def decode_plan_kernel(
     REQUESTS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Writes the list of splits: their number, then request * max_splits + split of each.
+    """Writes the list of splits: their number, then request * max_splits + slot of each.
 
     The grid has one axis: requests. Program b writes the splits of request b, after those of the
     requests before it.
@@ -40,6 +58,7 @@ def decode_plan_kernel(
     Args:
         seqlens_ptr: Tokens stored before the call, [B] int32.
         leftpad_ptr: Padding on the left, [B] int32, or None.
+        prefix_ptr: Tokens of each request whose splits are not listed, [B] int32, or None.
         work_ptr: The list, [1 + B * max_splits] int32.
         requests: Number of requests B.
         seqlen_q: Queries of a request.
@@ -54,9 +73,10 @@ def decode_plan_kernel(
     request = tl.program_id(0)
     every = tl.arange(0, REQUESTS)
     known = tl.minimum(every, requests - 1)
-    _, counts = _splits(
+    _, counts = _slots(
         seqlens_ptr,
         leftpad_ptr,
+        prefix_ptr,
         known,
         seqlen_q,
         new_tokens,
@@ -67,9 +87,10 @@ def decode_plan_kernel(
     )
     begin = tl.sum(tl.where(every < request, counts, 0), 0)
     total = tl.sum(tl.where(every < requests, counts, 0), 0)
-    first, count = _splits(
+    first, count = _slots(
         seqlens_ptr,
         leftpad_ptr,
+        prefix_ptr,
         request,
         seqlen_q,
         new_tokens,

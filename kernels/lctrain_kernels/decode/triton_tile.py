@@ -1,4 +1,4 @@
-"""Device functions of the decode kernels: rows of a tile, keys of a cache, merge of splits.
+"""Device functions of the decode kernels: requests, rows of a tile, and their results.
 
 A row of a tile is a query of one head. The rows of a request and a key/value head are numbered
 position-major: row r is query position r // GROUP of query head r % GROUP of the group. So all
@@ -10,17 +10,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from lctrain_kernels.tile.logits import logits
-from lctrain_kernels.tile.mask import mask_logits
-from lctrain_kernels.tile.memory import load_rows
-from lctrain_kernels.tile.softmax import softmax_step
-
 
 class DecodePointers(NamedTuple):
     """Pointers to the tensors of the attention kernels.
 
-    partial and stats are the results of splits; work is the list of decode/plan.py. The other
-    tensors are those of KVCache, NewTokens and DecodeOptions.
+    partial and stats are the results of splits; work is the list of decode/plan.py. cu_seqlens_q is
+    that of PackedQueries, and prefix that of SharedPrefixes. The other tensors are those of
+    KVCache, NewTokens and DecodeOptions.
     """
 
     q: Any
@@ -34,6 +30,8 @@ class DecodePointers(NamedTuple):
     batch_index: Any
     leftpad: Any
     block_table: Any
+    cu_seqlens_q: Any
+    prefix: Any
     work: Any
     cos: Any
     sin: Any
@@ -68,6 +66,7 @@ class DecodeShape(NamedTuple):
         page: Tokens of a page; 0 for a dense cache.
         rotary: Number of rotated columns; 0 without a rotation.
         scattered: Whether the keys of one tile may lie on several pages.
+        prefetch: Whether page numbers are loaded one tile ahead.
     """
 
     head_dim: int
@@ -78,6 +77,7 @@ class DecodeShape(NamedTuple):
     page: int
     rotary: int
     scattered: bool
+    prefetch: bool = False
 
 
 class DecodeFlags(NamedTuple):
@@ -100,6 +100,7 @@ class DecodeFlags(NamedTuple):
 
 RUNTIME_INTEGERS = [
     "seqlen_q",
+    "lse_stride",
     "new_tokens",
     "capacity",
     "window_left",
@@ -134,6 +135,57 @@ def request_bounds(seqlens_ptr, leftpad_ptr, request, new_tokens, capacity):
 
 
 @triton.jit
+def request_queries(cu_seqlens_q_ptr, request, seqlen_q):
+    """Returns (index of a request's first query in q, number of its queries).
+
+    Args:
+        cu_seqlens_q_ptr: Cumulative numbers of queries, [B + 1] int32; None if all have seqlen_q.
+        request: Index of the request.
+        seqlen_q: Queries of a request, at most.
+    """
+    if cu_seqlens_q_ptr is None:
+        return request.to(tl.int64) * seqlen_q, seqlen_q
+    else:
+        first = tl.load(cu_seqlens_q_ptr + request)
+        return first.to(tl.int64), tl.load(cu_seqlens_q_ptr + request + 1) - first
+
+
+@triton.jit
+def shared_tokens(prefix_ptr, request):
+    """Returns the number of a request's first keys that decode_prefix_kernel computes.
+
+    Args:
+        prefix_ptr: Numbers of tokens, [B] int32, or None.
+        request: Index of the request; a tensor of indices works too.
+    """
+    if prefix_ptr is None:
+        return request * 0
+    else:
+        return tl.load(prefix_ptr + request)
+
+
+@triton.jit
+def slot_range(low, high, prefix, split_size):
+    """Returns the range (first, end) of slots that hold results of the keys [low, high).
+
+    The splits of a shared prefix have the first slots. The splits of the other keys follow, counted
+    from the end of the prefix.
+
+    Args:
+        low: First key position.
+        high: Key position after the last one.
+        prefix: Result of shared_tokens.
+        split_size: Keys of a split.
+    """
+    shared = tl.cdiv(prefix, split_size)
+    own = shared + (low - prefix) // split_size
+    first = tl.where(low < prefix, low // split_size, own)
+    own = shared + tl.cdiv(high - prefix, split_size)
+    end = tl.where(high <= prefix, tl.cdiv(high, split_size), own)
+    return first, end
+
+
+@triton.jit
 def tile_rows(tile, rows, TILE: tl.constexpr):
     """Returns (row, whether it exists, query position, head in the group) of a tile, [BLOCK_M].
 
@@ -150,7 +202,7 @@ def tile_rows(tile, rows, TILE: tl.constexpr):
 def tile_keys(tile, seqlen_q, length, left, right, TILE: tl.constexpr, FLAGS: tl.constexpr):
     """Returns the range (low, high) of key positions that any row of a tile sees.
 
-    `low` is rounded down to a multiple of BLOCK_N.
+    `low` is rounded down to a multiple of BLOCK_N. A tile without rows sees no key.
 
     Args:
         tile: Index of the tile.
@@ -168,6 +220,7 @@ def tile_keys(tile, seqlen_q, length, left, right, TILE: tl.constexpr, FLAGS: tl
         end_row = tl.minimum((tile + 1) * TILE.block_m, seqlen_q * TILE.group)
         last = (end_row - 1) // TILE.group
         high = tl.minimum(high, tl.maximum(last + shift + right + 1, 0))
+    high = tl.where(tile * TILE.block_m < seqlen_q * TILE.group, high, low)
     if FLAGS.has_left:
         first = tile * TILE.block_m // TILE.group
         low = tl.minimum(tl.maximum(first + shift - left, 0), high)
@@ -225,6 +278,7 @@ def load_queries(
     pointers,
     strides,
     request,
+    first,
     head,
     position,
     stored,
@@ -238,7 +292,8 @@ def load_queries(
     Args:
         pointers: DecodePointers of the launch.
         strides: DecodeStrides of the launch.
-        request: Index of the request.
+        request: Index of the request, or of each row's request.
+        first: Index of the request's first query, if pointers.cu_seqlens_q is given.
         head: Query head of each row, [BLOCK_M].
         position: Query position of each row, [BLOCK_M].
         stored: Tokens stored before the call, the position of query 0 for the rotation.
@@ -248,7 +303,10 @@ def load_queries(
         FLAGS: DecodeFlags of the launch.
     """
     columns = tl.arange(0, TILE.block_d)
-    base = pointers.q + request.to(tl.int64) * strides.q_batch
+    if pointers.cu_seqlens_q is None:
+        base = pointers.q + request.to(tl.int64) * strides.q_batch
+    else:
+        base = pointers.q + first * strides.q_token
     ptrs = base + position.to(tl.int64) * strides.q_token + head.to(tl.int64) * strides.q_head
     inside = valid[:, None] & (columns < TILE.head_dim)[None, :]
     if TILE.rotary == 0:
@@ -270,162 +328,40 @@ def load_queries(
 
 
 @triton.jit
-def row_offsets(page, slot, local, page_stride, token_stride, SCATTERED: tl.constexpr):
-    """Returns the offset of each key [BLOCK_N] int64 in a cache, from its page and slot.
-
-    Args:
-        page: Page of the keys: [BLOCK_N] if SCATTERED, else one number.
-        slot: Place on the page: of each key [BLOCK_N] if SCATTERED, else of the first key.
-        local: Index of each key in the tile, [BLOCK_N].
-        page_stride: Stride of pages, in elements.
-        token_stride: Stride of tokens, in elements.
-        SCATTERED: Whether the keys may lie on several pages.
-    """
-    first = page.to(tl.int64) * page_stride + slot.to(tl.int64) * token_stride
-    if SCATTERED:
-        return first
-    else:
-        return first + local * token_stride
-
-
-@triton.jit
-def attend(
-    q,
-    m,
-    l,
-    acc,
-    begin,
-    end,
+def store_result(
     pointers,
-    strides,
+    out,
+    lse,
     request,
-    head_kv,
-    leftpad,
-    length,
+    first,
     position,
-    shift,
-    left,
-    right,
-    scale,
-    softcap,
-    slope,
-    multiplier,
+    head,
+    heads,
+    lse_stride,
+    valid,
     TILE: tl.constexpr,
-    FLAGS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Updates the online softmax (m, l, acc) of a tile by the keys [begin, end).
-
-    The arithmetic of a block of keys is that of varlen_fwd_kernel. `begin` is a multiple of
-    BLOCK_N. Blocks that a row does not see leave its m, l and acc as they are.
+    """Stores rows of out, [B, Sq, H, D] or [T, H, D], and of lse, [B, H, Sq] or [H, T].
 
     Args:
-        q: Queries [BLOCK_M, BLOCK_D].
-        m: Running maximum [BLOCK_M].
-        l: Running sum [BLOCK_M].
-        acc: Accumulator of the output [BLOCK_M, BLOCK_D].
-        begin: First key position.
-        end: Key position after the last one, at most `length`.
-        pointers: DecodePointers of the launch.
-        strides: DecodeStrides of the launch.
+        pointers: Tuple with the pointers out, lse and cu_seqlens_q.
+        out: Output [M, BLOCK_D].
+        lse: Logarithm of the sum of exponentials, [M].
         request: Index of the request.
-        head_kv: Key/value head.
-        leftpad: Padding before the first key.
-        length: Number of keys of the request.
-        position: Query position of each row, [BLOCK_M].
-        shift: Number of keys minus number of queries of the request.
-        left: Visible keys before a query's own position, if FLAGS.has_left.
-        right: Visible keys after a query's own position, if FLAGS.has_right.
-        scale: softmax_scale, the factor of q.k.
-        softcap: Softcap c.
-        slope: ALiBi slopes, [BLOCK_M, 1], or 0.
-        multiplier: Factor from logits_multiplier.
+        first: Index of the request's first query among all queries.
+        position: Query position of each row, [M].
+        head: Query head of each row, [M].
+        heads: Number of query heads H.
+        lse_stride: Stride of heads in lse.
+        valid: Mask of the rows that exist, [M].
         TILE: DecodeShape of the launch.
-        FLAGS: DecodeFlags of the launch.
-        PRECISION: Precision of matrix products.
     """
-    local = tl.arange(0, TILE.block_n)
     columns = tl.arange(0, TILE.block_d)
-    head = head_kv.to(tl.int64)
-    k_base = pointers.k + head * strides.k_head
-    v_base = pointers.v + head * strides.v_head
-    row = request
-    if pointers.batch_index is not None:
-        row = tl.load(pointers.batch_index + request)
-    first_seen = position + shift - left
-    last_seen = tl.minimum(position + shift + right, length - 1)
-    for n in tl.range(begin, end, TILE.block_n):
-        key = n + local
-        if TILE.page == 0:
-            page = row
-            slot = leftpad + n
-        else:
-            table = pointers.block_table + request.to(tl.int64) * strides.block_table
-            if TILE.scattered:
-                index = leftpad + key
-                page = tl.load(table + index // TILE.page, mask=key < length, other=0)
-                slot = index % TILE.page
-            else:
-                page = tl.load(table + n // TILE.page)
-                slot = n % TILE.page
-        k_rows = row_offsets(page, slot, local, strides.k_page, strides.k_token, TILE.scattered)
-        k = load_rows(
-            k_base + k_rows[:, None] + columns[None, :],
-            key,
-            length,
-            columns,
-            TILE.head_dim,
-            TILE.block_d,
-            True,
-        )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        x = logits(
-            s,
-            position[:, None],
-            key[None, :],
-            shift,
-            scale,
-            softcap,
-            slope,
-            FLAGS.has_softcap,
-            pointers.alibi_slopes is not None,
-        )
-        x = mask_logits(x, local[None, :], first_seen - n, last_seen - n, FLAGS.has_left, True)
-        p, alpha, m, l = softmax_step(x, multiplier, m, l)
-        acc = acc * alpha[:, None]
-        v_rows = row_offsets(page, slot, local, strides.v_page, strides.v_token, TILE.scattered)
-        v = load_rows(
-            v_base + v_rows[:, None] + columns[None, :],
-            key,
-            length,
-            columns,
-            TILE.head_dim,
-            TILE.block_d,
-            True,
-        )
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return m, l, acc
-
-
-@triton.jit
-def merge_step(m, l, acc, m_split, l_split, acc_split):
-    """Merges the online softmax of one split into that of the splits before it.
-
-    Explicit fused multiply-adds fix the roundings, so that every kernel merges to the same bits. A
-    split without a visible key changes nothing.
-
-    Args:
-        m: Maximum of the base-2 logits so far, [M].
-        l: Sum of the weights so far, [M].
-        acc: Accumulator so far, [M, D].
-        m_split: Maximum of the split, [M].
-        l_split: Sum of the split, [M].
-        acc_split: Accumulator of the split, [M, D].
-    """
-    m_new = tl.maximum(m, m_split)
-    base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    old = tl.exp2(m - base)
-    new = tl.exp2(m_split - base)
-    l = tl.fma(l, old, l_split * new)
-    acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_split * new[:, None])
-    return m_new, l, acc
+    place = (first + position) * heads + head
+    inside = valid[:, None] & (columns < TILE.head_dim)[None, :]
+    ptrs = pointers.out + place[:, None] * TILE.head_dim + columns[None, :]
+    tl.store(ptrs, out.to(pointers.out.dtype.element_ty), mask=inside)
+    begin = first
+    if pointers.cu_seqlens_q is None:
+        begin = request.to(tl.int64) * heads * lse_stride
+    tl.store(pointers.lse + begin + head.to(tl.int64) * lse_stride + position, lse, mask=valid)

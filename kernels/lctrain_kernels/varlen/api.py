@@ -25,7 +25,7 @@ def flash_attn_varlen_func(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
@@ -38,6 +38,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,
+    seqused_k: Tensor | None = None,
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
@@ -51,19 +52,24 @@ def flash_attn_varlen_func(
     position i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients.
     Documents may have length 0.
 
+    With block_table or seqused_k, the decode kernels compute the call, as for
+    flash_attn_with_kvcache: it has no backward, no dropout and no schedule. Calls of more than 16
+    queries per document have the bits of this function on contiguous keys with backend="triton".
+
     Shapes: T packed queries, Tk packed keys, N documents, H query heads, Hk key/value heads, head
     dim D.
 
     Args:
         q: Packed queries [T, H, D], float16 or bfloat16, any strides with last stride 1. The
             PyTorch path computes float32 and float64.
-        k: Packed keys [Tk, Hk, D]; query head h reads key/value head h // (H / Hk).
-        v: Packed values [Tk, Hk, D].
+        k: Packed keys [Tk, Hk, D]; query head h reads key/value head h // (H / Hk). With a
+            block_table, the pool of pages [pages, page, Hk, D].
+        v: Packed values, in the shape of k.
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
-        cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk.
-        max_seqlen_q: Longest query length, a Python int. It is part of FlashAttention's signature;
-            the kernels do not use it.
-        max_seqlen_k: Longest key length, a Python int; the kernels do not use it.
+        cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk. It may be None if both
+            block_table and seqused_k are given.
+        max_seqlen_q: Longest query length, a Python int. Only the decode kernels use it.
+        max_seqlen_k: Longest key length, a Python int. Only the decode kernels use it.
         dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
         softmax_scale: Factor of q.k; D^-0.5 by default.
         causal: Whether query i sees only the keys up to its own position.
@@ -77,7 +83,10 @@ def flash_attn_varlen_func(
         return_attn_probs: Whether to return (out, lse, weights), for debugging. The weights
             [N, H, max_seqlen_q, max_seqlen_k] are stored in full, negative where dropout dropped
             them. Computing them reads the lengths, so it synchronises with a GPU.
-        block_table: Must be None; flash_attn_with_kvcache takes paged key/value caches.
+        block_table: Page numbers of each document, [N, pages per document] int32. Entries beyond a
+            document's keys are not read. Pages have 16, 32, 64, 128 or 256 tokens.
+        seqused_k: Number of keys of each document that are used, its first ones, [N] int32; all by
+            default.
         return_lse: Whether to return (out, lse) instead of out.
         learnable_sink: Logit [H] that takes part in every softmax of its head and has no value. It
             gets a gradient.
@@ -99,12 +108,35 @@ def flash_attn_varlen_func(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes, devices or values do not fit; the message names the remedy.
     """
-    if block_table is not None:
-        raise ValueError(
-            "block_table (paged key/value cache) is not supported. "
-            "Call flash_attn_with_kvcache, or gather the pages into contiguous k and v."
+    if block_table is not None or seqused_k is not None:
+        from lctrain_kernels.decode.packed import packed_cache_attention
+
+        _refuse_training(dropout_p, return_attn_probs, schedule)
+        out, lse = packed_cache_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            block_table,
+            seqused_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            learnable_sink=learnable_sink,
+            backend=backend,
         )
+        return (out, lse) if return_lse else out
     checks.check_qkv(q, k, v)
+    if cu_seqlens_k is None:
+        raise TypeError(
+            "cu_seqlens_k must be a torch.Tensor, got None. Only a call with both block_table and "
+            "seqused_k has none."
+        )
     pack = checked_pack(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -250,6 +282,20 @@ def flash_attn_func(
     if return_attn_probs:
         return out, lse, attention_probabilities(Operands(q, k, v), pack, options)
     return (out, lse) if return_lse else out
+
+
+def _refuse_training(dropout_p: float, return_attn_probs: bool, schedule: object) -> None:
+    given = {
+        "dropout_p": dropout_p,
+        "return_attn_probs": return_attn_probs,
+        "schedule": schedule is not None,
+    }
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"{name} must be off with block_table or seqused_k, got {name} on: the decode "
+                "kernels are for inference. Gather the keys into contiguous k and v instead."
+            )
 
 
 def _attend(

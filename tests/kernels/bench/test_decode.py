@@ -8,6 +8,7 @@ import torch
 from lctrain.bench.__main__ import main
 from lctrain_kernels.bench import decode
 from lctrain_kernels.bench.decode_peers import PEERS
+from lctrain_kernels.bench.decode_prefix import tables
 
 
 def test_the_command_writes_a_record(tmp_path, capsys, monkeypatch):
@@ -17,7 +18,8 @@ def test_the_command_writes_a_record(tmp_path, capsys, monkeypatch):
     assert main(["decode", *options]) == 0
     record = json.loads(output.read_text())
     found = {(r["layout"], r["contender"]): r for r in record["results"]}
-    assert len(found) == 2 * (1 + len(PEERS))
+    assert len(found) == 2 * (1 + len(PEERS)) + 3
+    assert found["page256", "lctrain_shared"]["speedup"] > 0
     for key in (("dense", "lctrain"), ("page256", "lctrain"), ("dense", "sdpa_repeated")):
         assert found[key]["microseconds"] > 0
     assert "no paged caches" in found["page256", "sdpa"]["error"]
@@ -54,3 +56,19 @@ def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert decode.main(["--cases", "1x8k"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["16x64:4:3:1024:4", "16x64:4:4:512:3:168:16:1", "16x64:4:3:64:0:0:32:0"]
+)
+def test_configurations_have_names(text):
+    assert decode.config_name(decode.parse_config(text)) == text
+
+
+def test_a_prefix_has_one_copy_in_shared_tables():
+    shape = decode.DecodeShape(3, 320, 4, 2, 16, prefix=256)
+    own, shared = tables(shape, 16)
+    assert len(own.unique()) == 60
+    assert len(shared.unique()) == 16 + 3 * 4
+    assert (shared[:, :16] == shared[0, :16]).all()
+    assert shape.cache_bytes == 4 * (256 + 3 * 64) * 2 * 16

@@ -5,7 +5,14 @@ import torch
 
 from lctrain_kernels.decode import aot, launch, launch_plan
 from lctrain_kernels.decode.launch_config import TABLES, override_decode_config, table_config
-from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
+from lctrain_kernels.decode.structures import (
+    DecodeOptions,
+    DecodePlan,
+    KVCache,
+    NewTokens,
+    PackedQueries,
+    SharedPrefixes,
+)
 from lctrain_kernels.tile.config import override_configs
 from lctrain_kernels.tile.config import table_config as varlen_config
 from tests.kernels.launches import describe_for_a_compiler, launches_of
@@ -66,16 +73,50 @@ def test_variants_are_what_is_launched(case, head_dim, launches):
         whole = options._replace(num_splits=0)
         launch.decode_attention(q, cache, new, whole, longest=config.split_size)
         launches["decode_whole_kernel"].assert_described_by(
-            aot.whole_variant(case, head_dim, config.tile_for(case.page > 0), True)
+            aot.whole_variant(case, head_dim, config)
         )
         exact = varlen_config("sm_90", "varlen_fwd", head_dim, aot.GROUP)
         with override_configs(varlen_fwd=exact):
             launch.decode_attention(q, cache, new, options._replace(split="exact"))
         launches["decode_whole_kernel"].assert_described_by(
-            aot.whole_variant(case, head_dim, exact, False)
+            aot.whole_variant(case, head_dim, config, exact)
         )
     launch_plan.fill_plan(cache.seqlens, cache.leftpad, 4096, 512, window_left=options.window_left)
     launches["decode_plan_kernel"].assert_described_by(plan_variant)
+
+
+def test_variants_of_packed_queries_and_shared_prefixes(launches):
+    head_dim, requests = 128, REQUESTS
+    config = table_config("sm_90", head_dim)
+    q, cache, _, options = operands(aot.PACKED, head_dim)
+    new, zeros = NewTokens(), torch.zeros(requests + 1, dtype=torch.int32)
+    exact = varlen_config("sm_90", "varlen_fwd", head_dim, aot.GROUP)
+    plan = DecodePlan(zeros, 8, 512, 1, 1, -1)
+    packed = PackedQueries(zeros, 1)
+    with override_decode_config(config), override_configs(varlen_fwd=exact):
+        launch.decode_attention(q[:, 0], cache, new, options, plan, 4000, packed)
+        assert_described(launches, "decode_split", aot.split_variant(aot.PACKED, head_dim, config))
+        assert_described(launches, "decode_merge", aot.merge_variant(aot.PACKED, head_dim, config))
+        whole = options._replace(split="exact")
+        launch.decode_attention(q[:, 0], cache, new, whole, None, 4000, packed)
+        variant = aot.whole_variant(aot.PACKED, head_dim, config, exact)
+        assert_described(launches, "decode_whole", variant)
+        variants = aot.prefix_variants(aot.SHARED, head_dim, config)
+        for members, variant in zip((4, 16, 64), variants, strict=True):
+            shared = SharedPrefixes(
+                *(zeros[:requests], zeros, zeros[:3].view(1, 3)), longest=2048, most=members
+            )
+            plan = plan._replace(shared=shared)
+            launch.decode_attention(q, cache, new, options, plan, 4000)
+            assert_described(launches, "decode_prefix", variant)
+        assert_described(launches, "decode_split", aot.split_variant(aot.SHARED, head_dim, config))
+        assert_described(launches, "decode_merge", aot.merge_variant(aot.SHARED, head_dim, config))
+    launch_plan.fill_plan(cache.seqlens, None, 4096, 512, shared=shared)
+    assert_described(launches, "decode_plan", aot.plan_variant(aot.SHARED, head_dim, config))
+
+
+def assert_described(launches, kernel, variant):
+    launches[f"{kernel}_kernel"].assert_described_by(variant)
 
 
 @pytest.mark.parametrize("table", TABLES)

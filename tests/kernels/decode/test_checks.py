@@ -222,7 +222,7 @@ def test_plans_of_other_calls(changes, message):
 
 
 def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypatch):
-    monkeypatch.setattr("lctrain_kernels.decode.checks._reads_values", lambda _: False)
+    monkeypatch.setattr("lctrain_kernels.decode.checks.reads_values", lambda _: False)
     inputs = make_kv(DENSE, "cpu", torch.float32)
     with pytest.raises(ValueError, match="cache_seqlens must be from 0 to 31, got 32"):
         inputs.call(cache_seqlens=32)
@@ -233,8 +233,8 @@ def test_the_switch_reads_values_on_a_gpu(monkeypatch):
 
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert not checks._reads_values(gpu)
+    assert not checks.reads_values(gpu)
     monkeypatch.setenv(checks.SWITCH, "1")
-    assert checks._reads_values(gpu)
+    assert checks.reads_values(gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not checks._reads_values(gpu)
+    assert not checks.reads_values(gpu)

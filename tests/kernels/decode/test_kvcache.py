@@ -101,17 +101,27 @@ def test_no_requests_and_no_queries(backend, device):
     assert lse.shape == (0, 4, 1)
 
 
-def test_torch_compile_breaks_its_graph(device):
-    """Dynamo does not trace into the launches; a StaticCache's generate compiles the model."""
-    inputs = make_kv(KVCase(lengths=(30, 9), new=1, causal=True), device)
-    expected = inputs.call(backend="triton")[0] * 2
-    q = inputs.q
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+def test_torch_compile_keeps_its_graph_whole(backend, device):
+    """The operators declare that they write to the caches; lengths vary without a recompilation."""
+    case = KVCase(lengths=(30, 9), new=1, causal=True, page=16)
 
-    def double(q):
-        inputs.q = q * 1.0
-        return inputs.call(backend="triton")[0] * 2
+    def step(inputs):
+        first = inputs.call(backend=backend)
+        inputs.options["cache_seqlens"] = inputs.options["cache_seqlens"] + 1
+        return first[0], inputs.call(backend=backend)[0] * 2, inputs.k_cache.nan_to_num(7.0)
 
-    assert torch.equal(torch.compile(double, backend="eager")(q), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for lengths in ((30, 9), (77, 0)):
+        expected, inputs = make_kv(case, device), make_kv(case, device)
+        for one in (expected, inputs):
+            one.k_cache.nan_to_num_(0.5)
+            one.v_cache.nan_to_num_(0.5)
+            one.options["cache_seqlens"].copy_(torch.tensor(lengths))
+        assert all(map(torch.equal, compiled(inputs), step(expected)))
+        assert torch.equal(inputs.k_cache, expected.k_cache)
+        assert torch.equal(inputs.v_cache, expected.v_cache)
 
 
 @pytest.mark.parametrize("backend", ["triton", "pytorch"])

@@ -237,11 +237,6 @@ CASES = {
         ValueError,
         "softmax_scale must be finite and > 0, got -1.0. Fold the sign",
     ),
-    "block_table": (
-        {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
-        ValueError,
-        "block_table .* is not supported. Call flash_attn_with_kvcache",
-    ),
     "backend": (
         {"backend": "cuda"},
         ValueError,
