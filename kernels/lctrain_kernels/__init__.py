@@ -11,7 +11,9 @@ from lctrain_kernels.decode.plan import make_decode_plan
 from lctrain_kernels.decode.prefixes import make_shared_prefixes
 from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.differential.api import diff_attn_varlen_func
+from lctrain_kernels.differential.cached import diff_attn_with_kvcache
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
+from lctrain_kernels.dual_chunk.cached import dual_chunk_attn_with_kvcache
 from lctrain_kernels.linear.api import linear_add, merged_linear
 from lctrain_kernels.merge import merge_attn_states
 from lctrain_kernels.mlp.api import bias_gelu, gated_linear, geglu, swiglu
@@ -40,7 +42,9 @@ __all__ = [
     "apply_rotary_emb",
     "bias_gelu",
     "diff_attn_varlen_func",
+    "diff_attn_with_kvcache",
     "dual_chunk_attn_varlen_func",
+    "dual_chunk_attn_with_kvcache",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",

@@ -75,11 +75,22 @@ def attend_cached(
     """
     from lctrain_kernels import flash_attn_with_kvcache
 
+    (q, k, v), places = cache_arguments(query, key, value, rows, exact)
+    out = flash_attn_with_kvcache(q, k, v, causal=True, **places, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def cache_arguments(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, exact: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Returns the operands (q, k_cache, v_cache) of the decode functions, and their places.
+
+    The arguments are those of attend_cached.
+    """
     places: dict[str, Any] = {"max_seqlen_k": key.shape[2]} if exact else {}
     if rows is not None:
         places |= {"cache_leftpad": rows[0].flatten(), "cache_seqlens": rows[1].flatten()}
     dtype = compute_dtype(value)
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
-    out = flash_attn_with_kvcache(q, k, v, causal=True, **places, **options)
-    assert isinstance(out, Tensor)
-    return out
+    return (q, k, v), places

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cached import cache_arguments
 from lctrain.attention.forward import (
     attend,
     backend_of,
@@ -24,6 +25,7 @@ from lctrain.attention.forward import (
     is_causal_layer,
     read_documents,
     refuse_unknown,
+    rows_in_cache,
     scale_of,
     spec_of,
     window_of,
@@ -82,6 +84,7 @@ def differential_attention_forward(
         ValueError: if an argument asks for something that the kernels do not have, or the layer is
             not differential.
     """
+    from lctrain_kernels import diff_attn_with_kvcache
     from lctrain_kernels.differential.api import diff_attn_pack_func
 
     refuse_unknown(kwargs)
@@ -90,6 +93,18 @@ def differential_attention_forward(
     lam = lctrain_lambda
     spec = spec_of(module, DifferentialSpec)
     causal = is_causal_layer(module, is_causal)
+    cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
+    if cached and causal and (spec is None or spec.backend != "hopper"):
+        operands, places = cache_arguments(query, key, value, rows, True)
+        found = diff_attn_with_kvcache(
+            *(*operands, lam),
+            softmax_scale=scale_of(query, scaling),
+            window_size=window_of(sliding_window, True),
+            halves=lctrain_halves,
+            backend="auto" if spec is None else spec.backend,
+            **places,
+        )
+        return found, None
     drop = causal or sliding_window is not None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, find_positions
+from lctrain.attention.cached import cache_arguments
 from lctrain.attention.forward import (
     attend,
     backend_of,
@@ -20,6 +21,7 @@ from lctrain.attention.forward import (
     lost_boundaries,
     read_documents,
     refuse_unknown,
+    rows_in_cache,
     scale_of,
     spec_of,
 )
@@ -116,6 +118,7 @@ def dual_chunk_attention_forward(
         ValueError: if an argument asks for something that the kernels do not have, or the layer was
             called without the input hook.
     """
+    from lctrain_kernels import dual_chunk_attn_with_kvcache
     from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
 
     refuse_unknown(kwargs)
@@ -129,11 +132,27 @@ def dual_chunk_attention_forward(
     chunk_size, local_size = spec.chunk_size, spec.local_size
     assert chunk_size is not None
     assert local_size is not None
+    inv_freq = lctrain_dual_chunk.inv_freq()
+    logit_scale = lctrain_dual_chunk.logit_scale
+    cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
+    per_row = logit_scale is None or logit_scale.shape[0] == query.shape[0]
+    if cached and per_row and spec.backend != "hopper":
+        operands, places = cache_arguments(query, key, value, rows, True)
+        found = dual_chunk_attn_with_kvcache(
+            *operands,
+            inv_freq=inv_freq.to(device=query.device, dtype=torch.float32),
+            chunk_size=chunk_size,
+            local_size=local_size,
+            logit_scale=None if logit_scale is None else logit_scale.to(query.device),
+            softmax_scale=scale_of(query, scaling),
+            backend=spec.backend,
+            **places,
+        )
+        assert isinstance(found, Tensor)
+        return found, None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop_queries=True
     )
-    inv_freq = lctrain_dual_chunk.inv_freq()
-    logit_scale = lctrain_dual_chunk.logit_scale
 
     dropout_p = dropout_of(module, spec, dropout)
 

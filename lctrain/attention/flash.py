@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries
 from lctrain.attention.cache_step import CacheStep
 from lctrain.attention.cached import attend_cached, is_cached_rows
-from lctrain.attention.documents import rows_of_mask
 from lctrain.attention.forward import (
     attend,
     dropout_of,
     is_causal_layer,
     read_documents,
-    reads_cache,
     refuse_unknown,
+    rows_in_cache,
     scale_of,
     spec_of,
     window_of,
@@ -90,12 +89,11 @@ def flash_attention_forward(
         return lctrain_step.attend(module, query, key, value, causal, options), None
     refuse_unknown(kwargs)
     if causal and spec is not None and spec.backend != "hopper":
-        rows = attention_mask if is_cached_rows(attention_mask) else None
-        exact = rows is None and reads_cache(module, query, key, value, attention_mask, kwargs)
-        if exact and attention_mask is not None:
-            rows = rows_of_mask(attention_mask, key.shape[2])
-        if rows is not None or (exact and attention_mask is None):
-            return attend_cached(query, key, value, rows, exact, options), None
+        if is_cached_rows(attention_mask):
+            return attend_cached(query, key, value, attention_mask, False, options), None
+        exact, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
+        if exact:
+            return attend_cached(query, key, value, rows, True, options), None
     drop = causal or sliding_window is not None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lctrain.attention.boundaries import Boundaries, is_packed
 from lctrain.attention.cached import MOST_QUERIES, is_cached_rows
 from lctrain.attention.compute_dtype import compute_dtype
-from lctrain.attention.documents import find_documents_of_layer
+from lctrain.attention.documents import find_documents_of_layer, rows_of_mask
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.shared import Kernel, Part, Split, attend_shared
 from lctrain.attention.spec import AttentionSpec
@@ -135,6 +135,25 @@ def reads_cache(
         and not is_packed(arguments)
         and arguments.get("seq_idx") is None
     )
+
+
+def rows_in_cache(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    arguments: dict[str, Any],
+) -> tuple[bool, Tensor | None]:
+    """Returns (whether the decode kernels compute a layer's call, cached_rows or None).
+
+    The arguments are those of reads_cache. A row with padding between its tokens is left to the
+    kernels of packs.
+    """
+    if not reads_cache(module, query, key, value, mask, arguments):
+        return False, None
+    rows = None if mask is None else rows_of_mask(mask, key.shape[2])
+    return mask is None or rows is not None, rows
 
 
 def require_rows(

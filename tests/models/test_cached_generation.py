@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, DynamicCache, StaticCache
 
 from lctrain import patch_model
 from lctrain.attention import flash
-from tests.numerics import assert_error_at_most_twice
+from lctrain.attention.cached import cached_rows
+from lctrain.models.differential import to_differential
+from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
@@ -85,3 +87,60 @@ def test_padding_after_a_token_is_refused_with_a_cache_of_fixed_size(make_llama)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with patch_model(model), pytest.raises(ValueError, match="padding must be on the left"):
         model.generate(tokens, attention_mask=mask, cache_implementation="static", **OPTIONS)
+
+
+def test_a_step_on_a_static_cache_compiles_to_one_graph(make_llama):
+    """transformers gives the layers the ranges of the rows instead of a mask."""
+    model, tokens = make_llama(), torch.randint(3, 97, (2, 9))
+    torch._dynamo.reset()
+
+    def steps(forward):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        logits = [model(tokens, past_key_values=cache).logits[:, -1]]
+        for length in (10, 11):
+            options = {
+                "attention_mask": cached_rows(None, 2, length, "cpu"),
+                "position_ids": torch.full((2, 1), length - 1),
+            }
+            token = logits[-1].argmax(-1)[:, None]
+            logits.append(forward(token, past_key_values=cache, **options).logits[:, -1])
+        return torch.stack(logits)
+
+    with patch_model(model), torch.no_grad():
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        assert torch.equal(steps(compiled), steps(model))
+
+
+@pytest.mark.parametrize("attention", ["dual_chunk", "differential-1", "differential-2"])
+def test_steps_of_other_attentions_read_the_cache(attention, make_llama, monkeypatch):
+    """A step computes the logits of a full pass, by the decode kernels of its attention."""
+    import lctrain_kernels
+
+    name = "dual_chunk_attn_with_kvcache" if attention == "dual_chunk" else "diff_attn_with_kvcache"
+    decode, counted = getattr(lctrain_kernels, name), []
+
+    def count(*arguments, **options):
+        counted.append(options.get("halves"))
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(lctrain_kernels, name, count)
+    if attention == "differential-1":
+        model = DiffLlamaForCausalLM(DiffLlamaConfig(**make_llama().config.to_diff_dict())).eval()
+    else:
+        model = make_llama()
+        model = to_differential(model).eval() if attention == "differential-2" else model
+    options = {"window": 24} if attention == "dual_chunk" else {}
+    model, tokens = model.double(), torch.randint(3, 97, (2, 60))
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    with patch_model(model, attention=attention.partition("-")[0], **options), torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+        assert not counted
+        cache = model(tokens[:, :50], attention_mask=mask[:, :50], use_cache=True).past_key_values
+        for begin, end in ((50, 51), (51, 55), (55, 56)):
+            found = model(
+                tokens[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache
+            ).logits
+            assert_equal_in_float64(found, expected[:, begin:end])
+    assert len(counted) == 3 * model.config.num_hidden_layers
+    assert set(counted) <= {None, attention == "differential-1"}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lctrain_kernels import flash_attn_with_kvcache, make_decode_plan, make_shared_prefixes
+from lctrain_kernels import (
+    SharedPrefixes,
+    flash_attn_with_kvcache,
+    make_decode_plan,
+    make_shared_prefixes,
+)
 from lctrain_kernels.bench.decode_shapes import (
     COLD_BYTES,
     LAYOUTS,
@@ -39,6 +44,48 @@ def tables(shape: DecodeShape, page: int) -> tuple[Tensor, Tensor]:
     return own, shared
 
 
+def calls_of(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    lengths: Tensor,
+    table: Tensor,
+    page: int,
+    prefixes: SharedPrefixes | None,
+) -> list[Callable[[], Tensor]]:
+    """Returns calls of the attention, one per copy of the cache; the plan is made beforehand.
+
+    Args:
+        tensors: Queries [B, 1, H, D]; keys and values [copies, tokens, Hk, D].
+        lengths: Keys of each request, [B] int32.
+        table: Pages of each request, [B, pages per request] int32.
+        page: Tokens of a page.
+        prefixes: Prefixes that are computed once; None for none.
+    """
+    q, k, v = tensors
+    capacity = table.shape[1] * page
+    plan = make_decode_plan(
+        lengths, capacity, q.shape[-1], q.dtype, new_tokens=0, shared_prefixes=prefixes
+    )
+
+    def call(keys: Tensor, values: Tensor) -> Tensor:
+        out = flash_attn_with_kvcache(
+            q,
+            keys,
+            values,
+            cache_seqlens=lengths,
+            block_table=table,
+            causal=True,
+            plan=plan,
+            max_seqlen_k=capacity,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return [
+        partial(call, keys.unflatten(0, (-1, page)), values.unflatten(0, (-1, page)))
+        for keys, values in zip(k, v, strict=True)
+    ]
+
+
 def measure_prefix(
     shape: DecodeShape,
     layouts: Sequence[str],
@@ -61,12 +108,11 @@ def measure_prefix(
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     copies = max(1, -(-COLD_BYTES // shape.cache_bytes)) if device.type == "cuda" else 1
-    tokens = shape.requests * shape.keys
-    size = (copies, tokens, shape.heads_kv, shape.head_dim)
+    size = (copies, shape.requests * shape.keys, shape.heads_kv, shape.head_dim)
     k, v = (torch.empty(size, dtype=dtype, device=device).normal_() for _ in range(2))
     q = torch.randn(shape.requests, 1, shape.heads, shape.head_dim, dtype=dtype, device=device)
     lengths = torch.full((shape.requests,), shape.keys, dtype=torch.int32)
-    on_device = lengths.to(device)
+    separate = shape.cache_bytes_of(prefix=0)
     for layout in layouts:
         page = LAYOUTS[layout]
         if page == 0:
@@ -75,45 +121,27 @@ def measure_prefix(
         shared = make_shared_prefixes(same, lengths, page, device=device)
         for config in configs:
             times: dict[str, float] = {}
-            expected = None
-            for name, table, prefixes in (
-                *((OWN, own, None), (SAME, same, None)),
-                (SHARED, same, shared),
-            ):
+            expected = torch.empty(0)
+            for name, table in ((OWN, own), (SAME, same), (SHARED, same)):
                 result: dict[str, Any] = {"layout": layout, "contender": name}
                 try:
                     with override_decode_config(config):
-                        plan = make_decode_plan(
-                            *(on_device, shape.keys, shape.head_dim, dtype),
-                            new_tokens=0,
-                            shared_prefixes=prefixes,
+                        prefixes = shared if name == SHARED else None
+                        calls = calls_of(
+                            (q, k, v), lengths.to(device), table.to(device), page, prefixes
                         )
-                        calls = [
-                            partial(
-                                flash_attn_with_kvcache,
-                                q,
-                                *(side[copy].unflatten(0, (-1, page)) for side in (k, v)),
-                                cache_seqlens=on_device,
-                                block_table=table.to(device),
-                                causal=True,
-                                plan=plan,
-                                max_seqlen_k=shape.keys,
-                            )
-                            for copy in range(copies)
-                        ]
-                        if name == SAME:
-                            expected = calls[0]().float()
-                        elif name == SHARED and expected is not None:
-                            difference = float((calls[0]().float() - expected).norm())
-                            if not difference < MAX_DIFFERENCE * float(expected.norm()):
+                        found = calls[0]().float()
+                        if name == SHARED:
+                            difference = float((found - expected).norm() / expected.norm())
+                            if not difference < MAX_DIFFERENCE:
                                 raise ArithmeticError(f"differs from {SAME} by {difference:.1e}")
+                        expected = found
                         milliseconds = times[name] = time_calls(calls, timer)
                 except Exception as error:  # record the error and time the others
                     result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 else:
                     result["microseconds"] = round(1000 * milliseconds, 2)
-                    read = shape.requests * shape.keys * 4 * shape.heads_kv * shape.head_dim
-                    read = shape.cache_bytes if name == SHARED else read
+                    read = shape.cache_bytes if name == SHARED else separate
                     result["bytes_per_s"] = read / milliseconds * 1000
                     if name == SHARED and OWN in times:
                         result["speedup"] = round(times[OWN] / milliseconds, 2)

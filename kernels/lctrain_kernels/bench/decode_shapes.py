@@ -36,7 +36,11 @@ class DecodeShape:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of all requests in bfloat16, shared ones counted once."""
-        tokens = self.requests * (self.keys - self.prefix) + self.prefix
+        return self.cache_bytes_of(self.prefix)
+
+    def cache_bytes_of(self, prefix: int) -> int:
+        """Returns the bytes of all keys and values if the first `prefix` ones count once."""
+        tokens = self.requests * (self.keys - prefix) + prefix
         return 4 * tokens * self.heads_kv * self.head_dim
 
 

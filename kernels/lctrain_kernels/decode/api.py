@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lctrain_kernels.backend import select_backend
+from lctrain_kernels.decode.call import checked_call
 from lctrain_kernels.decode.checks import (
-    check_backend,
-    check_metadata,
-    check_new_tokens,
     check_no_gradients,
     check_numbers,
     check_plan,
-    check_stored,
-    check_tensors,
+    check_shared_pages,
 )
 from lctrain_kernels.decode.operators import append_tokens, decode_attention
-from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, KVCache, NewTokens
+from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, NewTokens
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import (
     check_head_tensors,
@@ -117,8 +112,6 @@ def flash_attn_with_kvcache(
             a GPU are read only if LCTRAIN_CHECK_CACHE=1 is set, since reading them synchronises.
             Without it, a new token beyond the cache is not written.
     """
-    check_backend(backend)
-    check_tensors(q, k_cache, v_cache)
     check_no_gradients(
         "flash_attn_with_kvcache",
         "train with flash_attn_varlen_func",
@@ -130,30 +123,30 @@ def flash_attn_with_kvcache(
         alibi_slopes=alibi_slopes,
         learnable_sink=learnable_sink,
     )
+    call = checked_call(
+        q,
+        k_cache,
+        v_cache,
+        NewTokens(k, v, rotary_cos, rotary_sin, rotary_interleaved),
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        max_seqlen_k,
+        backend,
+    )
+    cache, new = call.cache, call.new
     requests, heads, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    cos, sin = unit_stride(rotary_cos, rotary_sin)
-    new = NewTokens(k, v, cos, sin, rotary_interleaved)
-    check_new_tokens(q, k_cache, new, cache_seqlens is not None)
     check_numbers(window_size, q.device)
     check_softcap_and_scale(softcap, softmax_scale)
     check_head_tensors(requests, heads, q.device, alibi_slopes, learnable_sink)
-    _check_splits(split, num_splits, max_seqlen_k)
-    cache = KVCache(k_cache, v_cache, q, cache_batch_idx, cache_leftpad, block_table)
-    longest = max_seqlen_k
-    if not isinstance(cache_seqlens, Tensor):
-        stored = cache.capacity if cache_seqlens is None else cache_seqlens
-        check_stored(stored, cache.capacity, new.tokens)
-        longest = stored + new.tokens if longest is None else longest
-        cache_seqlens = torch.full((requests,), stored, dtype=torch.int32, device=q.device)
-    cache = cache._replace(seqlens=cache_seqlens)
+    _check_splits(split, num_splits)
     _, left, right = resolve_window(window_size, causal)
     if plan is not None:
         check_plan(plan, q, cache, new, left)
-    check_metadata(q, cache, new, max_seqlen_k, None if plan is None else plan.shared)
-    slopes, sink, *vectors = unit_stride(
-        alibi_slopes, learnable_sink, cache.seqlens, cache_batch_idx, cache_leftpad, block_table
-    )
-    cache = KVCache(k_cache, v_cache, *vectors)
+        if plan.shared is not None:
+            check_shared_pages(plan.shared, cache)
+    slopes, sink = unit_stride(alibi_slopes, learnable_sink)
     options = DecodeOptions(
         softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
         window_left=left,
@@ -164,13 +157,14 @@ def flash_attn_with_kvcache(
         split=split,
         num_splits=num_splits,
     )
-    backend = select_backend(q.device, q.dtype, backend, head_dim=head_dim)
-    append_tokens(cache, new, backend)
-    out, lse = decode_attention(q, cache, new, options, backend, plan=plan, longest=longest)
+    append_tokens(cache, new, call.backend)
+    out, lse = decode_attention(
+        q, cache, new, options, call.backend, plan=plan, longest=call.longest
+    )
     return (out, lse) if return_softmax_lse else out
 
 
-def _check_splits(split: str, num_splits: int, max_seqlen_k: int | None) -> None:
+def _check_splits(split: str, num_splits: int) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if not isinstance(num_splits, int) or num_splits < 0:
@@ -180,9 +174,4 @@ def _check_splits(split: str, num_splits: int, max_seqlen_k: int | None) -> None
     if num_splits > 1 and split == "exact":
         raise ValueError(
             f"num_splits must be 0 or 1 with split='exact', got {num_splits}. It does not split."
-        )
-    if max_seqlen_k is not None and (not isinstance(max_seqlen_k, int) or max_seqlen_k < 0):
-        raise ValueError(
-            f"max_seqlen_k must be a Python int of at least 0, got {max_seqlen_k!r}. Pass an upper "
-            "bound, or None."
         )

@@ -67,7 +67,7 @@ def check_no_gradients(function: str, remedy: str, **tensors: Tensor | None) -> 
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{function} has no backward, and {name} requires a gradient. Call it under "
                 f"torch.no_grad(), or {remedy}."
@@ -138,6 +138,17 @@ def check_new_tokens(q: Tensor, k_cache: Tensor, new: NewTokens, has_seqlens: bo
                 f"{name} must have shape [positions, R / 2] with R at most {q.shape[3]}, got "
                 f"{tuple(table.shape)}. Pass one column per rotated pair of columns."
             )
+
+
+def check_longest(max_seqlen_k: object) -> None:
+    """Raises unless max_seqlen_k is a Python int of at least 0, or None."""
+    if max_seqlen_k is None:
+        return
+    if not isinstance(max_seqlen_k, (int, torch.SymInt)) or max_seqlen_k < 0:
+        raise ValueError(
+            f"max_seqlen_k must be a Python int of at least 0, got {max_seqlen_k!r}. Pass an upper "
+            "bound, or None."
+        )
 
 
 def check_stored(stored: object, capacity: int, new_tokens: int) -> None:
@@ -229,8 +240,10 @@ def check_shared(
         )
 
 
-def _check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
+def check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
     """Raises unless the members of each group have the pages of its prefix in common."""
+    if not reads_values(cache.seqlens.device):
+        return
     assert cache.block_table is not None
     members = shared.members.tolist()
     for first, count, tokens in shared.groups.tolist():
@@ -253,7 +266,6 @@ def check_metadata(
     cache: KVCache,
     new: NewTokens,
     longest: int | None = None,
-    shared: SharedPrefixes | None = None,
 ) -> None:
     """Raises unless lengths, indices and page table fit the cache and the new tokens.
 
@@ -262,7 +274,6 @@ def check_metadata(
         cache: Cache of the call.
         new: New tokens of the call.
         longest: max_seqlen_k of the call.
-        shared: Prefixes of the plan that several requests share, or None.
     """
     requests = q.shape[0]
     for name, side in (("k_cache", cache.k), ("v_cache", cache.v)):
@@ -310,8 +321,6 @@ def check_metadata(
         )
     if reads_values(q.device):
         check_values(cache, new.tokens, longest)
-        if shared is not None:
-            _check_shared_pages(shared, cache)
 
 
 def reads_values(device: torch.device) -> bool:

@@ -103,12 +103,14 @@ def decode_attention(
         packed: Numbers of queries, if packed.
 
     Returns:
-        out in the shape of q and in its dtype; lse [B, H, Sq], or [H, T] if packed, float32.
+        out in the shape of q, in its dtype or with options.wide in float32; lse [B, H, Sq], or [H,
+        T] if packed, float32.
     """
     heads, head_dim = q.shape[-2:]
-    heads_kv = cache.k.shape[2]
+    heads_kv = cache.k.shape[2] * (2 if options.halves else 1)
     group = heads // heads_kv
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dtype = torch.float32 if options.wide else q.dtype
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if packed is None:
         requests, seqlen_q = q.shape[:2]
         lse = torch.empty((requests, heads, seqlen_q), dtype=torch.float32, device=q.device)
@@ -145,6 +147,7 @@ def decode_attention(
     row_tiles = triton.cdiv(rows, tile.block_m)
     pieces = requests * heads_kv * row_tiles
     shape = decode_shape(tile, head_dim, group, cache, new, config.prefetch_pages)
+    shape = shape._replace(halves=options.halves)
     has_left, has_right = options.window_left >= 0, options.window_right >= 0
     flags = DecodeFlags(
         has_left, has_right, options.softcap > 0, new.interleaved, options.rotates_each
@@ -220,7 +223,7 @@ def decode_attention(
         prefix_tile = config.tile_of_rows(most)
         shape_of_prefix = decode_shape(
             prefix_tile, head_dim, group, cache, new, config.prefetch_pages
-        )
+        )._replace(halves=options.halves)
         row_tiles = triton.cdiv(most, prefix_tile.block_m)
         splits = triton.cdiv(shared.longest, size)
         programs = shared.groups.shape[0] * splits * row_tiles * heads_kv
@@ -268,7 +271,7 @@ def decode_attention(
         lse.stride(-2),
         max_splits,
         1.0,
-        TILE=shape._replace(prefetch=False),
+        TILE=shape._replace(prefetch=False, halves=False),
         FLAGS=flags,
         ROWS=config.merge_rows,
         UNROLL=config.merge_unroll,

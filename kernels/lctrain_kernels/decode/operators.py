@@ -26,7 +26,7 @@ _KINDS = {
     bool: "bool",
     str: "str",
 }
-_PARTS = {"cache": KVCache, "new": NewTokens, "options": DecodeOptions}
+_PARTS: dict[str, Any] = {"cache": KVCache, "new": NewTokens, "options": DecodeOptions}
 _SIZES = [len(part._fields) for part in _PARTS.values()]
 
 
@@ -66,7 +66,8 @@ def decode_attention(
         packed: Numbers of queries, if packed.
 
     Returns:
-        out in the shape of q and in its dtype; lse [B, H, Sq], or [H, T] if packed.
+        out in the shape of q, in its dtype or with options.wide at least float32; lse [B, H, Sq],
+        or [H, T] if packed.
     """
     listed: tuple[Any, ...] = (None, 0, 0)
     shared: tuple[Any, ...] = (None, None, None, 0, 0)
@@ -116,9 +117,11 @@ def _append_fake(*arguments: Any) -> None:
 
 def _attend_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    options = DecodeOptions(*arguments[sum(_SIZES[:2]) : sum(_SIZES)])
     heads = q.shape[-2]
     rows = (heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(rows, dtype=dtype)
+    out = q.new_empty(q.shape, dtype=dtype if options.wide else q.dtype)
+    return out, q.new_empty(rows, dtype=dtype)
 
 
 def _declared(part: str, written: bool = False) -> str:

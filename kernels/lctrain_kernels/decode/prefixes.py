@@ -81,7 +81,9 @@ def make_shared_prefixes(
             prefix[request] = tokens
     target = torch.device("cpu" if device is None else device)
     return SharedPrefixes(
-        *(_to_device(values, target) for values in (prefix, members, table)),
+        prefix=_to_device(prefix, target),
+        members=_to_device(members, target),
+        groups=_to_device(table, target),
         longest=max(prefix),
         most=max(len(group) for group, _ in chosen),
     )

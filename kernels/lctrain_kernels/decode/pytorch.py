@@ -44,11 +44,12 @@ def decode_attention(
         packed: Numbers of queries, if packed.
 
     Returns:
-        out in the shape of q and in its dtype; lse [B, H, Sq], or [H, T] if packed, in float32, or
-        float64 for a q of float64.
+        out in the shape of q, in its dtype or with options.wide at least float32; lse [B, H, Sq],
+        or [H, T] if packed, in float32, or float64 for a q of float64.
     """
     rows = list(q) if packed is None else list(q.split(packed.cu_seqlens.diff().tolist()))
     slopes = options.alibi_slopes
+    compute = torch.promote_types(q.dtype, torch.float32) if options.wide else q.dtype
     leftpads = [0] * len(rows) if cache.leftpad is None else cache.leftpad.tolist()
     outs, lses = [], []
     for request, stored in enumerate(cache.seqlens.tolist()):
@@ -56,10 +57,13 @@ def decode_attention(
         page, slot = cache_places(cache, request, keys)
         queries = torch.arange(len(rows[request]), device=q.device)
         positions = stored + queries * options.rotates_each
+        k, v = cache.k[page, slot], cache.v[page, slot]
+        if options.halves:
+            k = torch.cat([half for half in k.chunk(2, 1) for _ in range(2)], 1)
+            v = v.repeat(1, 2, 1)
+        operands = (rotate(rows[request], positions, new), k, v)
         out, lse, _ = dense_attention(
-            rotate(rows[request], positions, new),
-            cache.k[page, slot],
-            cache.v[page, slot],
+            *(x.to(compute) for x in operands),
             softmax_scale=options.softmax_scale,
             window=(options.window_left, options.window_right),
             softcap=options.softcap,
@@ -70,7 +74,7 @@ def decode_attention(
         lses.append(lse)
     if not outs:
         shape = (0, q.shape[2], q.shape[1]) if packed is None else (q.shape[1], 0)
-        return torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+        return torch.empty_like(q, dtype=compute), q.new_empty(shape, dtype=torch.float32)
     if packed is not None:
         return torch.cat(outs), torch.cat(lses, 1)
     return torch.stack(outs), torch.stack(lses)

@@ -81,6 +81,10 @@ class DecodeOptions(NamedTuple):
         learnable_sink: Logit of the attention sink of each head, [H], or None.
         split: "fixed" or "exact".
         num_splits: 0 for splits of a fixed size; 1 for none; n for the capacity over n.
+        wide: Whether out is float32, for a caller that adds results.
+        halves: Whether each half of the key heads is paired with both halves of the value heads,
+            as version 1 of differential attention needs. q then has twice the query heads, in the
+            order of `triton_attend.heads_of_tile`.
     """
 
     softmax_scale: float
@@ -91,6 +95,8 @@ class DecodeOptions(NamedTuple):
     learnable_sink: Tensor | None = None
     split: str = "fixed"
     num_splits: int = 0
+    wide: bool = False
+    halves: bool = False
 
     @property
     def rotates_each(self) -> bool:

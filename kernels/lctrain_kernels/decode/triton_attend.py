@@ -29,6 +29,27 @@ def row_offsets(page, slot, local, page_stride, token_stride, SCATTERED: tl.cons
 
 
 @triton.jit
+def heads_of_tile(head_kv, heads_kv, TILE: tl.constexpr):
+    """Returns the (key head, value head) in the cache of a key/value head of the grid.
+
+    With TILE.halves, the cache has 2 G heads and the grid four times G: the pairs of a half of the
+    key heads and a half of the value heads. Pair (a, b) has the grid's heads from (2 a + b) G on.
+
+    Args:
+        head_kv: Key/value head of the grid.
+        heads_kv: Number of key/value heads of the grid.
+        TILE: DecodeShape of the launch.
+    """
+    if TILE.halves:
+        half = heads_kv // 4
+        inside = head_kv % half
+        pair = head_kv // half
+        return pair // 2 * half + inside, pair % 2 * half + inside
+    else:
+        return head_kv, head_kv
+
+
+@triton.jit
 def load_page(table, n, leftpad, length, TILE: tl.constexpr):
     """Returns the page of the keys from position n on: of each [BLOCK_N] if TILE.scattered.
 
@@ -58,6 +79,7 @@ def attend(
     strides,
     request,
     head_kv,
+    heads_kv,
     leftpad,
     length,
     place,
@@ -87,6 +109,7 @@ def attend(
         strides: DecodeStrides of the launch.
         request: Index of the request, whose row or pages are read.
         head_kv: Key/value head.
+        heads_kv: Number of key/value heads.
         leftpad: Padding before the first key.
         length: Number of keys that may be read.
         place: Position of each row's query among the keys, [BLOCK_M].
@@ -102,9 +125,9 @@ def attend(
     """
     local = tl.arange(0, TILE.block_n)
     columns = tl.arange(0, TILE.block_d)
-    head = head_kv.to(tl.int64)
-    k_base = pointers.k + head * strides.k_head
-    v_base = pointers.v + head * strides.v_head
+    head_k, head_v = heads_of_tile(head_kv, heads_kv, TILE)
+    k_base = pointers.k + head_k.to(tl.int64) * strides.k_head
+    v_base = pointers.v + head_v.to(tl.int64) * strides.v_head
     row = request
     if pointers.batch_index is not None:
         row = tl.load(pointers.batch_index + request)

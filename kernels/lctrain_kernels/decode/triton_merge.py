@@ -98,7 +98,7 @@ def decode_merge_kernel(
             stats = pointers.stats + 2 * place
             m_split = tl.load(stats, mask=valid & known, other=float("-inf"))
             l_split = tl.load(stats + 1, mask=valid & known, other=0.0)
-            loaded = loaded + ((m_split, l_split, acc_split),)  # noqa: RUF005
+            loaded = loaded + ((m_split, l_split, acc_split),)  # type: ignore[assignment] # noqa: RUF005
         for step in tl.static_range(UNROLL):
             m, l, acc = merge_step(m, l, acc, loaded[step][0], loaded[step][1], loaded[step][2])
     position = row // TILE.group

@@ -115,6 +115,7 @@ def decode_prefix_kernel(
             strides,
             tl.load(members),
             head_kv,
+            heads_kv,
             0,
             tokens,
             position + length - seqlen_q,

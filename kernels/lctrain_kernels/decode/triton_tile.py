@@ -67,6 +67,7 @@ class DecodeShape(NamedTuple):
         rotary: Number of rotated columns; 0 without a rotation.
         scattered: Whether the keys of one tile may lie on several pages.
         prefetch: Whether page numbers are loaded one tile ahead.
+        halves: Whether the grid's key/value heads are pairs of halves; see heads_of_tile.
     """
 
     head_dim: int
@@ -78,6 +79,7 @@ class DecodeShape(NamedTuple):
     rotary: int
     scattered: bool
     prefetch: bool = False
+    halves: bool = False
 
 
 class DecodeFlags(NamedTuple):
