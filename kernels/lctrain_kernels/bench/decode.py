@@ -287,7 +287,8 @@ def _show(case: str, result: dict[str, Any], fastest: float) -> None:
         print(label, result["error"], flush=True)
         return
     share = result["bytes_per_s"] / fastest
-    print(label, f"{result['microseconds']:10.1f} us  {share:6.1%} of copies", flush=True)
+    faster = f"  {result['speedup']:.1f}x own pages" if "speedup" in result else ""
+    print(label, f"{result['microseconds']:10.1f} us  {share:6.1%} of copies{faster}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lctrain.kernels import flash_attn_with_kvcache, make_decode_plan
-from tests.kernels.decode.kvcache import KVCase, assert_matches_plain, make_kv
+from lctrain.kernels import flash_attn_varlen_func, flash_attn_with_kvcache, make_decode_plan
+from tests.kernels.decode.kvcache import KVCase, assert_matches_plain, make_kv, plain_kvcache
 from tests.kernels.decode.test_kvcache import CASES
+from tests.kernels.decode.test_packed import PackedCase, make_call
+from tests.kernels.decode.test_prefixes import plan_of, share, shared_of
+from tests.kernels.oracle import cumulative
+from tests.numerics import assert_error_at_most_twice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -81,8 +85,6 @@ def make_tokens(device):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exact_has_the_bits_of_the_training_forward(head_dim, device, make_tokens):
-    from lctrain.kernels import flash_attn_varlen_func
-
     q, k, v = make_tokens(1, 1500, head_dim)
     cu = torch.tensor([0, 1500], dtype=torch.int32, device=device)
     trained = flash_attn_varlen_func(
@@ -171,3 +173,38 @@ def test_strides_whose_products_exceed_two_to_the_31(device):
     out = flash_attn_with_kvcache(q, found, found.clone(), far.copy_(k), far, **options)
     assert torch.equal(out, wanted)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("page", [16, 256])
+@pytest.mark.parametrize(
+    ("requests", "head_dim"), [(3, 128), (16, 128), (40, 128), (40, 64), (20, 256)]
+)
+def test_shared_prefixes(requests, head_dim, page, device):
+    """One, a few and many tiles of rows; prefixes that end inside a split of 1,024 keys."""
+    lengths = tuple(2900 + 7 * i for i in range(requests))
+    case = KVCase(lengths, new=1, heads=8, heads_k=2, head_dim=head_dim, capacity=4096, page=page)
+    case = dataclasses.replace(case, causal=True)
+    inputs = make_kv(case, device, torch.bfloat16)
+    share(inputs, case, range(requests), 2816)
+    found = inputs.call(plan=plan_of(inputs, case, shared_of(inputs, case)))
+    exact = plain_kvcache(case, inputs, torch.float64)
+    same = plain_kvcache(case, inputs, torch.bfloat16)
+    assert_error_at_most_twice(found[0], same[0], exact[0], "out")
+    assert_error_at_most_twice(found[1], same[1], exact[1], "lse")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page", [16, 256])
+def test_pages_change_no_bit_of_a_prefill(head_dim, page, device):
+    case = PackedCase(
+        *((700, 20, 3), (1500, 20, 140), page), heads=8, head_dim=head_dim, softcap=3.0
+    )
+    arguments, options, documents = make_call(case, device, torch.bfloat16)
+    found = flash_attn_varlen_func(*arguments, backend="triton", **options)
+    del options["block_table"], options["seqused_k"]
+    k, v = (torch.cat(side) for side in zip(*documents, strict=True))
+    q, _, _, cu_q, _, *longest = arguments
+    trained = flash_attn_varlen_func(
+        q, k, v, cu_q, cumulative(case.used, device), *longest, backend="triton", **options
+    )
+    assert all(map(torch.equal, found, trained))

@@ -170,16 +170,6 @@ def test_torch_compile_keeps_its_graph_whole(device):
     assert all(map(torch.equal, found, attend(arguments[0])))
 
 
-def test_torch_compile_keeps_its_graph_whole(device):
-    arguments, options, _ = make_call(PackedCase(page=16), device)
-
-    def attend(q):
-        return flash_attn_varlen_func(q, *arguments[1:], backend="pytorch", **options)
-
-    found = torch.compile(attend, backend="eager", fullgraph=True)(arguments[0])
-    assert all(map(torch.equal, found, attend(arguments[0])))
-
-
 PAGED, USED = PackedCase(page=16), PackedCase()
 BAD = {
     "gradient": (PAGED, {"q": torch.zeros(5, 4, 32).requires_grad_()}, ValueError,
