@@ -38,13 +38,13 @@ class PackedCase:
 CASES = {
     "used": PackedCase(),
     "used-not_causal": PackedCase(causal=False, queries=(2, 1, 1, 5)),
-    "used-prefill": PackedCase(queries=(40, 0, 3, 90), window=(60, 0)),
+    "used-prefill": PackedCase(queries=(20, 0, 3, 40), window=(60, 0), heads=2, heads_k=1),
     "page16": PackedCase(page=16),
     "page32-speculative": PackedCase(page=32, queries=(5, 4, 0, 2), softcap=4.0),
     "page64-window": PackedCase(page=64, window=(70, 0), head_dim=20, heads=6),
     "page128-everything": PackedCase(page=128, queries=(3, 2, 1, 4), alibi=True, sink=True),
     "page256-mqa": PackedCase(page=256, heads_k=1, heads=20, queries=(1, 1, 1, 1)),
-    "page16-prefill": PackedCase(page=16, queries=(60, 5, 0, 21), softcap=3.0, sink=True),
+    "page16-prefill": PackedCase(page=16, queries=(30, 5, 0, 2), softcap=3.0, sink=True),
     "page32-prefill-cross": PackedCase(page=32, queries=(20, 1, 2, 0), causal=False, alibi=True),
     "no_documents": PackedCase(page=16, queries=(), used=()),
 }
@@ -134,7 +134,7 @@ def test_matches_float64(case, backend, device, nan_filled_memory):
 
 def test_pages_change_no_bit_of_a_prefill(device):
     """More than 16 queries: the tile and order of the training kernel, with pages or without."""
-    case = PackedCase(queries=(60, 20, 3), used=(77, 20, 140), page=16, softcap=3.0)
+    case = PackedCase(queries=(40, 20, 3), used=(77, 20, 60), page=16, heads=2, softcap=3.0)
     arguments, options, documents = make_call(case, device)
     found = flash_attn_varlen_func(*arguments, backend="triton", **options)
     del options["block_table"], options["seqused_k"]
