@@ -61,13 +61,14 @@ def run_continuous(
     task = GenerationTask(
         prompts, range(len(prompts)), options, new_tokens, batch_size=len(prompts)
     )
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
+    capture = GraphCapture(device) if graphs and device.type == "cuda" else None
     with torch.no_grad():
         shape = find_cache(model)
         if isinstance(shape, str):
             raise ValueError(f"the model must have a paged cache, got: {shape}.")
         start = time.perf_counter()
-        batch = TimedBatch(model, task, shape, None, GraphCapture() if graphs and on_gpu else None)
+        batch = TimedBatch(model, task, shape, None, capture)
         found = batch.run()
         seconds = time.perf_counter() - start
     figures = _figures(seconds, batch.prefill_seconds, batch.decode_seconds, new_tokens)

@@ -116,7 +116,7 @@ class ContinuousBatch:
         except RuntimeError as error:
             if not decoder.is_capturing:
                 raise
-            self._give_capture_up(str(error).splitlines()[0])
+            self._give_capture_up(str(error).partition("\n")[0])
             logits = decoder(tokens, stored, tables)
         self.steps += 1
         for request in requests:
@@ -190,10 +190,11 @@ def complete_continuously(
         cuda_graphs: Whether decode steps on a GPU are captured.
     """
     capture: Capture | None = None
-    if cuda_graphs and next(model.parameters()).device.type == "cuda":
+    device = next(model.parameters()).device
+    if cuda_graphs and device.type == "cuda":
         refusal = capture_refusal(model)
         if refusal is None:
-            capture = GraphCapture()
+            capture = GraphCapture(device)
         else:
             warn_caller(
                 f"CUDA graphs need a forward pass that only launches kernels, got {refusal}. Steps "

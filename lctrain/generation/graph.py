@@ -13,9 +13,14 @@ _KNOWN = ("lctrain", "transformers", "peft", "torch")
 
 
 class GraphCapture:
-    """Captures functions as CUDA graphs that share one memory pool."""
+    """Captures functions as CUDA graphs that share one memory pool.
 
-    def __init__(self) -> None:
+    Args:
+        device: GPU on which the functions run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -30,10 +35,15 @@ class GraphCapture:
         Raises:
             RuntimeError: if an operation of the function cannot be captured.
         """
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that pin batches, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = function()
+        with torch.cuda.device(self._device):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # Other threads, such as those that pin batches, may go on meanwhile.
+            capture = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+            try:
+                with capture:
+                    result = function()
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream
         return graph.replay, result
 
 

@@ -7,7 +7,7 @@ import lctrain
 from lctrain.generation import decode
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import batch_sizes
-from lctrain.generation.graph import capture_refusal
+from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
@@ -136,3 +136,14 @@ def test_cuda_graphs_change_no_bit_and_no_random_state(endless):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
     assert torch.cuda.memory_allocated() == used
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_stream_and_the_device():
+    stream = torch.cuda.current_stream()
+    capture = GraphCapture(torch.device("cuda", torch.cuda.current_device()))
+    ones = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        capture(lambda: torch.full_like(ones, ones.sum().item()))
+    assert torch.cuda.current_stream() == stream
+    assert ones.sum().item() == 3
