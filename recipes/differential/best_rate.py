@@ -1,9 +1,10 @@
 """Compares the variants at the best learning rate of each: which rate, and how far apart they are.
 
-A variant's best rate has the lowest held-out loss, as a mean over seeds. The difference from the
-plain model is paired by seed, since both saw the same batches. Its 95 % interval is Student's, over
-the seeds. The losses agree if the whole interval lies within PARITY nats of zero; they differ if it
-does not hold zero. Otherwise the seeds are too few to tell.
+A variant's best rate has the lowest held-out loss, as a mean over seeds. A rate with fewer seeds
+than another one is left out. The difference from the plain model is paired by seed, since both saw
+the same batches. Its 95 % interval is Student's, over the seeds. The losses agree if the whole
+interval lies within PARITY nats of zero; they differ if it does not hold zero. Otherwise the seeds
+are too few to tell.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _rates(runs: Sequence[dict[str, Any]], variant: str) -> list[dict[str, Any]]
 
 
 def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return min(rates, key=lambda row: row["held_out_loss"]["mean"])
+    most = max(len(row["seeds"]) for row in rates)
+    whole = [row for row in rates if len(row["seeds"]) == most]  # not those of an unfinished sweep
+    return min(whole, key=lambda row: row["held_out_loss"]["mean"])
 
 
 def _paired(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

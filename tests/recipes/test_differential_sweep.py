@@ -52,6 +52,11 @@ def test_every_variant_is_compared_at_its_own_best_rate():
     assert "minus_plain" not in best["plain"]
 
 
+def test_a_rate_with_fewer_seeds_is_not_the_best():
+    lucky = record("plain", 0, 3e-3, 1.0)
+    assert summarize_rates([*RUNS, lucky])["best"]["plain"]["rate"] == 2e-3
+
+
 def test_the_interval_is_students_over_the_seeds():
     (low, high) = summarize_rates(RUNS)["best"]["v1"]["minus_plain"]["interval"]
     mean, error = 0.04 / 3, 0.01 / 3  # the values are 0.01, 0.01 and 0.02
