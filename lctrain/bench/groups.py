@@ -4,6 +4,9 @@
     lctrain-bench groups --shape llama-8b --sizes 2 --prompt 8192 --completion 1024
     lctrain-bench groups --tiny --sizes 4 --prompt 96 --completion 16
 
+The record holds the model FLOPs of both ways (`lctrain.flops`), from which the table says how far
+the time exceeds that of the remaining work at the rates of separate documents.
+
 A group is a prompt with its completions. A step is forward and backward of the loss of all
 completions of one group. "Shared" is one pack in which the prompt is computed once. "Separate" has
 one pack for each completion, with its own copy of the prompt, and computes the packs one after the
@@ -27,6 +30,7 @@ from lctrain.batch import PackedBatch
 from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_8b, tiny
 from lctrain.bench.step_process import time_step
 from lctrain.config import AdapterConfig, MemoryConfig
+from lctrain.flops import FlopCounter
 from lctrain.loss import causal_lm_loss
 from lctrain.memory.policy import apply_config
 from lctrain.models import patch_model
@@ -59,6 +63,20 @@ def make_packs(
         for end in completions
     ]
     return shared, separate
+
+
+def work(model: Any, packs: Sequence[PackedBatch]) -> float:
+    """Returns the model FLOPs of forward and backward over packs.
+
+    Args:
+        model: A transformers model.
+        packs: Packs of one step.
+    """
+    counter = FlopCounter.of(model)
+    parents = [() if pack.groups is None else pack.groups.parents for pack in packs]
+    return sum(
+        counter.step_flops(pack.lengths, of) for pack, of in zip(packs, parents, strict=True)
+    )
 
 
 def measure(
@@ -176,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, batches in (("shared", [packs[0]]), ("separate", packs[1])):
             run[name] = measure(model, batches, device, mixed, options.warmup, options.steps)
             run[name]["tokens"] = sum(batch.num_tokens for batch in batches)
+            run[name]["flops"] = work(model, batches)
         shared, separate = (median(run[name]["step_ms"]) for name in ("shared", "separate"))
         run["speedup"] = round(separate / shared, 3)
         record["runs"].append(run)

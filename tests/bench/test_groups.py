@@ -15,6 +15,7 @@ def test_a_trial_measures_both_ways(tmp_path, capsys):
     (run,) = json.loads(output.read_text())["runs"]
     assert run["shared"]["tokens"] == 23 + 3 * 6
     assert run["separate"]["tokens"] == 3 * 29
+    assert 1 < run["separate"]["flops"] / run["shared"]["flops"] < 87 / 41
     assert "3 completions  shared" in capsys.readouterr().out
     losses = [torch.tensor(run[name]["loss"]) for name in ("shared", "separate")]
     assert_equal_sums(*losses)

@@ -21,14 +21,21 @@ def shared_prefix_table(record: Mapping[str, Any]) -> str:
         "",
         f"{record['shape']} {checkpointing} checkpointing, a prompt of {record['prompt']:,} tokens "
         f"and completions of {record['completion']:,}; forward and backward of a group in "
-        "milliseconds, and in brackets tokens and peak memory:",
+        "milliseconds, and in brackets tokens and peak memory. The overhead is the time over that "
+        "of the remaining FLOPs at the rate of separate documents:",
         "",
-        "| completions | prompt shared | separate documents | ratio |",
-        "|---|---|---|---|",
+        "| completions | prompt shared | separate documents | ratio | ratio of FLOPs | overhead |",
+        "|---|---|---|---|---|---|",
     ]
     for run in record["runs"]:
-        cells = [str(run["completions"]), _cell(run["shared"]), _cell(run["separate"])]
-        lines.append(f"| {' | '.join(cells)} | {run['speedup']:.2f} |")
+        less = run["separate"]["flops"] / run["shared"]["flops"]
+        cells = [
+            str(run["completions"]),
+            _cell(run["shared"]),
+            _cell(run["separate"]),
+            *(f"{value:.2f}" for value in (run["speedup"], less, less / run["speedup"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

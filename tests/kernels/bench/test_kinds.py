@@ -148,13 +148,13 @@ def test_longest_contexts_have_a_row_for_each_machine():
 
 
 def test_shared_prefixes_have_both_times():
-    shared = {"step_ms": [1.0, 2.0, 4.0], "tokens": 1100, "peak_gib": 1.0}
-    separate = {"step_ms": [8.0], "tokens": 9000}
+    shared = {"step_ms": [1.0, 2.0, 4.0], "tokens": 1100, "peak_gib": 1.0, "flops": 1e9}
+    separate = {"step_ms": [8.0], "tokens": 9000, "flops": 5e9}
     runs = [{"completions": 8, "shared": shared, "separate": separate, "speedup": 4.0}]
     settings = {"shape": "1B", "prompt": 1024, "completion": 8, "checkpointing": True}
     text = shared_prefix_table({**HEAD, **settings, "runs": runs})
     assert "1B with checkpointing, a prompt of 1,024 tokens" in text
-    assert "| 8 | 2.0 (1,100, 1.0 GiB) | 8.0 (9,000) | 4.00 |" in text
+    assert "| 8 | 2.0 (1,100, 1.0 GiB) | 8.0 (9,000) | 4.00 | 5.00 | 1.25 |" in text
 
 
 def test_encoders_have_ratios_in_the_order_of_the_peers():
