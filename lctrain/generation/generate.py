@@ -90,8 +90,9 @@ def generate(
             are made together.
         batching: "auto", "continuous" or "padded". "auto" chooses continuous batching if the model
             allows it.
-        cache_gib: Most memory of the paged cache, in GiB; by default most of a GPU's free memory,
-            and 4 GiB on a CPU. The cache is never larger than a full batch needs.
+        cache_gib: Most memory of the paged cache, in GiB; by default most of a GPU's free memory.
+            The default on a CPU is 4 GiB, or what one request needs if that is more. The cache is
+            never larger than a full batch needs.
         cuda_graphs: Whether decode steps on a GPU are captured. A model with hooks of others, or
             with weights on several devices, decodes without graphs and warns.
 

@@ -10,7 +10,7 @@ from lctrain.generation.task import GenerationTask
 SHARE = 0.8
 """Share of the free memory of a GPU that the cache may take; activations need the rest."""
 HOST_BYTES = 4 * 2**30
-"""Most bytes of a cache on a CPU, unless the caller gives a size."""
+"""Most bytes of a cache on a CPU, unless one request needs more or the caller gives a size."""
 
 
 def longest_pages(task: GenerationTask) -> list[int]:
@@ -34,7 +34,12 @@ def pool_pages(
     """
     needs = sorted(longest_pages(task), reverse=True)
     wanted = sum(sorted(needs * min(task.samples, task.batch_size))[-task.batch_size :])
-    room = _free_bytes(device) if cache_gib is None else int(cache_gib * 2**30)
+    if cache_gib is not None:
+        room = int(cache_gib * 2**30)
+    elif device.type == "cuda":
+        room = _free_bytes(device)
+    else:
+        room = max(HOST_BYTES, needs[0] * shape.page_bytes)
     fitting = room // shape.page_bytes
     if fitting < needs[0]:
         raise ValueError(
@@ -47,9 +52,7 @@ def pool_pages(
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Returns the bytes that the cache may take on a device, without the caller's word."""
-    if device.type != "cuda":
-        return HOST_BYTES
+    """Returns the bytes that the cache may take of a GPU's free memory."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

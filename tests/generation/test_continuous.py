@@ -259,5 +259,7 @@ def test_the_size_of_the_cache():
     assert pool_pages(replace(asked, samples=2), shape, CPU, None) == 4
     assert pool_pages(replace(asked, samples=9, batch_size=4), shape, CPU, None) == 8
     assert pool_pages(asked, shape, CPU, 2.5 * gib) == 2
+    large = CacheShape(2**20, 8, 128, torch.float32)  # a page has more than 4 GiB
+    assert pool_pages(asked, large, CPU, None) == 2
     with pytest.raises(ValueError, match=rf"cache_gib must be at least .* of {2 * PAGE} tokens"):
         pool_pages(asked, shape, CPU, 1.5 * gib)
