@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def attend_separately(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, int, 
     for number in range(count):
         first = prompt + number * length
         rows = torch.cat((torch.arange(prompt), torch.arange(first, first + length)))
-        heads = (x[rows].transpose(0, 1) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        query, key, value = (x[rows].transpose(0, 1) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         parts.append(out.transpose(0, 1))
     return torch.cat((parts[0][:prompt], *(part[prompt:] for part in parts)))
 
@@ -111,7 +112,7 @@ def measure(lengths: tuple[int, int, int], deviation: float) -> dict[str, dict[s
     found = {}
     for way in WAYS:
         detach = way == "detached"
-        got = results(lambda *arguments, d=detach: attend(*arguments, d), torch.float32)
+        got = results(partial(attend, detach=detach), torch.float32)
         errors = [float((x - y).norm() / y.norm()) for x, y in zip(got, exact, strict=True)]
         found[way] = dict(zip(RESULTS, errors, strict=True))
     return found
