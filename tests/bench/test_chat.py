@@ -5,6 +5,7 @@ import json
 from lctrain.bench import chat
 from lctrain.bench.__main__ import main
 from lctrain.bench.conversations import conversations, make_tokenizer, source_text
+from lctrain_kernels.bench.newest import newest_record
 
 
 def test_both_ways_read_the_same_tokens(tmp_path, capsys, monkeypatch):
@@ -22,6 +23,14 @@ def test_both_ways_read_the_same_tokens(tmp_path, capsys, monkeypatch):
         )
         assert 0 < part["trained_tokens"] < part["conversations"]["tokens"]
     assert "| ratio |" in capsys.readouterr().out
+
+
+def test_masks_take_at_most_as_long_as_the_text_again():
+    """The bar of the benchmark, on the record that the documents print."""
+    parts = newest_record("chat")["parts"]
+    for kind in ("seconds", "cpu_seconds"):
+        text, chats = (sum(part[way][kind] for part in parts) for way in ("text", "conversations"))
+        assert chats <= 2 * text
 
 
 def test_conversations_have_the_length_that_is_asked_for():

@@ -24,7 +24,7 @@ from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.shares_report import shares_table
 
 # Until they are measured; a kind stays listed without harm.
-WITHOUT_RECORD = {"generation", "chat", "sft"}
+WITHOUT_RECORD = {"generation", "sft"}
 HEAD = {"device": "GPU X", "date": "2026-11-30T01:00:00+00:00", "versions": {"torch": "2.11"}}
 
 
