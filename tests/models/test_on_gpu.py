@@ -17,10 +17,11 @@ from tests.models.families import (
     make_model,
     make_rotary_model,
     packed_outputs,
+    padded,
     separate_outputs,
 )
 from tests.models.properties import assert_generates_as_the_whole, assert_never_waits
-from tests.numerics import assert_error_at_most_twice
+from tests.numerics import assert_error_at_most_twice, assert_errors_at_most_twice
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (70, 1, 200, 129)
@@ -49,6 +50,29 @@ def test_packed_equals_separate_in_bfloat16(family):
 def packed_on_gpu(model, documents):
     batch = PackedBatch.from_documents(documents).to("cuda")
     return model(**batch.model_kwargs()).logits[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_encoders_without_padding_in_bfloat16(family):
+    """A layer of BERT is then one function, with a product for query, key and value."""
+    model = big_enough(family).bfloat16()
+    exact = copy.deepcopy(model).double()
+    rows, mask = padded(make_documents(LENGTHS), "right")
+
+    def results(model, device):
+        inputs = {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
+        real = inputs["attention_mask"].bool()
+        hidden, found = gradients(model, lambda: model(**inputs).last_hidden_state[real])
+        found = {name: one for name, one in found.items() if "key.bias" not in name}  # 0
+        return found | {"hidden": hidden}
+
+    reference = results(exact, "cpu")
+    model.cuda()
+    plain = results(model, "cuda")
+    with patch_model(model, fused=True, unpad=True):
+        found = results(model, "cuda")
+    assert found.keys() == plain.keys() == reference.keys()
+    assert_errors_at_most_twice(found, plain, reference)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
