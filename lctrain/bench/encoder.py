@@ -53,17 +53,21 @@ class EncoderCase:
         rows: Number of rows B.
         tokens: Number of tokens S of a row, with padding.
         graph: Whether the step is replayed as a CUDA graph.
+        layers: Number of layers; None takes the family's own number.
     """
 
     model_type: str
     rows: int
     tokens: int
     graph: bool = False
+    layers: int | None = None
 
     @property
     def name(self) -> str:
         """Name on the command line and in records."""
-        return f"{self.model_type}_b{self.rows}_s{self.tokens}" + ("_graph" if self.graph else "")
+        layers = "" if self.layers is None else f"_l{self.layers}"
+        graph = "_graph" if self.graph else ""
+        return f"{self.model_type}_b{self.rows}_s{self.tokens}{layers}{graph}"
 
     def lengths(self) -> list[int]:
         """Returns the number of tokens of each row that are not padding; 0.6 S on average."""
@@ -76,7 +80,9 @@ class EncoderCase:
         from transformers import AutoModel, BertConfig, ModernBertConfig
 
         torch.manual_seed(0)
-        smaller = TINY if tiny else {}
+        smaller = dict(TINY) if tiny else {}
+        if self.layers is not None:
+            smaller["num_hidden_layers"] = self.layers
         if self.model_type == "bert":
             config: Any = BertConfig(
                 **(BERT | smaller),
@@ -170,7 +176,7 @@ _ALL = (
     EncoderCase("modernbert", 8, 8192),
 )
 CASES = {case.name: case for case in _ALL}
-CPU_CASES = (EncoderCase("bert", 2, 512),)
+CPU_CASES = (EncoderCase("bert", 2, 512, layers=2),)
 TINY_CASES = (EncoderCase("bert", 4, 32), EncoderCase("modernbert", 3, 48))
 
 

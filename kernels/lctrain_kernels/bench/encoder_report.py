@@ -36,7 +36,9 @@ def encoder_table(record: Mapping[str, Any]) -> str:
         results = [found.get((workload, name)) for name in names]
         graph = ", CUDA graph" if case["graph"] else ""
         rows = f"{case['rows']} of {case['tokens']:,}, {case['tokens_of_rows']:,} tokens{graph}"
-        cells = [case["model_type"], rows, *(_cell(result) for result in results)]
+        layers = case.get("layers")
+        model = case["model_type"] + ("" if layers is None else f", {layers} layers")
+        cells = [model, rows, *(_cell(result) for result in results)]
         ratios = [_ratio(results[0], result) for result in results[1:]]
         lines.append(f"| {' | '.join(cells)} | {', '.join(ratios)} |")
     return "\n".join([*lines, ""])

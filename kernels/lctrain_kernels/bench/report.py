@@ -21,6 +21,7 @@ from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
+from lctrain_kernels.bench.masked_lm_report import masked_lm_table
 from lctrain_kernels.bench.memory_plot import draw_curve
 from lctrain_kernels.bench.memory_report import PICTURE, curve_of, memory_records, memory_tables
 from lctrain_kernels.bench.newest import RESULTS, newest_record, records_of
@@ -48,6 +49,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "balance": balance_table,
     "longest": longest_table,
     "encoder": encoder_table,
+    "encoder_cpu": encoder_table,
+    "masked_lm": masked_lm_table,
     "decode": decode_table,
     "generation": generation_table,
     "detached": detached_table,

@@ -11,6 +11,7 @@ from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
+from lctrain_kernels.bench.masked_lm_report import masked_lm_table
 from lctrain_kernels.bench.memory_plot import draw_curve
 from lctrain_kernels.bench.memory_report import (
     PICTURE,
@@ -166,7 +167,22 @@ def test_encoders_have_ratios_in_the_order_of_the_peers():
     ]
     record = {**HEAD, "settings": {"dtype": "bfloat16"}, "workloads": {"b": case}}
     text = encoder_table({**record, "results": results})
-    assert "| 4 of 1,024, 2,000 tokens, CUDA graph | 2.0 (1.0) | 1.0 | error | 0.50, - |" in text
+    assert (
+        "| bert | 4 of 1,024, 2,000 tokens, CUDA graph | 2.0 (1.0) | 1.0 | error | 0.50, - |"
+        in text
+    )
+    record["workloads"] = {"b": {**case, "layers": 2}}
+    assert "| bert, 2 layers | 4 of" in encoder_table({**record, "results": results})
+
+
+def test_masked_models_have_losses_and_perplexities():
+    record = {**HEAD, "arguments": ["a=b", "c=d"], "steps": 1200, "findings": {"context": "none"}}
+    record |= {"held_out_first": 8.306, "held_out_last": 6.5, "perplexities": [[32, 1547.39]]}
+    text = masked_lm_table(record)
+    assert "`lctrain-train a=b c=d`: 1,200 steps" in text
+    assert "from 8.31 to 6.50" in text
+    assert "| 32 | 1,547.4 |" in text
+    assert "Context: none." in text
 
 
 def test_the_backward_in_use_is_compared_within_a_round():
