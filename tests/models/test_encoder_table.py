@@ -1,6 +1,6 @@
 """The guide's table of encoders is what `patch_model` says."""
 
-from tests.models.encoder_table import BEGIN, END, ENCODERS, GUIDE, rows
+from tests.models.encoder_table import BEGIN, ENCODERS, END, GUIDE, rows
 
 
 def test_the_guide_has_the_verdict_of_every_encoder():
