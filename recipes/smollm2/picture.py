@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lctrain.eval.plots import INK, LINE, MUTED, new_figure, scale_lengths, style_axes
+from lctrain.pluralize import pluralize
 from lctrain.recipes.smollm2.records import Record, gains_beyond, summed_gains
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def _draw_beyond(axes: Axes, record: Record) -> None:
         axes.plot(lengths, gains, color=COLOURS[method], marker="o", linewidth=1.8, label=method)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, LOWEST), high)
-    axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, loc="lower left")
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=MUTED, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
     count = record["rows"][0]["documents"]
     _style(axes, lengths, "Beyond the window", f"over {record['window']:,} tokens", count)
 
@@ -82,7 +85,7 @@ def _style(axes: Axes, lengths: list[int], title: str, over: str, novels: int) -
     scale_lengths(axes, lengths)
     axes.set_xlabel("Context length (tokens, at most)", color=INK)
     axes.set_ylabel(f"Gain {over} (nats per token)", color=INK)
-    subtitle = f"SmolLM2-135M-Instruct, {novels} novel{'' if novels == 1 else 's'}, the same tokens"
+    subtitle = f"SmolLM2-135M-Instruct, {pluralize(novels, 'novel')}, the same tokens"
     style_axes(axes, title, subtitle)
 
 

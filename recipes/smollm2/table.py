@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lctrain.pluralize import pluralize
 from lctrain.recipes.smollm2.continuation import WAYS
 from lctrain.recipes.smollm2.picture import PANELS, draw
 from lctrain.recipes.smollm2.records import (
@@ -51,7 +52,7 @@ def _gain(record: Record) -> str:
         )
         for row in record["rows"]
     ]
-    title = f"**Gain from context**, in nats per token, of {_novels(first['items'])}"
+    title = f"**Gain from context**, in nats per token, of {pluralize(first['items'], 'novel')}"
     return _table(record, title, ("context", "gain", "95 % interval over novels"), rows)
 
 
@@ -66,7 +67,7 @@ def _beyond(record: Record) -> str:
     ]
     title = (
         f"**Beyond the window**: gain over a context of {window:,} tokens, in nats per token, of "
-        f"{row['tokens']:,} tokens of {_novels(row['documents'])}"
+        f"{row['tokens']:,} tokens of {pluralize(row['documents'], 'novel')}"
     )
     return _table(record, title, ("method", *(f"{length:,}" for length in lengths)), rows)
 
@@ -95,7 +96,7 @@ def _scores(record: Record, title: str, column: str | None) -> str:
         for name in names
     ]
     each = sum(row["items"] for row in record["rows"]) // len(found)
-    title = f"{title}: strict score, {each} answers in each cell"
+    title = f"{title}: strict score, {pluralize(each, 'answer')} in each cell"
     return _table(record, title, (column or "", *(f"{n:,}" for n in lengths)), rows)
 
 
@@ -129,10 +130,6 @@ def _table(record: Record, title: str, head: Sequence[str], rows: Sequence[Seque
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
-
-
-def _novels(count: int) -> str:
-    return f"{count} novel{'' if count == 1 else 's'}"
 
 
 def main() -> None:

@@ -8,7 +8,10 @@ import pytest
 from lctrain.eval import METHODS
 from lctrain.recipes.smollm2.__main__ import STAGES, main
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
+from lctrain.recipes.smollm2.picture import draw
+from lctrain.recipes.smollm2.records import read_records
 from lctrain.recipes.smollm2.stages import ANSWERING, document_tokens
+from lctrain.recipes.smollm2.table import tables
 from tests.evaluate.conftest import llama_config, save_model
 
 WORDS = ("letter", "captain", "walked", "with", "her", "to", "the", "sea", "in", "rain")
@@ -52,6 +55,12 @@ def test_every_stage_writes_its_record(material, tmp_path):
         assert before[2048] != after[2048]
     changed = json.loads((tmp_path / "yarn_model" / "config.json").read_text())
     assert changed["rope_parameters"]["factor"] == 2
+    text = tables(read_records(tmp_path))
+    for title in ("Gain from context", "Beyond the window", "RULER", "Continued training"):
+        assert text.count(f"**{title}**") == 1
+    assert text.count("**Needles**") == 2
+    draw(read_records(tmp_path), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 WHEN = ("before", "after")
