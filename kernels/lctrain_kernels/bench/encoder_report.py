@@ -35,7 +35,9 @@ def encoder_table(record: Mapping[str, Any]) -> str:
     for workload, case in record["workloads"].items():
         results = [found.get((workload, name)) for name in names]
         graph = ", CUDA graph" if case["graph"] else ""
-        rows = f"{case['rows']} of {case['tokens']:,}, {case['tokens_of_rows']:,} tokens{graph}"
+        note = f"; {case['note']}" if "note" in case else ""
+        tokens = f"{case['tokens_of_rows']:,} tokens{graph}{note}"
+        rows = f"{case['rows']} of {case['tokens']:,}, {tokens}"
         layers = case.get("layers")
         model = case["model_type"] + ("" if layers is None else f", {layers} layers")
         cells = [model, rows, *(_cell(result) for result in results)]

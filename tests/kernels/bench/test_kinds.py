@@ -171,8 +171,9 @@ def test_encoders_have_ratios_in_the_order_of_the_peers():
         "| bert | 4 of 1,024, 2,000 tokens, CUDA graph | 2.0 (1.0) | 1.0 | error | 0.50, - |"
         in text
     )
-    record["workloads"] = {"b": {**case, "layers": 2}}
-    assert "| bert, 2 layers | 4 of" in encoder_table({**record, "results": results})
+    record["workloads"] = {"b": {**case, "layers": 2, "note": "N"}}
+    text = encoder_table({**record, "results": results})
+    assert "| bert, 2 layers | 4 of 1,024, 2,000 tokens, CUDA graph; N |" in text
 
 
 def test_masked_models_have_losses_and_perplexities():
