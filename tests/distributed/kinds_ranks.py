@@ -1,6 +1,6 @@
-"""Trains kinds of sharded models on two ranks; tests/distributed/test_sharded_kinds.py starts it.
+"""Trains kinds of sharded models on two ranks; test_sharded_kinds.py runs `main` on each.
 
-Usage: python -m tests.distributed.kinds_ranks RANK SIZE FOLDER
+Its arguments are RANK SIZE FOLDER.
 """
 
 import copy
@@ -227,7 +227,3 @@ def main() -> None:
         found |= adapters(folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,16 @@
-"""Starts the ranks of a test, each as a process that joins the others by a file."""
+"""Starts the ranks of a test, each as a process that joins the others by a file.
 
+Usage: python -m tests.distributed.ranks MODULE SIZE FOLDER [arguments of MODULE]
+"""
+
+import importlib
 import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,26 +22,36 @@ LIMIT_S = 900  # ranks that wait for each other for ever end after it
 
 
 def run_ranks(module: str, size: int, folder: Path, *arguments: str) -> None:
-    """Runs `python -m MODULE RANK SIZE FOLDER ARGUMENTS` for every rank, and waits for all.
+    """Runs `main()` of a module for every rank, and waits for all.
 
-    If a rank fails, the others are ended, since they would wait for it.
+    A rank is a forked process with `sys.argv[1:] = [RANK, SIZE, FOLDER, *ARGUMENTS]`, whose output
+    goes to FOLDER/rank_RANK.txt. One process imports the module, and torch with it, for all of
+    them. If a rank fails, the others are ended, since they would wait for it.
 
     Args:
-        module: Dotted name of a module that calls `join`.
+        module: Dotted name of a module whose `main` calls `join`.
         size: Number of ranks.
         folder: Folder of the ranks' files.
         *arguments: Further arguments of every rank.
     """
-    ranks = StartedRanks(module, size, folder, *arguments)
-    last = time.monotonic() + LIMIT_S
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.ranks"]
+    output = folder / "ranks.txt"
+    with output.open("w") as file:
+        started = subprocess.Popen(
+            [*command, module, str(size), str(folder), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        while ranks.are_running() and time.monotonic() < last:
-            time.sleep(0.05)
+        status = started.wait(LIMIT_S)
     finally:
-        failed = ranks.end()
-    assert not failed, "\n".join(
-        f"rank {rank}: {ranks.outputs[rank].read_text()}" for rank in failed
-    )
+        with suppress(ProcessLookupError):  # of a process group that has ended
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    assert status == 0, output.read_text(errors="replace")
 
 
 class StartedRanks:
@@ -104,7 +118,7 @@ def join(backend: str = "gloo") -> tuple[int, int, Path, list[str]]:
 
 
 def fork_ranks(main: Callable[[int, int, Path], None], size: int, folder: Path) -> None:
-    """Runs `main(rank, size, folder)` in a forked process per rank, and exits like the worst one.
+    """Runs `main(rank, size, folder)` in a forked process per rank, and exits if one fails.
 
     The ranks share what this process has imported. Call it before threads or devices are in use.
 
@@ -113,26 +127,73 @@ def fork_ranks(main: Callable[[int, int, Path], None], size: int, folder: Path) 
         size: Number of ranks.
         folder: Folder of the ranks' files.
     """
+
+    def start(rank: int) -> None:
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        store = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+        main(rank, size, folder)
+
+    if fork(start, size) is not None:
+        sys.exit(1)
+
+
+def fork(start: Callable[[int], None], size: int) -> int | None:
+    """Runs `start(rank)` in a forked process per rank. If one fails, the others are killed.
+
+    Args:
+        start: Function of a rank.
+        size: Number of ranks.
+
+    Returns:
+        The rank that failed first; None if none did.
+    """
     children = {}
     for rank in range(size):
         if (child := os.fork()) == 0:
-            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-            store = f"file://{folder}/rendezvous"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            status = 1
             try:
-                main(rank, size, folder)
+                start(rank)
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
             except BaseException:
                 traceback.print_exc()
+            finally:
+                sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)
+                os._exit(status)
         children[child] = rank
+    failed = None
     while children:
         child, status = os.wait()
-        children.pop(child)
-        if status:
+        rank = children.pop(child)
+        if status and failed is None:
+            failed = rank
             for other in children:
                 os.kill(other, signal.SIGKILL)
-            for other in children:
-                os.waitpid(other, 0)
-            sys.exit(1)
+    return failed
+
+
+def run_module(name: str, size: int, folder: Path, arguments: Sequence[str]) -> None:
+    """Runs `main()` of a module in a forked process per rank: see `run_ranks`."""
+    module = importlib.import_module(name)
+    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+
+    def start(rank: int) -> None:
+        # Lightning takes a process with LOCAL_RANK for one that a launcher has started.
+        os.environ["LOCAL_RANK"] = str(rank)
+        sys.argv = [name, str(rank), str(size), str(folder), *arguments]
+        with outputs[rank].open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        module.main()
+
+    if (failed := fork(start, size)) is not None:
+        sys.exit(f"rank {failed}: {outputs[failed].read_text(errors='replace')}")
+
+
+if __name__ == "__main__":
+    run_module(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,6 +1,6 @@
-"""Trains sharded models on two ranks; tests/distributed/test_sharded.py starts it.
+"""Trains sharded models on two ranks; tests/distributed/test_sharded.py runs `main` on each.
 
-Usage: python -m tests.distributed.sharded_ranks RANK SIZE FOLDER OVERRIDES...
+Its arguments are RANK SIZE FOLDER OVERRIDES...
 """
 
 import copy
@@ -127,7 +127,3 @@ def main() -> None:
         names = ("whole", "copied", "other", "again", "pretrained", "shared")
         found["losses"] = {name: train_losses(folder / name) for name in names}
         torch.save(found, folder / "found.pt")
-
-
-if __name__ == "__main__":
-    main()

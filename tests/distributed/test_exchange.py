@@ -293,7 +293,8 @@ def test_processes_compute_what_one_does(size, heads, tmp_path):
     check(torch.load(tmp_path / "found.pt", weights_only=False), settings)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Computes as one of the ranks; rank 0 writes the results."""
     rank, _, folder, (heads,) = join()
     found = all_shared(int(heads))
     if rank == 0:

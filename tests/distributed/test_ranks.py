@@ -1,7 +1,4 @@
-"""Tests that a rank that fails ends the others, which would wait for it.
-
-Usage: python -m tests.distributed.test_ranks RANK SIZE FOLDER
-"""
+"""Tests that a rank that fails ends the others, which would wait for it."""
 
 import sys
 import time
@@ -19,7 +16,8 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     assert not (tmp_path / "ended").exists()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fails on rank 1, for which rank 0 waits."""
     if sys.argv[1] == "1":
         sys.exit("this one fails")
     time.sleep(3600)

@@ -1,6 +1,6 @@
-"""Evaluates as one of the ranks that torchrun starts; tests/evaluate/test_ranks.py starts it.
+"""Evaluates as one of the ranks that torchrun starts; tests/evaluate/test_ranks.py runs `main`.
 
-Usage: python -m tests.evaluate.two_ranks RANK SIZE FOLDER [lctrain-eval's overrides]
+Its arguments are RANK SIZE FOLDER [lctrain-eval's overrides].
 """
 
 import os
@@ -10,8 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lctrain import evaluate
+from lctrain.build import build_datamodule  # noqa: F401 - it imports once what the ranks need
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Evaluates as one of the ranks."""
     rank, size, folder = sys.argv[1:4]
     sys.argv[1:4] = []
     os.environ |= {"RANK": rank, "WORLD_SIZE": size}
