@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from lctrain.callbacks import LongContextEval, long_context_eval
-from lctrain.config import OptimConfig, RulerConfig
+from lctrain.config import NeedleConfig, OptimConfig, PasskeyConfig, RulerConfig
 from lctrain.data import TokenizedDocument
 from lctrain.distributed import Topology
 from lctrain.eval.run_task import Run
@@ -86,6 +86,8 @@ def run(tmp_path, make_llama, callbacks, logger=False):
 
 TASKS = {
     "tasks": ["perplexity", "passkey", "needle", "ruler"],
+    "passkey": PasskeyConfig(depths=[0.0, 1.0], keys_per_cell=1),
+    "needle": NeedleConfig(depths=[0.5], needles=1),
     "ruler": RulerConfig(tasks=["niah_single_1"], items=1),
 }
 
