@@ -9,22 +9,22 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lctrain.batch import PackedBatch
 from lctrain.callbacks.batches import BatchView, ReadBatch, view_batch
 from lctrain.callbacks.lengths import observed_document, with_other_lengths
+from lctrain.callbacks.passes import Passes
 from lctrain.callbacks.routed import RoutedRounding
 from lctrain.callbacks.targets import find_target
 from lctrain.data.share import share_pack, whole_pack
-from lctrain.distributed import Topology
+from lctrain.distributed import ONE_RANK, Topology
 from lctrain.distributed.sharding import through_root
 from lctrain.distributed.share import PackShare
 from lctrain.limits import MIN_TOKENS
+from lctrain.loss import evaluation_mode
 from lctrain.pluralize import pluralize
 
 LARGEST_LOGITS = 2**28  # elements; with more, the last hidden states are compared instead
-BAR_DELAY_S = 1.0  # seconds before a progress bar appears
 LARGEST_RECORD = 2**30  # recorded elements of mixture-of-experts outputs; more shorten the batch
 
 
@@ -50,7 +50,8 @@ class IsolationCheck(pl.Callback):
     A batch is a PackedBatch, or a mapping with transformers' names that says where documents end.
     Batches with one document per row, padded or not, are not checked.
 
-    Each rank checks its own batch. With ShardedStrategy all ranks check that of rank 0 together.
+    Each rank checks its own batch, or the batch that it shares. If the check of a rank fails, all
+    ranks raise its error.
 
     Args:
         model: Attribute path of the model in the module; None takes the only model, or the only
@@ -89,15 +90,10 @@ class IsolationCheck(pl.Callback):
         share = view.content.share if isinstance(view.content, PackedBatch) else None
         pack = as_pack(view)
         ranks = Topology.of(trainer)
-        if ranks.is_sharded:  # all ranks call the same layers: they check the pack of rank 0
-            pack = ranks.of_first(None if pack is None else pack.to("cpu"))
-            pack = None if pack is None else pack.to(pl_module.device)
-        if pack is not None:
-            shown = ranks.is_first and trainer.progress_bar_callback is not None
-            with trainer.precision_plugin.forward_context():
-                through_root(
-                    trainer, partial(check_isolation, model, pack, progress=shown, share=share)
-                )
+        shown = ranks.is_first and trainer.progress_bar_callback is not None
+        check = partial(check_isolation, model, pack, progress=shown, share=share, ranks=ranks)
+        with trainer.precision_plugin.forward_context():
+            through_root(trainer, check)
 
 
 def as_pack(view: BatchView) -> PackedBatch | None:
@@ -143,24 +139,44 @@ def as_pack(view: BatchView) -> PackedBatch | None:
 
 def check_isolation(
     model: nn.Module,
-    batch: PackedBatch,
+    batch: PackedBatch | None,
     progress: bool = False,
     share: PackShare | None = None,
+    ranks: Topology = ONE_RANK,
 ) -> None:
     """Checks that no document of a pack changes the outputs of another one, as IsolationCheck does.
 
     Args:
         model: A causal LM that takes the arguments `batch.model_kwargs()`.
-        batch: A pack on the model's device.
+        batch: A pack on the model's device; None on a rank without one.
         progress: Whether to show a bar over the forward passes if they take more than a second.
         share: Share of any pack. The ranks that share that pack also share `batch`, and all of them
             must call this function. None computes the pack on this rank alone. The check with
             changed boundaries runs on one rank, with as many tokens as the largest share has: other
             boundaries would divide the pack in another way, which may change the last bits.
+        ranks: Ranks that call this function, each with a pack of its own. Their parameters may be
+            sharded.
 
     Raises:
-        IsolationError: if outputs change that must not change.
+        IsolationError: on all ranks, if outputs of a rank change that must not change.
     """
+    large = batch is not None and sum(batch.lengths) * _vocabulary(model, batch) > LARGEST_LOGITS
+    passes = Passes(ranks, progress, large)
+    error = None
+    try:
+        if batch is not None:
+            _check_pack(model, batch, passes, share)
+    except IsolationError as found:
+        error = found
+    message = passes.end(error, partial(_idle, model, passes.hidden))
+    if message is not None:
+        raise error or IsolationError(message)
+
+
+def _check_pack(
+    model: nn.Module, batch: PackedBatch, passes: Passes, share: PackShare | None
+) -> None:
+    """Checks one pack: see `check_isolation`."""
     rounding = RoutedRounding(model)
     if rounding.blocks:
         batch = _shortened(batch, LARGEST_RECORD // (_width(model) * len(rounding.blocks)))
@@ -170,24 +186,34 @@ def check_isolation(
         batch = _halves(batch)
     devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
     modes = {module: module.training for module in model.modules()}
-    bar = tqdm(
-        desc="Isolation check", unit="pass", delay=BAR_DELAY_S, leave=False, disable=not progress
-    )
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), bar:
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             model.eval()
             divided = _divided(batch, share)
             with rounding.recording(divided.input_ids.shape[1]):
-                before = _outputs(model, divided, bar)
-            _check_contents(model, batch, before, rounding, bar, share)
+                before = _outputs(model, divided, passes)
+            _check_contents(model, batch, before, rounding, passes, share)
             if divided.share is not None:
                 batch = _shortened(batch, max(MIN_TOKENS, *divided.share.plan.tokens))
                 with rounding.recording(batch.num_tokens):
-                    before = _outputs(model, batch, bar)
-            _check_lengths(model, batch, before, rounding, bar)
+                    before = _outputs(model, batch, passes)
+            _check_lengths(model, batch, before, rounding, passes)
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def _idle(model: nn.Module, hidden: bool) -> None:
+    """Runs the model on two tokens, through the layers that the passes of other ranks run through.
+
+    Args:
+        model: The model.
+        hidden: Whether the other passes return the last hidden states.
+    """
+    device = next(model.parameters()).device
+    batch = PackedBatch.from_documents([[0] * MIN_TOKENS]).to(device)
+    with evaluation_mode(model):
+        _forward(model, batch, hidden)
 
 
 def _divided(batch: PackedBatch, share: PackShare | None) -> PackedBatch:
@@ -205,7 +231,7 @@ def _check_contents(
     batch: PackedBatch,
     before: Tensor,
     rounding: RoutedRounding,
-    bar: Any,
+    passes: Passes,
     share: PackShare | None,
 ) -> None:
     """Checks that changing the tokens of one document does not change the outputs of the others.
@@ -216,7 +242,7 @@ def _check_contents(
         before: [T, C], outputs of the model for the unchanged pack.
         rounding: Replaces outputs of mixture-of-experts blocks that differ from `before` by
             rounding only.
-        bar: Progress bar over the forward passes.
+        passes: Forward passes of the check.
         share: Share whose ranks share the pack; None for this rank alone.
 
     Raises:
@@ -230,7 +256,7 @@ def _check_contents(
     changed = _divided(_perturb(batch, start, end, _vocabulary(model, batch)), share)
     watched = others if changed.share is None else others[changed.share.places]
     with rounding.replaying(watched):
-        after = _outputs(model, changed, bar)
+        after = _outputs(model, changed, passes)
     differs = _differs(before, after)
     if not bool(differs[start:end].any()):
         raise IsolationError(
@@ -254,7 +280,7 @@ def _check_contents(
 
 
 def _check_lengths(
-    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, bar: Any
+    model: nn.Module, batch: PackedBatch, before: Tensor, rounding: RoutedRounding, passes: Passes
 ) -> None:
     """Checks that other boundaries do not change the outputs of the shortest document.
 
@@ -264,7 +290,7 @@ def _check_lengths(
         before: [T, C], outputs of the model for the unchanged pack.
         rounding: Replaces outputs of mixture-of-experts blocks that differ from `before` by
             rounding only.
-        bar: Progress bar over the forward passes.
+        passes: Forward passes of the check.
 
     Raises:
         IsolationError: if an output of the shortest document changes.
@@ -273,7 +299,7 @@ def _check_lengths(
     observed = ~_all_but(batch, start, end)
     for changed in with_other_lengths(batch, start, end, model):
         with rounding.replaying(observed):
-            after = _outputs(model, changed, bar)
+            after = _outputs(model, changed, passes)
         differs = _differs(before, after) & observed
         if not bool(differs.any()):
             continue
@@ -330,19 +356,23 @@ def _shortened(batch: PackedBatch, tokens: int) -> PackedBatch:
     return shortened.to(batch.input_ids.device)
 
 
-def _outputs(model: nn.Module, batch: PackedBatch, bar: Any) -> Tensor:
+def _outputs(model: nn.Module, batch: PackedBatch, passes: Passes) -> Tensor:
     """Returns the logits [T, V], or the last hidden states [T, E] if logits would be too large.
 
-    T counts all tokens of the pack, even if ranks share it. Advances the progress bar by one pass.
+    T counts all tokens of the pack, even if ranks share it.
     """
-    bar.update(1)
+    passes.begin()
+    found = _forward(model, batch, passes.hidden)
+    return found if batch.share is None else batch.share.gather(found)
+
+
+def _forward(model: nn.Module, batch: PackedBatch, hidden: bool) -> Tensor:
     base = getattr(model, "base_model", model)
-    tokens = sum(batch.lengths)
-    if tokens * _vocabulary(model, batch) > LARGEST_LOGITS and base is not model:
-        found = base(**batch.model_kwargs()).last_hidden_state[0]
+    if hidden and base is not model:
+        found: Tensor = base(**batch.model_kwargs()).last_hidden_state[0]
     else:
         found = model(**batch.model_kwargs()).logits[0]
-    return found if batch.share is None else batch.share.gather(found)
+    return found
 
 
 def _perturb(batch: PackedBatch, start: int, end: int, vocabulary: int) -> PackedBatch:

@@ -294,7 +294,7 @@ def test_of_a_large_mixture_fewer_tokens_are_checked(mixture, monkeypatch):
 
 def test_a_bar_shows_every_pass(patched, monkeypatch, capfd):
     """The progress bar appears after a delay, which this test sets to zero."""
-    monkeypatch.setattr("lctrain.callbacks.isolation.BAR_DELAY_S", 0)
+    monkeypatch.setattr("lctrain.callbacks.passes.BAR_DELAY_S", 0)
     check_isolation(patched, PACKS[0])
     assert "Isolation check" not in capfd.readouterr().err
     check_isolation(patched, PACKS[0], progress=True)
