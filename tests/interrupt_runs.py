@@ -25,6 +25,9 @@ from pathlib import Path
 
 import torch
 
+from lctrain.train import train
+from tests.train.runs import config
+
 STEPS = 12
 KEEP = 2  # checkpoints
 WORDS = ("def", "return", "class", "self", "None", "for", "in", "while", "yield", "lambda")
@@ -67,21 +70,26 @@ def write_corpus(base: Path) -> None:
         (base / "corpus" / f"{i}.txt").write_text(f"{i} " + " ".join(words))
 
 
-def start(base: Path, folder: Path, *more: str, file_limit: int | None = None) -> subprocess.Popen:
-    """Starts the run; a size limit of `file_limit` bytes per file simulates a full disk."""
+def start(base: Path, folder: Path, file_limit: int | None = None) -> subprocess.Popen:
+    """Starts the run in a process. A limit of bytes per file simulates a full disk."""
 
     def limit() -> None:
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     return subprocess.Popen(
-        [sys.executable, "-m", "lctrain.train", *overrides(base), f"hydra.run.dir={folder}", *more],
+        [sys.executable, "-m", "lctrain.train", *overrides(base), f"hydra.run.dir={folder}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limit,
     )
+
+
+def finish(base: Path, folder: Path, *more: str) -> None:
+    """Runs the training to its end in this process, which has imported torch."""
+    train(config(*overrides(base), *more, output_dir=folder))
 
 
 def rows(folder: Path) -> list[tuple[str, str, str, str]]:
@@ -187,9 +195,7 @@ def run_round(index: int, base: Path, whole: Path, numbers: random.Random) -> st
     folder = base / f"round-{index}"
     done = interrupt(kind, base, folder, numbers)
     more = ["ckpt_path=last"] if [*folder.glob("checkpoints/step-*.ckpt")] else []
-    process = start(base, folder, *more)
-    _, errors = process.communicate(timeout=LONGEST_S)
-    assert process.returncode == 0, errors
+    finish(base, folder, *more)
     check(folder, whole)
     return done
 
@@ -204,9 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = chosen.folder.absolute()
     write_corpus(base)
     whole = base / "whole"
-    process = start(base, whole)
-    _, errors = process.communicate(timeout=LONGEST_S)
-    assert process.returncode == 0, errors
+    torch.set_num_threads(1)  # as in the processes that `start` starts
+    finish(base, whole)
     for index in range(chosen.rounds):
         done = run_round(index, base, whole, random.Random(f"{chosen.seed} {index}"))
         print(f"round {index + 1}/{chosen.rounds}: {done}: bit-equal", flush=True)
