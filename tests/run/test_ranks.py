@@ -1,5 +1,6 @@
 """Tests signals to a run with several ranks, and to a SLURM job."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def start(overrides, folder, launcher="lightning"):
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny):
-    return [*tiny, *SHORT, "trainer.strategy=ddp", "trainer.devices=2"]
+    several_epochs = ["trainer.max_steps=9", "trainer.accumulate_grad_batches=2"]
+    ranks = ["trainer.strategy=ddp", "trainer.devices=2"]
+    return [*tiny, *SHORT, *several_epochs, *ranks, "attention.dropout=0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,21 @@ def test_signals_stop_all_ranks_once(two_ranks, whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, folder)
     assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(whole)]
+
+
+@pytest.mark.slow
+def test_killed_ranks_resume_bit_equal(two_ranks, whole, tmp_path):
+    """SIGKILL ends both processes of a run, a step after a checkpoint."""
+    assert 1.0 <= json.loads((whole / "report.json").read_text())["imbalance"] < 2.0
+    folder = tmp_path / "1"
+    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
+    killed = [*two_ranks, "data.num_workers=0"]
+    assert start([*killed, kill], folder).returncode != 0
+    assert (folder / "checkpoints" / "last.ckpt").resolve().name == "step-00000004.ckpt"
+    done = start([*killed, "ckpt_path=last"], folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, folder)
+    assert len(train_losses(folder)) == 9
 
 
 def test_slurm_queues_the_job_again_once(tiny, tmp_path, monkeypatch):

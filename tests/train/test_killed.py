@@ -1,6 +1,5 @@
 """Tests runs that a signal ends and that are then resumed."""
 
-import json
 import signal
 
 import pytest
@@ -43,18 +42,3 @@ def test_sigterm_is_no_success(tiny, tmp_path):
     assert "Stopped by SIGTERM at step 5" in result.stderr
     assert "ckpt_path=last" in result.stderr
     assert (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists()
-
-
-@pytest.mark.slow
-def test_killed_ddp_run_resumes_bit_equal(tiny, tmp_path):
-    """Kills both processes of a gloo run."""
-    ddp = [*tiny, *KILLED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.max_steps=9"]
-    ddp += ["data.num_workers=0", "callbacks.checkpoint.every_n_steps=3"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_command(ddp, whole)
-    assert 1.0 <= json.loads((whole / "report.json").read_text())["imbalance"] < 2.0
-    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
-    assert run_command([*ddp, kill], killed, check=False).returncode != 0
-    assert (killed / "checkpoints" / "last.ckpt").resolve().name == "step-00000003.ckpt"
-    run_command([*ddp, "ckpt_path=last"], killed)
-    assert_same_run(whole, killed)
