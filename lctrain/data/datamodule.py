@@ -167,11 +167,11 @@ class PackedDataModule(LightningDataModule):
         """
         is_stream = self._ready.stream is not None
         size: dict[str, Any] = (
-            {} if is_stream else {"packs_per_step": self._run.world_size * self._run.accumulated}
+            {} if is_stream else {"packs_per_step": self._run.data_size * self._run.accumulated}
         )
         stages = self._run.stages
         if is_stream or stages is not None or not self._order.fills_a_step:
-            size |= {"world_size": self._run.world_size, "accumulated": self._run.accumulated}
+            size |= {"world_size": self._run.data_size, "accumulated": self._run.accumulated}
         if stages is not None:
             size["length_stages"] = dict(zip(stages.steps, stages.lengths, strict=True))
         return self._ready.settings | {
@@ -232,7 +232,7 @@ class PackedDataModule(LightningDataModule):
                 f"{order.ranks}. Use more data, fewer ranks, or a smaller max_tokens."
             )
         dataset, stream = training_stream(
-            rows, order, self._run.rank, self._run.stages, self.max_tokens
+            rows, order, self._run.data_rank, self._run.stages, self.max_tokens
         )
         return PackLoader(
             dataset,
@@ -248,7 +248,7 @@ class PackedDataModule(LightningDataModule):
     def _order(self) -> TrainingOrder:
         return TrainingOrder(
             self._ready.train_rows.plan.costs(),
-            self._run.world_size,
+            self._run.data_size,
             self._run.accumulated,
             self.options.seed,
             self.options.balance_window,
@@ -257,7 +257,7 @@ class PackedDataModule(LightningDataModule):
     def _stream_loader(self, recipe: StreamRecipe) -> PackLoader:
         """Returns the loader of this rank's batches of an endless stream."""
         return PackLoader(
-            StreamedRows(recipe, self._run.rank, self._run.world_size, self._cursor),
+            StreamedRows(recipe, self._run.data_rank, self._run.data_size, self._cursor),
             StepNumbers(),
             ENDLESS,
             self._position,
@@ -281,8 +281,8 @@ class PackedDataModule(LightningDataModule):
 
     def _held_out_loader(self, rows: PackedRows, name: str) -> PackLoader:
         """Returns the loader of this rank's rows of one held-out set."""
-        steps = -(-len(rows) // self._run.world_size)
-        numbers = np.arange(steps) * self._run.world_size + self._run.rank
+        steps = -(-len(rows) // self._run.data_size)
+        numbers = np.arange(steps) * self._run.data_size + self._run.data_rank
         numbers = np.where(numbers < len(rows), numbers, ~0)
         return PackLoader(
             rows,

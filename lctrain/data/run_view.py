@@ -23,12 +23,12 @@ class RunView:
     trainer: Any
 
     @property
-    def world_size(self) -> int:
+    def data_size(self) -> int:
         """Number of ranks that read different packs."""
         return Topology.of(self.trainer).data_size
 
     @property
-    def rank(self) -> int:
+    def data_rank(self) -> int:
         """Index of this rank among those that read different packs."""
         return Topology.of(self.trainer).data_rank
 
