@@ -90,14 +90,14 @@ def decode_merge_kernel(
     for start in tl.range(first_slot, end_slot, UNROLL):
         loaded = ()  # all loads come before the first merge, which waits for one of them
         for step in tl.static_range(UNROLL):
-            known = start + step < end_slot
+            known = valid & (start + step + row * 0 < end_slot)
             item = request.to(tl.int64) * max_splits + start + step
             place = (item * heads_kv + head_kv) * rows + row
             ptrs = pointers.partial + place[:, None] * TILE.head_dim + columns[None, :]
-            acc_split = tl.load(ptrs, mask=inside & known, other=0.0)
+            acc_split = tl.load(ptrs, mask=inside & known[:, None], other=0.0)
             stats = pointers.stats + 2 * place
-            m_split = tl.load(stats, mask=valid & known, other=float("-inf"))
-            l_split = tl.load(stats + 1, mask=valid & known, other=0.0)
+            m_split = tl.load(stats, mask=known, other=float("-inf"))
+            l_split = tl.load(stats + 1, mask=known, other=0.0)
             loaded = loaded + ((m_split, l_split, acc_split),)  # type: ignore[assignment] # noqa: RUF005
         for step in tl.static_range(UNROLL):
             m, l, acc = merge_step(m, l, acc, loaded[step][0], loaded[step][1], loaded[step][2])
