@@ -22,8 +22,8 @@ PROGRAM = "python -m lctrain.recipes.smollm2"
 STAGES = {
     "gain": measure_gain,
     "beyond": measure_beyond,
-    "needle": find_needles,
     "continue": continue_training,
+    "needle": find_needles,
     "needle_beyond": find_needles_beyond,
     "ruler": run_ruler,
 }
@@ -41,9 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all of them"
     )
+    parser.add_argument(
+        "--overrides", nargs="+", default=[], help="Hydra overrides of the continued training"
+    )
     chosen = parser.parse_args(arguments)
-    scale = SCALES[chosen.scale]
-    experiment = Experiment(chosen.folder.absolute(), chosen.output.absolute(), scale)
+    experiment = Experiment(
+        chosen.folder.absolute(),
+        chosen.output.absolute(),
+        SCALES[chosen.scale],
+        tuple(chosen.overrides),
+    )
     for name, run in STAGES.items():
         if name in chosen.stages:
             print(f"== {name}", flush=True)

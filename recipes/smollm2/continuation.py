@@ -124,6 +124,7 @@ def _train(experiment: Experiment, way: Way, folder: Path) -> None:
             "callbacks.checkpoint=null",
             *way.overrides,
             *experiment.scale.training,
+            *experiment.overrides,
         ],
         folder,
     )

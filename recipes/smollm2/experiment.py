@@ -31,11 +31,13 @@ class Experiment:
         material: Folder that the command `fetch` wrote.
         output: Folder for all files of the experiment.
         scale: Sizes of the whole experiment.
+        overrides: Hydra overrides of the continued training.
     """
 
     material: Path
     output: Path
     scale: Scale
+    overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for needed in (self.model / "config.json", *map(self.novel, NOVELS)):

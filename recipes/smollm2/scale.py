@@ -67,7 +67,7 @@ SCALES = {
         held_out_strides=32,
         training=(
             "data.max_tokens=32768",
-            "trainer.max_steps=100",
+            "trainer.max_steps=300",
             "trainer.limit_val_batches=2",
             "trainer.log_every_n_steps=5",
         ),

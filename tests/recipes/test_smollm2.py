@@ -29,14 +29,15 @@ def material(tmp_path_factory):
     return folder
 
 
-def run(material, out, *stages):
-    main([str(material), "--output", str(out), "--scale", "tiny", "--stages", *stages])
+def run(material, out, *stages, more=()):
+    main([str(material), "--output", str(out), "--scale", "tiny", "--stages", *stages, *more])
     return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_stage_writes_its_record(material, tmp_path):
-    records = {record["stage"]: record for record in run(material, tmp_path, *STAGES)}
+    found = run(material, tmp_path, *STAGES, more=["--overrides", "trainer.max_steps=1"])
+    records = {record["stage"]: record for record in found}
     names = {*STAGES, "continue_dual_chunk", "continue_yarn"} - {"continue"}
     assert records.keys() == names
     for record in records.values():
@@ -49,7 +50,7 @@ def test_every_stage_writes_its_record(material, tmp_path):
     assert {row["length"] for row in records["ruler"]["rows"]} == {1024}
     for name in ("dual_chunk", "yarn"):
         record = records[f"continue_{name}"]
-        assert record["steps"] == len(record["train_loss"]) == 2
+        assert record["steps"] == len(record["train_loss"]) == 1
         before, after = ({row["length"]: row["loss"] for row in record[w]} for w in WHEN)
         assert before.keys() == after.keys() == {1024, 2048}
         assert before[2048] != after[2048]
