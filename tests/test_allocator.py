@@ -45,11 +45,13 @@ def test_the_plan_says_what_the_allocator_adds(value, expected, monkeypatch):
     assert FRAGMENTS not in str(plan_of(measured, MemoryConfig(name="none"), None, None))
 
 
+@pytest.mark.parametrize("plans", [True, False], ids=["plan", "run"])
 @pytest.mark.parametrize(("policy", "expected"), [("none", None), ("checkpoint", EXPANDABLE)])
-def test_the_command_sets_it_for_runs_with_a_memory_policy(policy, expected, monkeypatch):
+def test_the_command_sets_it_with_a_memory_policy(policy, expected, plans, monkeypatch):
+    """A plan counts what the allocator of the run will lose."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    memory = SimpleNamespace(plan=False, name=policy)
+    memory = SimpleNamespace(plan=plans, name=policy)
     runtime = SimpleNamespace(runtime=SimpleNamespace(output_dir="unused"))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: runtime)
     monkeypatch.setattr("lctrain.process_group.leave_at_exit", lambda: None)
@@ -57,6 +59,8 @@ def test_the_command_sets_it_for_runs_with_a_memory_policy(policy, expected, mon
     monkeypatch.setattr(train, "in_its_folder", lambda config: config)
     monkeypatch.setattr(train, "quiet_lightning", lambda: None)
     seen = []
-    monkeypatch.setattr(train, "train", lambda config: seen.append(os.environ.get(VARIABLES[0])))
+    for name in ("train", "print_plan"):
+        monkeypatch.setattr(train, name, lambda config: seen.append(os.environ.get(VARIABLES[0])))
+    monkeypatch.setattr(train, "to_dataclass", lambda config, kind: config)
     train.run(SimpleNamespace(show=0, memory=memory))
     assert seen == [expected]

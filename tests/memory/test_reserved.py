@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import lctrain
+from lctrain.allocator import EXPANDABLE, VARIABLES
 from lctrain.memory.layers import LayerPolicy
 from lctrain.memory.plan import ALLOCATOR, CUDA, FRAGMENTS, plan
 from lctrain.memory.profile import LayerBytes
@@ -23,6 +24,14 @@ RUNS = [
 ]
 
 
+def set_segments(monkeypatch, expandable):
+    """Sets the environment of torch's allocator."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if expandable:
+        monkeypatch.setenv(VARIABLES[0], EXPANDABLE)
+
+
 @pytest.mark.parametrize(
     ("expandable", "run"), RUNS, ids=[f"{run['policy']}-{run['tokens']}" for _, run in RUNS]
 )
@@ -36,7 +45,7 @@ def test_the_reserve_is_within_5_percent_of_the_measured_one(expandable, run):
 
 
 def test_a_process_takes_tensors_what_the_allocator_loses_and_cuda(monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    set_segments(monkeypatch, expandable=False)
     model = make_model("llama").train()
     lctrain.patch_model(model, fused=True)
     found = plan(model, 2**20, "checkpoint")
@@ -44,7 +53,7 @@ def test_a_process_takes_tensors_what_the_allocator_loses_and_cuda(monkeypatch):
     assert found.device_bytes == found.reserved_bytes + found.parts[CUDA]
     assert FRAGMENTS in str(found)
     assert f"allocator reserves {found.reserved_bytes / GIB:.2f} GiB" in str(found)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_segments(monkeypatch, expandable=True)
     better = plan(model, 2**20, "checkpoint")
     assert better.tensor_bytes == found.tensor_bytes
     assert better.parts[ALLOCATOR] == 3 * PAGE < found.parts[ALLOCATOR]  # one is the output
@@ -57,10 +66,10 @@ def test_auto_leaves_room_for_the_allocator(monkeypatch):
     """With fixed segments fewer tensors stay on the GPU."""
     model = make_model("llama", num_hidden_layers=6).train()
     lctrain.patch_model(model, fused=True)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_segments(monkeypatch, expandable=True)
     limits = {"device_gib": plan(model, 2**20, "checkpoint").device_bytes / GIB, "host_gib": 4.0}
     roomy = plan(model, 2**20, "auto", **limits)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    set_segments(monkeypatch, expandable=False)
     found = plan(model, 2**20, "auto", **limits)
     assert roomy.fits
     assert found.fits
