@@ -54,6 +54,8 @@ class DecodeCase:
         everything: Whether the call has a window, softcap, ALiBi, sinks, padding and a rotation.
         packed: Whether the queries are packed.
         shared: Whether requests share prefixes.
+        differential: Whether the call is that of version 1 of differential attention: halves of
+            key and value heads are paired, and out is float32.
     """
 
     name: str
@@ -61,6 +63,7 @@ class DecodeCase:
     everything: bool = False
     packed: bool = False
     shared: bool = False
+    differential: bool = False
 
     @property
     def absent(self) -> set[str]:
@@ -98,6 +101,7 @@ class DecodeCase:
             scattered=self.page > 0
             and (self.everything or tile.block_n == 0 or self.page % tile.block_n != 0),
             prefetch=prefetch and self.page > 0,
+            halves=self.differential,
         )
 
 
@@ -105,6 +109,7 @@ DENSE, PAGED = DecodeCase("causal"), DecodeCase("causal-page16", page=16)
 ALL = DecodeCase("all-page64", page=64, everything=True)
 PACKED = DecodeCase("packed-page16", page=16, packed=True)
 SHARED = DecodeCase("shared-page16", page=16, shared=True)
+DIFFERENTIAL = DecodeCase("differential", differential=True)
 
 
 def describe(
@@ -137,10 +142,12 @@ def describe(
     function = KERNELS[kernel]
     group = 1 if kernel == "decode_append" else GROUP
     missing = {*case.absent, *absent}
+    attends = kernel in ("decode_split", "decode_whole", "decode_prefix")
+    shape = case.shape(tile, head_dim, group, prefetch)
     if kernel == "decode_plan" and not case.everything:
         missing.add("window_left")
     values: dict[str, object] = {
-        "TILE": case.shape(tile, head_dim, group, prefetch),
+        "TILE": shape if attends else shape._replace(halves=False),
         "FLAGS": DecodeFlags(False, False, False, True, False)
         if kernel == "decode_append"
         else case.flags(),
@@ -153,7 +160,7 @@ def describe(
             return None
         if name in _SCALARS:
             return "fp32"
-        if name in _FLOATS:
+        if name in _FLOATS or (name == "out" and case.differential):
             return "*fp32"
         return "*i32" if name in _INTEGERS or name.endswith("_ptr") else f"*{dtype}"
 
@@ -171,7 +178,6 @@ def describe(
             types[name] = kind(name)
         else:
             types[name] = "i32"
-    attends = kernel in ("decode_split", "decode_whole", "decode_prefix")
     label = f"{kernel}{note}-D{head_dim}-{case.name}-{dtype}"
     if attends:
         label += f"-{tile.block_m}x{tile.block_n}"
@@ -309,8 +315,8 @@ def kernel_variants(
 
 
 def _grouped_variants(head_dim: int, config: DecodeConfig) -> Iterator[KernelVariant]:
-    """Yields the variants of packed queries and of shared prefixes."""
-    for case in (PACKED, SHARED):
+    """Yields the variants of packed queries, shared prefixes and differential attention."""
+    for case in (PACKED, SHARED, DIFFERENTIAL):
         yield split_variant(case, head_dim, config)
         yield merge_variant(case, head_dim, config)
     yield plan_variant(SHARED, head_dim, config)

@@ -115,6 +115,18 @@ def test_variants_of_packed_queries_and_shared_prefixes(launches):
     assert_described(launches, "decode_plan", aot.plan_variant(aot.SHARED, head_dim, config))
 
 
+def test_variants_of_differential_attention(launches):
+    config = table_config("sm_90", 128)
+    q, cache, _, options = operands(aot.DIFFERENTIAL, 128)
+    plan = DecodePlan(torch.zeros(9, dtype=torch.int32), 8, 512, 1, 0, -1)
+    options = options._replace(wide=True, halves=True)
+    with override_decode_config(config):
+        launch.decode_attention(q.repeat(1, 1, 2, 1), cache, NewTokens(), options, plan, 4000)
+    for kernel in ("split", "merge"):
+        variant = getattr(aot, f"{kernel}_variant")(aot.DIFFERENTIAL, 128, config)
+        assert_described(launches, f"decode_{kernel}", variant)
+
+
 def assert_described(launches, kernel, variant):
     launches[f"{kernel}_kernel"].assert_described_by(variant)
 
