@@ -403,6 +403,7 @@ def check_before_loading(config: TrainConfig) -> None:
     check_data_files(config.data)
     check_model(config.model, config.data.tokenizer)
     check_chat_tokenizer(config.data, config.model)
+    check_reference(config.memory)
     if config.adapter is not None:
         require_packages(config.adapter)
     check_passkey_model(config.evaluation)
