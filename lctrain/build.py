@@ -206,6 +206,7 @@ def plan_memory(config: TrainConfig) -> Plan:
         config.memory,
         tokens,
         mixed,
+        torch.device("cpu") if config.trainer.accelerator == "cpu" else None,
         ranks=ranks,
         quantize=quantize,
         optimizer=optimizer,

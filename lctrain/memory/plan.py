@@ -91,9 +91,12 @@ class Plan:
             f"host {self.host_bytes / GIB:.2f}{room} GiB",
             *(f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in self.parts.items()),
             *_layer_lines(self),
-            f"peak of the tensors {self.tensor_bytes / GIB:.2f} GiB; with room for it, the "
-            f"allocator reserves {self.reserved_bytes / GIB:.2f} GiB",
         ]
+        if self.parts[CUDA]:
+            lines.append(
+                f"peak of the tensors {self.tensor_bytes / GIB:.2f} GiB; with room for it, the "
+                f"allocator reserves {self.reserved_bytes / GIB:.2f} GiB"
+            )
         if self.seconds is not None:
             lines.append(
                 f"expected on one {KNOWN_GPU}: {self.seconds:,.1f} s a step, "
@@ -101,7 +104,7 @@ class Plan:
             )
         if self.longest is not None:
             lines.append(f"longest context that fits with these settings: {self.longest:,} tokens")
-        if self.policies and not has_expandable_segments():
+        if self.policies and self.parts[CUDA] and not has_expandable_segments():
             lines.append(FRAGMENTS)
         return "\n".join([*lines, self.advice()])
 
@@ -238,12 +241,13 @@ def _plan(
     fits = None if has_room else False  # the GPU's memory is unknown so far
     if device_limit is not None:
         fits = device <= device_limit and has_room
+    expandable = measured.on_gpu and has_expandable_segments()
     return Plan(
         tokens=measured.tokens,
         policy=config.name,
         policies=tuple(policies),
         device_bytes=device,
-        held_bytes=held_bytes(measured.layers, policies, has_expandable_segments()),
+        held_bytes=held_bytes(measured.layers, policies, expandable),
         host_bytes=host,
         longest=_longest(measured, policies, device_limit, host_limit) if limited else None,
         fits=fits,
@@ -280,9 +284,12 @@ def _needed(
         "kept for the backward": int(scale * kept),
         "outside of the layers": int(scale * measured.around),
         "largest layer, or the loss": int(max(scale * working, head)),
-        ALLOCATOR: allocator_bytes(layers, policies, has_expandable_segments(), scale),
-        CUDA: CONTEXT,
+        ALLOCATOR: 0,
+        CUDA: 0,
     }
+    if measured.on_gpu:
+        lost = allocator_bytes(layers, policies, has_expandable_segments(), scale)
+        parts |= {ALLOCATOR: lost, CUDA: CONTEXT}
     return parts, sum(parts.values()), int(scale * host) + measured.host
 
 

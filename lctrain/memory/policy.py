@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,6 +186,7 @@ def plan_for(
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
     if shards is not None:
         measured = divided(measured, model, precision, shards)
+    measured = replace(measured, on_gpu=device.type != "cpu")
     limit = None if limit is None else least(limit)
     return plan_of(measured, config, limit, least(host_bytes(config, ranks)))
 

@@ -72,6 +72,7 @@ class Profile:
         head_operations: Those of the output projection in the loss.
         head_dim: Columns of a head of the attention's outputs; 0 if it is not lctrain's.
         in_bfloat16: Whether matrix products are in bfloat16.
+        on_gpu: Whether the step runs on a GPU, whose allocator and CUDA take memory beside tensors.
     """
 
     tokens: int
@@ -90,6 +91,7 @@ class Profile:
     head_operations: float = 0.0
     head_dim: int = 0
     in_bfloat16: bool = False
+    on_gpu: bool = True
 
 
 def profile(

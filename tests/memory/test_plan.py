@@ -12,7 +12,7 @@ from lctrain.config import AdapterConfig, MemoryConfig
 from lctrain.config.optim import HOST_ADAMW
 from lctrain.loss import causal_lm_loss
 from lctrain.memory import plan, use_policy
-from lctrain.memory.plan import CUDA, GIB, plan_of
+from lctrain.memory.plan import ALLOCATOR, CUDA, GIB, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.reserved import CONTEXT
 from lctrain.memory.tracker import Tracker, skeleton
@@ -232,6 +232,18 @@ def test_a_run_is_planned_from_its_configuration():
     assert longer.device_bytes > found.device_bytes or longer.policy != found.policy
 
 
+def test_a_run_on_a_cpu_has_no_cuda_and_the_memory_of_the_machine(monkeypatch):
+    from lctrain.memory import budget
+
+    monkeypatch.setattr(budget, "free_host_bytes", lambda: 7 * GIB)
+    options = ("model=llama_5m", "memory=checkpoint", "data.max_tokens=512")
+    found = plan_memory(load(*options, "trainer.accelerator=cpu"))
+    assert found.device_limit == 7 * GIB
+    assert (found.parts[CUDA], found.parts[ALLOCATOR], found.held_bytes) == (0, 0, 0)
+    assert found.tensor_bytes == found.reserved_bytes == found.device_bytes
+    assert "allocator reserves" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("devices", "ranks"), [("4", 4), ("'0,2,5'", 3), ("auto", 1)], ids=["number", "list", "auto"]
 )
@@ -306,7 +318,7 @@ def test_a_module_chooses_by_the_plan(make_llama, caplog):
     module.configure_model()
     assert not caplog.text  # it is planned once
     with pytest.warns(UserWarning, match=r"memory=auto found no policy that fits\. It does not"):
-        use_policy(module.model, "auto", tokens=64, device_gib=0.01)
+        use_policy(module.model, "auto", tokens=64, device_gib=1e-5)
     with pytest.raises(ValueError, match=r"memory\.tokens must be set for memory=auto"):
         use_policy(make_llama(), "auto")
 
