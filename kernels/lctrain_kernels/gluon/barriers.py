@@ -27,6 +27,7 @@ class Barrier(IntEnum):
     """
 
     DS_LATER_0 = 3  # the first consumer's dS is in shared memory; four steps differ
+    DS_APART_0 = 3  # the first consumer's dS is in shared memory; three steps differ
     DS_FULL = 3  # dS, or both halves of it, is in shared memory
     P_READY = 4  # weights are in shared memory
     DQ_EMPTY = 4  # the dQ warp has read a half of partial dq
@@ -37,6 +38,7 @@ class Barrier(IntEnum):
     DS_READ_0 = 11  # the first consumer has read dS
     K_EMPTY = 12  # all consumers have read a stage of keys
     Q_EMPTY = 12  # both consumers have read a stage of queries
+    DS_APART_1 = 12  # the second consumer's dS is in shared memory; three steps differ
     DS_LATER_1 = 12  # the second consumer's dS is in shared memory; four steps differ
     DS_READY = 12  # a consumer's half of dS is in shared memory; even and odd steps differ
     DS_READ_1 = 15  # the second consumer has read dS
@@ -45,12 +47,14 @@ class Barrier(IntEnum):
 _COUNTS = {  # of those that have no number per stage
     **dict.fromkeys(("DQ_EMPTY", "DQ_READY"), 2),
     **dict.fromkeys(("DS_READY", "DS_LATER_0", "DS_LATER_1"), 4),
+    **dict.fromkeys(("DS_APART_0", "DS_APART_1"), 3),
 }
 _STAGED = ("V_EMPTY", "K_EMPTY", "Q_EMPTY", "DOUT_EMPTY", "BLOCK_EMPTY")
 _USED = {
     "forward": ("V_EMPTY", "K_EMPTY"),
     "varlen_bwd": ("DQ_EMPTY", "DQ_READY", "BLOCK_EMPTY", "DS_READY"),
     "varlen_bwd_later": ("BLOCK_EMPTY", "DS_LATER_0", "DS_LATER_1"),
+    "varlen_bwd_persistent": ("BLOCK_EMPTY", "DS_APART_0", "DS_APART_1"),
     "varlen_bwd_wide": ("DS_FULL", "P_READY", "BLOCK_EMPTY"),
     "dual_chunk_bwd": ("DS_FULL", "DQ_EMPTY", "DQ_READY", "DOUT_EMPTY", "Q_EMPTY"),
     "differential_bwd": (
@@ -99,11 +103,14 @@ def most_stages(kernel: str) -> int:
 FORWARD_STAGES = gl.constexpr(most_stages("forward"))
 VARLEN_BWD_STAGES = gl.constexpr(most_stages("varlen_bwd"))
 VARLEN_BWD_LATER_STAGES = gl.constexpr(most_stages("varlen_bwd_later"))
+VARLEN_BWD_PERSISTENT_STAGES = gl.constexpr(most_stages("varlen_bwd_persistent"))
 VARLEN_BWD_WIDE_STAGES = gl.constexpr(most_stages("varlen_bwd_wide"))
 DUAL_CHUNK_BWD_STAGES = gl.constexpr(most_stages("dual_chunk_bwd"))
 DIFFERENTIAL_BWD_STAGES = gl.constexpr(most_stages("differential_bwd"))
 DS_LATER_0 = gl.constexpr(Barrier.DS_LATER_0.value)
 DS_LATER_1 = gl.constexpr(Barrier.DS_LATER_1.value)
+DS_APART_0 = gl.constexpr(Barrier.DS_APART_0.value)
+DS_APART_1 = gl.constexpr(Barrier.DS_APART_1.value)
 DS_FULL = gl.constexpr(Barrier.DS_FULL.value)
 DQ_EMPTY = gl.constexpr(Barrier.DQ_EMPTY.value)
 DQ_READY = gl.constexpr(Barrier.DQ_READY.value)

@@ -39,12 +39,12 @@ class BackwardTile(NamedTuple):
     """Tile sizes and pipeline stages of a Hopper backward kernel.
 
     Attributes:
-        block_m: Number of queries of a block, 64. Only varlen_bwd_hopper_kernel supports 128, with
-            64 columns and reduce_from_registers.
+        block_m: Number of queries of a block, 64. Only varlen_bwd_persistent_hopper_kernel has 128,
+            with 64 columns and reduce_from_registers.
         stages: Number of pipeline stages of queries, 2 to barriers.MOST_STAGES.
         reduce_from_registers: Whether the consumer warpgroups add partial dq to global memory from
-            registers. Otherwise the dQ warp adds it from shared memory. Only
-            varlen_bwd_hopper_kernel supports True.
+            registers. Otherwise the dQ warp adds it from shared memory. Only the backwards of
+            varlen attention support True.
     """
 
     block_m: int
@@ -166,6 +166,11 @@ def slab_rows(total_q: int, documents: int) -> int:
         documents: Number of documents.
     """
     return SLAB_ROWS if total_q >= SLAB_ROWS * documents else 1
+
+
+def is_persistent(tile: BackwardTile) -> bool:
+    """Returns whether varlen_bwd_persistent_hopper_kernel runs a tile: blocks of 128 queries."""
+    return tile.block_m == 128
 
 
 def pack_heads(group: int) -> int:

@@ -14,6 +14,7 @@ from lctrain_kernels.gluon.config import (
     entry_registers,
     forward_shape,
     forward_tile,
+    is_persistent,
     pack_heads,
 )
 from lctrain_kernels.gluon.launch import padded_columns
@@ -34,6 +35,7 @@ from lctrain_kernels.varlen.hopper import (
     varlen_round_dq_kernel,
 )
 from lctrain_kernels.varlen.hopper_bwd import varlen_bwd_hopper_kernel
+from lctrain_kernels.varlen.hopper_bwd_persistent import varlen_bwd_persistent_hopper_kernel
 from lctrain_kernels.varlen.hopper_bwd_wide import varlen_bwd_wide_hopper_kernel
 from lctrain_kernels.varlen.hopper_fwd import varlen_fwd_hopper_kernel
 
@@ -83,7 +85,7 @@ def backward_variant(
     short_documents: bool = False,
     long_documents: bool = False,
 ) -> KernelVariant:
-    """Describes one compilation of varlen_bwd_hopper_kernel, or of the kernel above D = 128.
+    """Describes one compilation of the backward kernel that serves the head dim and the features.
 
     The kernel itself has no sinks: their gradient follows from lse and delta.
 
@@ -101,6 +103,9 @@ def backward_variant(
     plain = not (flags.has_dropout or flags.has_softcap)
     tile = backward_tile(head_dim, deterministic, plain, long_documents)
     kernel = varlen_bwd_hopper_kernel if columns <= 128 else varlen_bwd_wide_hopper_kernel
+    persistent = is_persistent(tile)
+    if persistent:
+        kernel = varlen_bwd_persistent_hopper_kernel
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, columns // 2)
@@ -114,7 +119,7 @@ def backward_variant(
         kernel,
         features,
         dtype,
-        ("semaphores", "dq") if from_registers else (),
+        ("dq",) if persistent else ("semaphores", "dq") if from_registers else (),
         q_desc=queries,
         do_desc=queries,
         k_desc=keys,

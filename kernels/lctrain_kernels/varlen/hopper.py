@@ -18,6 +18,7 @@ from lctrain_kernels.gluon.config import (
     entry_registers,
     forward_shape,
     forward_tile,
+    is_persistent,
     pack_heads,
     slab_rows,
 )
@@ -39,6 +40,7 @@ from lctrain_kernels.varlen.hopper_bwd import (
     BackwardStrides,
     varlen_bwd_hopper_kernel,
 )
+from lctrain_kernels.varlen.hopper_bwd_persistent import varlen_bwd_persistent_hopper_kernel
 from lctrain_kernels.varlen.hopper_bwd_wide import varlen_bwd_wide_hopper_kernel
 from lctrain_kernels.varlen.hopper_fwd import ForwardPointers, varlen_fwd_hopper_kernel
 
@@ -325,6 +327,12 @@ def varlen_bwd(
     )
     programs = heads_kv * pack.k_tiles.shape[0] * (BLOCK_N_BACKWARD // shape.block_n)
     kernel = varlen_bwd_hopper_kernel if columns <= 128 else varlen_bwd_wide_hopper_kernel
+    items: tuple[int, ...] = ()
+    if is_persistent(tile):
+        kernel = varlen_bwd_persistent_hopper_kernel
+        items = (programs,)
+        programs = min(programs, multiprocessors(q.device))
+        semaphores = torch.zeros(1, dtype=torch.int32, device=q.device)  # counts work items
     launch(kernel, (programs,))(
         ragged_descriptor(q, tile.block_m, columns),
         ragged_descriptor(dout, tile.block_m, columns),
@@ -357,6 +365,7 @@ def varlen_bwd(
         threshold,
         scale_kept,
         first_head,
+        *items,
         TILE=shape,
         FLAGS=Flags(
             has_left=has_left,

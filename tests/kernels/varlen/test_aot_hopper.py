@@ -36,8 +36,9 @@ def test_variants_are_what_is_launched(features, head_dim, group, dtype, monkeyp
         return  # the portable kernels have this backward
     hopper.varlen_bwd(q, None, q, k, k, out, lse, pack, options)
     variant = aot.backward_variant(head_dim, features=features, dtype=dtype, group=group)
-    kernel = "varlen_bwd_hopper_kernel" if head_dim <= 128 else "varlen_bwd_wide_hopper_kernel"
-    launches[kernel].assert_described_by(variant)
+    persistent = head_dim <= 64 and features in ("causal", "full")
+    kind = "_persistent" if persistent else "_wide" if head_dim > 128 else ""
+    launches[f"varlen_bwd{kind}_hopper_kernel"].assert_described_by(variant)
 
 
 @pytest.mark.parametrize("kind", ["short", "long"])
@@ -50,7 +51,8 @@ def test_variants_for_documents_of_other_lengths(kind, monkeypatch):
     lse = torch.zeros(HEADS_KV, sum(lengths))
     hopper.varlen_bwd(q, None, q, q, q, q, lse, pack, options_of("causal"))
     variant = aot.backward_variant(head_dim, group=1, **{f"{kind}_documents": True})
-    launches["varlen_bwd_hopper_kernel"].assert_described_by(variant)
+    kernel = "varlen_bwd_hopper_kernel" if kind == "long" else "varlen_bwd_persistent_hopper_kernel"
+    launches[kernel].assert_described_by(variant)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
