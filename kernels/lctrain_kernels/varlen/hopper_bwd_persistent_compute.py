@@ -158,8 +158,8 @@ def consume_key_tiles(inputs, TILE: gl.constexpr, FLAGS: gl.constexpr, HALF_INDE
     """Runs a consumer warpgroup, which computes dk and dv of half of each tile's keys.
 
     A step is that of plain_steps, but the second warpgroup is about half a step behind the first:
-    it computes weights only when the first has stored dS of the step. So the weights of one
-    warpgroup are computed while the other's products of dv, dq and dk run. The first warpgroup
+    it starts a step when the first has stored dS of the step. So the weights of one warpgroup are
+    computed while the other's products of dv, dq and dk run. The first warpgroup
     computes its half of partial dq one step later, when the second has stored dS.
 
     dS has three stages. A warpgroup stores dS of a step when the other has computed dq of the step
@@ -220,14 +220,14 @@ def consume_key_tiles(inputs, TILE: gl.constexpr, FLAGS: gl.constexpr, HALF_INDE
             stage = step % STAGES
             phase = (step // STAGES) & 1
             opaque_false = visit.block < 0
+            if not FIRST:
+                barrier_wait(DS_APART_0 + slot, CONSUMERS, 4)
             mbarrier.wait(shared.q_ready.index(stage), phase)
             s = _start_product(shared.k, shared.q, stage, zero_s, opaque_false, half + HALF_INDEX)
             mbarrier.wait(shared.dout_ready.index(stage), phase)
             dp = _start_product(
                 *(shared.v, shared.dout, stage, zero_s, opaque_false, half + HALF_INDEX)
             )
-            if not FIRST:
-                barrier_wait(DS_APART_0 + slot, CONSUMERS, 4)
             query = visit.block * BLOCK_M
             s = warpgroup_mma_wait(1, deps=[s])
             lse = shared.lse.index(stage).load(gl.SliceLayout(0, s_layout))
