@@ -110,7 +110,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Runs lctrain with CUDA graphs, and compares log-probabilities with a training forward."""
         self._tokens = []
-        run_continuous(model, prompts[:2], min(FEW, case["new_tokens"]), True)  # compiles
+        run_continuous(model, prompts, min(FEW, case["new_tokens"]), True)  # compiles
         figures, found = run_continuous(model, prompts, case["new_tokens"], True)
         case["log_prob_difference"] = log_prob_difference(model, found[:COMPARED])
         self._tokens = [one.token_ids for one in found]

@@ -164,4 +164,5 @@ def _figures(
         "seconds": round(seconds, 4),
         "prefill_seconds": round(prefill, 4),
         "step_ms": round(1e3 * median(steps), 4) if steps else 0.0,
+        "beyond_median_seconds": round(sum(steps) - len(steps) * median(steps or [0.0]), 4),
     }

@@ -41,7 +41,8 @@ def generation_table(record: Mapping[str, Any]) -> str:
         ]
         for name, result in case["results"].items():
             if "error" in result:
-                lines.append(f"| {TITLES[name]} | error | - | - | - |")
+                status = "not run" if result["error"].startswith("not run") else "error"
+                lines.append(f"| {TITLES[name]} | {status} | - | - | - |")
                 continue
             star = "" if result["new_tokens"] == case["new_tokens"] else "*"
             lines.append(
