@@ -213,8 +213,7 @@ def varlen_bwd_hopper_kernel(
     """Computes dk and dv of a tile of keys, and adds its partial dq to a float32 buffer.
 
     A program processes one tile of keys of one key/value head, and all queries of the head's group
-    that see it. Grid: (tiles * key/value heads,). TILE.block_m is 64, or 128 for 64 columns with
-    TILE.dq_from_registers.
+    that see it. Grid: (tiles * key/value heads,). TILE.block_m is 64.
 
     - lse [H, T] float32: base-2 log-sum-exp, +inf for a query that saw no key.
     - delta [H, T] float32: delta / keep_scale.
@@ -232,8 +231,7 @@ def varlen_bwd_hopper_kernel(
     BLOCK_D: gl.constexpr = TILE.block_d
     STAGES: gl.constexpr = TILE.stages
     FROM_REGISTERS: gl.constexpr = TILE.dq_from_registers
-    gl.static_assert(BLOCK_M == 64 or BLOCK_D == 64, "128 queries need the registers of D = 64")
-    gl.static_assert(BLOCK_M == 64 or FROM_REGISTERS, "the dQ warp adds halves of the columns")
+    gl.static_assert(BLOCK_M == 64, "128 queries are varlen_bwd_persistent_hopper_kernel's")
     gl.static_assert(STAGES >= 2, "queries of the next step are awaited before a step's are read")
     gl.static_assert((dq_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq_desc")
     gl.static_assert(TILE.stages <= VARLEN_BWD_STAGES, "named barriers overlap")

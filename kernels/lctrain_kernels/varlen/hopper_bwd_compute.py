@@ -325,9 +325,8 @@ def compute(
 ):
     """Runs a consumer warpgroup of the backward kernel.
 
-    A warpgroup computes dk and dv of half of the tile's keys, and half of each partial dq: half of
-    its columns, or of its queries with blocks of 128 queries. A step is one block of queries of one
-    head.
+    A warpgroup computes dk and dv of half of the tile's keys, and half of the columns of each
+    partial dq. A step is one block of queries of one head.
 
     Args:
         inputs: Tensors, coordinates and factors, a ComputeInputs.
@@ -341,9 +340,7 @@ def compute(
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_D: gl.constexpr = TILE.block_d
     HALF: gl.constexpr = TILE.block_n // 2
-    COLUMNS: gl.constexpr = BLOCK_D if BLOCK_M == 128 else BLOCK_D // 2
-    MASKED: gl.constexpr = FLAGS.has_dropout or FLAGS.has_softcap
-    gl.static_assert(BLOCK_M == 64 or not MASKED, "dropout and softcap have blocks of 64 queries")
+    COLUMNS: gl.constexpr = BLOCK_D // 2
     PLAIN: gl.constexpr = not FLAGS.has_softcap and (BLOCK_D == 64 or not FLAGS.has_dropout)
     dtype: gl.constexpr = inputs.shared.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])

@@ -9,7 +9,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lctrain_kernels.gluon.backward_pipeline import first_visit, keys_weights, next_visit
+from lctrain_kernels.gluon.backward_pipeline import (
+    first_visit,
+    keys_weights,
+    next_visit,
+    start_dq,
+)
 from lctrain_kernels.gluon.barriers import (
     BLOCK_EMPTY,
     CONSUMERS,
@@ -27,7 +32,6 @@ from lctrain_kernels.varlen.hopper_bwd_products import (
     gradient_of_logits,
     kept_weights,
     seed_words,
-    start_half_of_dq,
     start_product,
 )
 
@@ -118,12 +122,7 @@ def plain_steps(
         barrier_arrive(DS_READY + 2 * (step & 1) + HALF_INDEX, CONSUMERS, 4)
         ds_operand = gl.convert_layout(ds, p_layout)
         barrier_wait(DS_READY + 2 * (step & 1) + 1 - HALF_INDEX, CONSUMERS, 4)
-        dq = start_half_of_dq(
-            *(ds_bufs, shared.k, step & 1, zero_q, opaque_false),
-            BLOCK_M,
-            HALF_INDEX,
-            TRANSPOSED,
-        )
+        dq = start_dq(ds_bufs, shared.k, step & 1, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
         dv = warpgroup_mma_wait(1, deps=[dv])
         dk = warpgroup_mma(ds_operand, shared.q.index(stage), dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=[dq])

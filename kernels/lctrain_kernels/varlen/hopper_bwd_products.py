@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from lctrain_kernels.gluon.backward_pipeline import start_dq, store_partial_dq
+from lctrain_kernels.gluon.backward_pipeline import store_partial_dq
 from lctrain_kernels.gluon.primitives import draw_bits, dropout_head, load_key, rematerialised
 from lctrain_kernels.gluon.structures import SeedWords
 from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_of_step
@@ -94,42 +94,6 @@ def kept_weights(p, HAS_DROPOUT: gl.constexpr):
 
 
 @gluon.jit
-def start_half_of_dq(
-    ds_bufs,
-    k_bufs,
-    buffer,
-    zero_q,
-    opaque_false,
-    BLOCK_M: gl.constexpr,
-    HALF_INDEX: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):
-    """Issues the asynchronous products of a warpgroup's half of partial dq, without waiting.
-
-    The half is of the columns, or of the queries with 128 queries in a block.
-
-    Args:
-        ds_bufs: dS of two steps and both warpgroups, [4, keys, queries].
-        k_bufs: Two halves of the tile's keys in shared memory, [2, keys, columns].
-        buffer: Index of the step's pair of buffers of dS, 0 or 1.
-        zero_q: Accumulator of zeros for the half of dq, float32.
-        opaque_false: Condition that is always false, but that the compiler cannot evaluate.
-        BLOCK_M: Number of queries of the block.
-        HALF_INDEX: Index of this warpgroup and of its half, 0 or 1.
-        TRANSPOSED: Whether partial dq is [columns, queries], as in start_dq.
-    """
-    if BLOCK_M == 64:
-        return start_dq(ds_bufs, k_bufs, buffer, zero_q, opaque_false, HALF_INDEX, TRANSPOSED)
-    else:
-        token = zero_q
-        for half in gl.static_range(2):
-            ds = ds_bufs.index(buffer * 2 + half).slice(HALF_INDEX * 64, 64, dim=1)
-            k = rematerialised(k_bufs, half, opaque_false)
-            token = warpgroup_mma(ds.permute((1, 0)), k, token, use_acc=half > 0, is_async=True)
-        return token
-
-
-@gluon.jit
 def emit_dq(
     dq,
     dq_out,
@@ -146,7 +110,7 @@ def emit_dq(
     adds it to the buffer itself.
 
     Args:
-        dq: Half of the step's partial dq, float32; see start_half_of_dq.
+        dq: Half of the step's partial dq, float32; see start_dq.
         dq_out: Shared-memory buffers for the dQ warp; DqSlabs with TILE.dq_from_registers.
         step: Index of the step.
         visit: Query head and block of the step, a Visit.
@@ -156,10 +120,8 @@ def emit_dq(
         TRANSPOSED: Whether dq is [columns, queries], as in start_dq.
     """
     if TILE.dq_from_registers:
-        BY_ROWS: gl.constexpr = TILE.block_m == 128
-        ROW: gl.constexpr = HALF_INDEX * 64 if BY_ROWS else 0
-        COLUMN: gl.constexpr = 0 if BY_ROWS else HALF_INDEX * (TILE.block_d // 2)
-        add_dq_of_step(dq, dq_out, visit, tile, True, ROW, COLUMN, TILE)
+        COLUMN: gl.constexpr = HALF_INDEX * (TILE.block_d // 2)
+        add_dq_of_step(dq, dq_out, visit, tile, True, 0, COLUMN, TILE)
     else:
         store_partial_dq(dq, dq_out, step, HALF_INDEX, TRANSPOSED)
 
