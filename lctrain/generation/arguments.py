@@ -28,8 +28,14 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
 
 
-def check_batching(batching: Any, cache_gib: Any) -> None:
-    """Raises ValueError unless `batching` is known and `cache_gib` is None or above 0."""
+def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any) -> None:
+    """Raises ValueError unless the options of continuous batching are valid.
+
+    Args:
+        batching: One of BATCHING.
+        cache_gib: None, or a finite number above 0.
+        cuda_graphs: A bool.
+    """
     if batching not in BATCHING:
         raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}.")
     number = isinstance(cache_gib, Real) and not isinstance(cache_gib, bool)
@@ -38,6 +44,8 @@ def check_batching(batching: Any, cache_gib: Any) -> None:
             f"cache_gib must be a finite number above 0, got {cache_gib!r}. None takes a share of "
             "the free memory."
         )
+    if not isinstance(cuda_graphs, bool):
+        raise ValueError(f"cuda_graphs must be True or False, got {cuda_graphs!r}.")
 
 
 def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:
@@ -48,10 +56,10 @@ def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:
         tokenizer: Tokenizer of transformers, or None.
 
     Raises:
-        TypeError: if `tokenizer` cannot be called.
+        TypeError: if `tokenizer` cannot be called, or cannot decode.
         ValueError: if a prompt is empty, is neither ids nor text, or needs a tokenizer.
     """
-    if tokenizer is not None and not callable(tokenizer):
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise TypeError(
             f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}. Pass "
             "AutoTokenizer.from_pretrained(...)."
@@ -143,14 +151,15 @@ def read_seeds(seeds: Any, count: int) -> list[int]:
 
 def read_stops(stop: Any, tokenizer: Any) -> list[str]:
     """Returns the stop strings; raises a ValueError unless they are texts with a tokenizer."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    found = None if isinstance(stop, str) or not hasattr(stop, "__iter__") else list(stop)
+    if found is None or not all(isinstance(text, str) and text for text in found):
         raise ValueError(
             f"stop must be a list of texts of at least one character, got {stop!r}. Write "
-            "stop=['...']."
+            "stop=['...'], or [] for none."
         )
-    if stop and tokenizer is None:
+    if found and tokenizer is None:
         raise ValueError("tokenizer must be given with stop strings, got None. Pass the model's.")
-    return list(stop)
+    return found
 
 
 def read_end_tokens(model: Any, given: Any) -> list[int]:
@@ -174,7 +183,7 @@ def read_end_tokens(model: Any, given: Any) -> list[int]:
         return []
     if isinstance(tokens, Tensor):
         tokens = tokens.tolist()
-    found = [tokens] if is_int(tokens) or isinstance(tokens, str) else list(tokens)
+    found = [tokens] if _is_one(tokens) else list(tokens)
     wrong = [token for token in found if not is_int(token) or int(token) not in vocabulary]
     if wrong and given is not None:
         raise ValueError(
@@ -182,6 +191,11 @@ def read_end_tokens(model: Any, given: Any) -> list[int]:
             "Pass [] to complete up to max_new_tokens."
         )
     return [int(token) for token in found if token not in wrong]
+
+
+def _is_one(tokens: Any) -> bool:
+    """Returns whether end tokens are one value, valid or not, rather than several."""
+    return isinstance(tokens, str) or not hasattr(tokens, "__iter__")
 
 
 def find_causal_lm(model: Any) -> nn.Module:

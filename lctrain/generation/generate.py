@@ -109,7 +109,7 @@ def generate(
     causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
-    check_batching(batching, cache_gib)
+    check_batching(batching, cache_gib, cuda_graphs)
     stops = read_stops(stop, tokenizer)
     rows = read_prompts(prompts, tokenizer)
     numbers = read_seeds(seeds, len(rows) * samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 LOWEST_TEMPERATURE = 1e-6
 """Lowest temperature but 0. Logits over a lower one may exceed the range of float32."""
@@ -42,7 +42,7 @@ class SamplingOptions:
                 f"temperature must be 0, or finite and at least {LOWEST_TEMPERATURE}, got "
                 f"{self.temperature}. Pass 0 for the most probable token."
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {self.top_k}. 0 takes all.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")

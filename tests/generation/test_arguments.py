@@ -59,6 +59,10 @@ def test_arrays_and_tensors_are_token_ids(model):
         ({"stop": ["x"]}, "tokenizer must be given with stop strings"),
         ({"stop": "ab"}, "stop must be a list of texts of at least one character, got 'ab'"),
         ({"stop": [""]}, "stop must be a list of texts of at least one character"),
+        ({"stop": None}, r"stop must be a list of texts .*, got None\. Write .*or \[\] for none"),
+        ({"stop": 5}, "stop must be a list of texts of at least one character, got 5"),
+        ({"eos_token_id": 1.5}, "eos_token_id must name token ids from 0 to .*, got 1.5"),
+        ({"cuda_graphs": "no"}, "cuda_graphs must be True or False, got 'no'"),
         ({"eos_token_id": "x"}, "eos_token_id must name token ids from 0 to .*, got 'x'"),
         ({"eos_token_id": [2, -1]}, "eos_token_id must name token ids from 0 to .*, got -1"),
         ({"prompts": ["text"]}, "tokenizer must be given with prompts of text"),
@@ -83,6 +87,19 @@ def test_bad_arguments(model, arguments, message):
 def test_a_name_is_no_tokenizer(model):
     with pytest.raises(TypeError, match="tokenizer must be a tokenizer of transformers, got 'x'"):
         lctrain.generate(model, ["text"], tokenizer="x")
+
+
+def test_a_function_without_decode_is_no_tokenizer(model):
+    """Its absence would show when all completions have been made."""
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer of transformers, got <fun"):
+        lctrain.generate(model, PROMPTS, tokenizer=lambda text: {"input_ids": [1]})
+
+
+def test_numbers_of_numpy_and_integers_are_options(model):
+    expected = lctrain.generate(model, PROMPTS, max_new_tokens=3, top_k=5, repetition_penalty=2.0)
+    for number in (2, np.float32(2), np.int64(2)):
+        options = {"top_k": np.int64(5), "repetition_penalty": number}
+        assert lctrain.generate(model, PROMPTS, max_new_tokens=3, **options) == expected
 
 
 def test_models_that_cannot_generate():
