@@ -30,7 +30,7 @@ class TokenChoice:
 
     def __init__(self, options: SamplingOptions) -> None:
         self._draws = options.temperature > 0
-        self._temperature = options.temperature or 1.0
+        self._temperature = float(options.temperature or 1)
         self._filters = _filters(options)
         self._penalty = _penalty(options)
         self.reads_history = self._penalty is not None
@@ -59,18 +59,25 @@ class TokenChoice:
             scores: Logits of the next token, [B, V] float32.
             generators: Generator of each row's noise.
         """
-        model = torch.log_softmax(scores / self._temperature, -1)
-        if self._penalty is not None:
-            scores = self._penalty(history, scores)
+        tempered = self._tempered(scores)
+        model = torch.log_softmax(tempered, -1)
+        if self._penalty is None:
+            scores = tempered
+        else:
+            scores = self._tempered(self._penalty(history, scores))
         for narrow in self._filters:
             scores = narrow(history, scores)
         if self._draws:
             noise = torch.empty_like(scores)
             for row, generator in zip(noise, generators, strict=True):
                 row.exponential_(generator=generator)
-            scores = scores - noise.log()
+            scores = torch.sub(scores, noise.log_(), out=noise)
         tokens = scores.argmax(-1)
         return tokens, model.gather(-1, tokens[:, None])[:, 0]
+
+    def _tempered(self, scores: Tensor) -> Tensor:
+        """Returns the scores over the temperature; the scores themselves at 1, without a pass."""
+        return scores if self._temperature == 1 else scores / self._temperature
 
 
 def require_distributions(log_probs: Sequence[float], prompt: int) -> None:
@@ -101,25 +108,18 @@ def _penalty(options: SamplingOptions) -> Any:
 
     if options.repetition_penalty == 1:
         return None
-    return RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+    return RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
 
 
 def _filters(options: SamplingOptions) -> list[Any]:
-    """Returns transformers' processors of the options, in their order; none at temperature 0."""
-    from transformers import (
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    """Returns transformers' filters behind the temperature, in their order; none at 0."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if options.temperature == 0:
         return []
     found: list[Any] = []
-    if options.temperature != 1:
-        found.append(TemperatureLogitsWarper(float(options.temperature)))
     if options.top_k:
-        found.append(TopKLogitsWarper(options.top_k))
+        found.append(TopKLogitsWarper(int(options.top_k)))
     if options.top_p < 1:
         found.append(TopPLogitsWarper(float(options.top_p)))
     if options.min_p:
