@@ -3,14 +3,17 @@
 import json
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from lctrain.config import PretrainedModelConfig
+from lctrain.build import build_model
+from lctrain.config import AdapterConfig, PretrainedModelConfig
 from lctrain.distributed.sharding import built_to_be_sharded
+from lctrain.memory.tracker import Tracker
 from lctrain.models.pretrained import load_architecture, load_pretrained
 
 MINE = """
@@ -102,3 +105,36 @@ def test_a_damaged_model_is_refused(make_llama, tmp_path, damage, message, conte
     damage(tmp_path)
     with pytest.raises(ValueError, match=message), context():
         load_pretrained(PretrainedModelConfig(name_or_path=str(tmp_path)))
+
+
+class OffMeta(Tracker):
+    """Counts the bytes of live tensors, except those on device meta."""
+
+    def _add(self, tensor):
+        if not tensor.is_meta:
+            super()._add(tensor)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_frozen_weights_are_loaded_once_in_bfloat16(make_llama, tmp_path, monkeypatch, stored):
+    """Neither random weights nor float32 copies of all weights exist on the way."""
+    pytest.importorskip("peft")
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees its own thread only
+    make_llama().to(stored).save_pretrained(tmp_path)
+    config = PretrainedModelConfig(name_or_path=str(tmp_path))
+    tracker = OffMeta()
+    # Like a GPU, this device is not the default, so transformers loads to it by a device map.
+    with torch.device("cpu:0"), tracker:
+        model = build_model(config, 64, AdapterConfig(rank=1))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    largest = 4 * max(p.numel() for p in frozen)  # one float32 weight on its way
+    assert tracker.peak <= size + largest
+
+
+def test_what_loads_weights_straight_to_a_gpu_is_installed_with_the_package():
+    """Without accelerate, transformers refuses every device that is not the default."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    needed = project.partition("dependencies = [")[2].partition("\n]")[0]
+    assert '"accelerate' in needed
