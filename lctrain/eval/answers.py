@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from lctrain.eval.matching import ruler_score, strict_score
 from lctrain.eval.prompt import TokenPrompt
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Measure
+from lctrain.generation.pool_size import cache_tokens
 
+MOST_PROMPTS = 64
+"""Most prompts that are answered together from a paged cache. Progress advances as often."""
 MEASURES = (
     Measure("score", "RULER score", is_share=True, threshold=0.856),
     Measure("strict", "Strict score, whole words", is_share=True, threshold=0.856),
@@ -65,22 +68,35 @@ def score_prompts(
             "score by likelihood."
         )
     answer = _decided if by == "likelihood" else _generated
-    for batch in _batches(prompts, reader.max_tokens):
+    for batch in _batches(prompts, _limit(reader, by)):
         yield from answer(reader, tokenizer, batch)
         reader.advance(len(batch))
 
 
-def _batches(prompts: Iterable[TokenPrompt], max_tokens: int) -> Iterator[list[TokenPrompt]]:
-    """Yields prompts in batches of at most `max_tokens` tokens in rows, answers included."""
+def _limit(reader: Reader, by: str) -> Callable[[Sequence[int]], bool]:
+    """Returns whether prompts of some sizes, answers included, are answered together.
+
+    A paged cache holds as many tokens as the memory allows. `max_tokens` limits forward passes over
+    rows, whose number of tokens grows with the number of prompts.
+    """
+    room = cache_tokens(reader.model) if by == "generation" else None
+    if room is None:
+        return lambda sizes: max(sizes) * len(sizes) <= reader.max_tokens
+    return lambda sizes: len(sizes) <= MOST_PROMPTS and sum(sizes) <= room
+
+
+def _batches(
+    prompts: Iterable[TokenPrompt], fits: Callable[[Sequence[int]], bool]
+) -> Iterator[list[TokenPrompt]]:
+    """Yields prompts in batches that fit; a prompt that does not fit is alone."""
     batch: list[TokenPrompt] = []
-    longest = 0
+    sizes: list[int] = []
     for made in prompts:
-        size = len(made.input_ids) + made.new_tokens
-        if batch and max(longest, size) * (len(batch) + 1) > max_tokens:
+        sizes.append(len(made.input_ids) + made.new_tokens)
+        if batch and not fits(sizes):
             yield batch
-            batch, longest = [], 0
+            batch, sizes = [], sizes[-1:]
         batch.append(made)
-        longest = max(longest, size)
     if batch:
         yield batch
 

@@ -1,11 +1,16 @@
-"""pool_pages: how many pages the cache of a call gets."""
+"""pool_pages: the pages of the cache of a call. cache_tokens: what the cache holds by default."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from lctrain.generation.pages import PAGE, CacheShape, pages_of
+from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
+from lctrain.loss import evaluation_mode
+from lctrain.models.kept_frequencies import kept_frequencies
 
 SHARE = 0.8
 """Share of the free memory of a GPU that the cache may take; activations need the rest."""
@@ -37,9 +42,9 @@ def pool_pages(
     if cache_gib is not None:
         room = int(cache_gib * 2**30)
     elif device.type == "cuda":
-        room = _free_bytes(device)
+        room = _default_bytes(device)
     else:
-        room = max(HOST_BYTES, needs[0] * shape.page_bytes)
+        room = max(_default_bytes(device), needs[0] * shape.page_bytes)
     fitting = room // shape.page_bytes
     if fitting < needs[0]:
         raise ValueError(
@@ -51,8 +56,26 @@ def pool_pages(
     return min(wanted, fitting)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Returns the bytes that the cache may take of a GPU's free memory."""
+def cache_tokens(model: Any) -> int | None:
+    """Returns the most tokens that run together in the cache that `generate` makes by default.
+
+    Args:
+        model: A causal LM of transformers, in any mode.
+
+    Returns:
+        Tokens of prompts and completions; None if the model generates in padded batches.
+    """
+    with evaluation_mode(model), kept_frequencies(model):
+        shape = find_cache(model)
+    if isinstance(shape, str):
+        return None
+    return _default_bytes(next(model.parameters()).device) // shape.page_bytes * PAGE
+
+
+def _default_bytes(device: torch.device) -> int:
+    """Returns the bytes that the cache may take by default: on a GPU, of its free memory."""
+    if device.type != "cuda":
+        return HOST_BYTES
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

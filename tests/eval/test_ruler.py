@@ -273,16 +273,3 @@ def test_a_bad_file_of_questions_is_an_error(tmp_path, content, message):
         Ruler(questions=str(file))
     with pytest.raises(ValueError, match=r"must be a file of JSON lines, got .*none"):
         Ruler(questions=str(tmp_path / "none"))
-
-
-def test_batches_hold_as_many_prompts_as_fit_and_give_the_answers_of_single_ones(subject):
-    task = Needle(needles=3, depths=[0.0, 0.5])
-    tables, sizes = [], []
-    for max_tokens in (150, 400):
-        run = Run.prepared(task, subject, [GivenReading()], (150,), max_tokens=max_tokens)
-        tables.append(computed(run)[""][150].items)
-        prompts = [task.prompt(150, 0.0, number) for number in range(5)]
-        sizes.append([len(batch) for batch in answers._batches(prompts, max_tokens)])
-    assert sizes == [[1] * 5, [2, 2, 1]]
-    assert tables[0] == tables[1]
-    assert any(item.answer for item in tables[0])

@@ -1,0 +1,112 @@
+"""Tests which prompts are answered together, and that their answers do not depend on it."""
+
+import numpy as np
+import pytest
+
+import lctrain
+from lctrain.data import TokenizedDocument
+from lctrain.eval import Run, Subject, answers, computed
+from lctrain.eval.generate import generate_answers
+from lctrain.eval.reading import GivenReading
+from lctrain.eval.tasks.needle import Needle
+from lctrain.eval.tasks.ruler import Ruler
+from lctrain.generation.pool_size import HOST_BYTES, cache_tokens
+from tests.eval.word_tokenizer import WordTokenizer
+
+
+@pytest.fixture
+def subject(make_llama) -> Subject:
+    tokenizer = WordTokenizer()
+    text = " ".join(f"Sentence {n} tells of a calm river and its old mill." for n in range(60))
+    ids = np.array(tokenizer(text)["input_ids"])
+    model = make_llama(vocab_size=30_000, max_position_embeddings=4096)
+    return Subject(model, tokenizer, [TokenizedDocument("book", ids, 0)], name="m")
+
+
+@pytest.fixture
+def answer(monkeypatch, subject):
+    """Returns answer(task, length, max_tokens): the answers' tokens, and the sizes of batches."""
+
+    def run(task, length, max_tokens):
+        tokens, sizes = [], []
+
+        def noted(model, prompts, max_new_tokens):
+            found = generate_answers(model, prompts, max_new_tokens)
+            tokens.extend(ids.tolist() for ids in found)
+            sizes.append(len(prompts))
+            return found
+
+        monkeypatch.setattr(answers, "generate_answers", noted)
+        cell = Run.prepared(task, subject, [GivenReading()], (length,), max_tokens=max_tokens)
+        assert len(computed(cell)[""][length].items) == len(tokens)
+        return tokens, sizes
+
+    return run
+
+
+def test_padded_batches_hold_the_tokens_of_a_forward_pass(answer):
+    task = Needle(needles=3, depths=[0.0, 0.5])
+    alone, single = answer(task, 150, max_tokens=150)
+    tokens, sizes = answer(task, 150, max_tokens=400)
+    assert (single, sizes) == ([1] * 6, [2] * 3)
+    assert tokens == alone
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "count"),
+    [
+        (Needle(needles=3, depths=[0.0, 0.5]), 150, 6),
+        (Ruler(tasks=["niah_single_1", "niah_multiquery"], items=2), 400, 4),
+    ],
+    ids=["needle", "ruler"],
+)
+def test_a_paged_cache_answers_prompts_together_as_alone(
+    subject, answer, monkeypatch, task, length, count
+):
+    alone, single = answer(task, length, max_tokens=length)  # by the loop of transformers
+    with lctrain.patch_model(subject.model):
+        tokens, sizes = answer(task, length, max_tokens=length)
+        monkeypatch.setattr(answers, "cache_tokens", lambda model: 2 * length)
+        pairs, halves = answer(task, length, max_tokens=length)
+    assert (single, sizes, halves) == ([1] * count, [count], [2] * (count // 2))
+    assert alone == tokens == pairs
+    assert len({*map(tuple, tokens)}) > 2
+
+
+def test_a_prompt_that_the_memory_does_not_hold_is_alone(subject, answer, monkeypatch):
+    task = Needle(needles=2, depths=[0.0])
+    monkeypatch.setattr(answers, "cache_tokens", lambda model: 1)
+    assert answer(task, 150, max_tokens=300)[1] == [1, 1]
+
+
+def test_a_large_memory_still_moves_the_progress_bar(subject, answer, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_PROMPTS", 4)
+    with lctrain.patch_model(subject.model):
+        assert answer(Needle(needles=5, depths=[0.0]), 150, max_tokens=150)[1] == [4, 1]
+
+
+def test_likelihood_reads_the_tokens_of_a_forward_pass(subject, monkeypatch):
+    sizes = []
+
+    def decide(reader, tokenizer, batch):
+        sizes.append(len(batch))
+        return [None] * len(batch)
+
+    monkeypatch.setattr(answers, "_decided", decide)
+    monkeypatch.setattr(answers, "cache_tokens", None)  # not called
+    task = Needle(needles=3, depths=[0.0], by="likelihood")
+    task.prepare(subject, (150,))
+    prompts = [task.prompt(150, 0.0, number) for number in range(3)]
+    reader = answers.Reader(subject.model, subject.model.device, 300)
+    assert [*answers.score_prompts(reader, subject.tokenizer, prompts, "likelihood")] == [None] * 3
+    assert sizes == [2, 1]
+
+
+def test_the_default_cache_is_a_share_of_the_memory(make_llama):
+    model = make_llama().train()
+    assert cache_tokens(model) is None
+    with lctrain.patch_model(model):
+        found = cache_tokens(model)
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of 2 layers and 2 heads of 8 float32 numbers
+    assert found == HOST_BYTES // (64 * token) * 64
+    assert model.training
