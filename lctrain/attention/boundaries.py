@@ -196,7 +196,8 @@ def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | 
     """Numbers the documents of each row from its position ids.
 
     A document ends where the next position is not one higher. transformers' packed masks follow the
-    same rule.
+    same rule. Positions at padding mean nothing: behind padding, a document continues if its
+    positions do, with the padding counted or without.
 
     Args:
         position_ids: [B, S] integers.
@@ -206,12 +207,16 @@ def find_segments(position_ids: Tensor, mask: Tensor | None = None) -> Tensor | 
         [B, S] int64, the number of each token's document from 1; 0 at padding. None if no row holds
         more than one document.
     """
-    begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
-    segments = begins.cumsum(-1) + 1
     if mask is None:
-        return segments if bool(begins.any()) else None
-    # Positions at padding mean nothing, so a row is packed only if its real tokens lie in more than
-    # one segment.
+        begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
+        return begins.cumsum(-1) + 1 if bool(begins.any()) else None
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    before = columns.masked_fill(~mask, 0).cummax(-1).values[:, :-1]  # column of the token before
+    steps = position_ids[:, 1:] - position_ids.gather(1, before)
+    begins = mask[:, 1:] & (steps != 1) & (steps != columns[:, 1:] - before)
+    segments = F.pad(begins, (1, 0), value=False).cumsum(-1) + 1
+    # The first token of a row may count as a beginning, so a row is packed only if its tokens lie
+    # in more than one segment.
     highest = segments.masked_fill(~mask, 0).amax(-1)
     lowest = segments.masked_fill(~mask, segments.shape[1] + 1).amin(-1)
     if not bool((highest > lowest).any()):

@@ -77,6 +77,10 @@ def test_from_padding_keeping_queries():
         ([[1, 1, 0, 1]], [[0, 0, 1, 1]], None),  # positions at padding mean nothing
         ([[0, 1, 2, 2]], [[1, 1, 1, 0]], None),
         ([[0, 1, 0, 1, 0]], [[1, 1, 1, 1, 0]], [[1, 1, 2, 2, 0]]),
+        ([[0, 0, 1, 1, 2]], [[0, 1, 1, 0, 1]], None),  # padding inside, not counted
+        ([[0, 1, 0, 3, 4]], [[1, 1, 0, 1, 1]], None),  # padding inside, counted
+        ([[0, 1, 2, 0, 1]], [[1, 1, 0, 1, 1]], [[1, 1, 0, 2, 2]]),
+        ([[0, 1, 0, 5, 6]], [[1, 1, 0, 1, 1]], [[1, 1, 0, 2, 2]]),
     ],
 )
 def test_find_segments(positions, mask, expected):
