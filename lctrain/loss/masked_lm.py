@@ -16,7 +16,12 @@ from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.evaluation_mode import evaluation_mode
-from lctrain.loss.output_head import UnverifiedHeadError, check_projection, without_wrappers
+from lctrain.loss.output_head import (
+    UnverifiedHeadError,
+    check_projection,
+    is_seen,
+    without_wrappers,
+)
 from lctrain.loss.shared_prefixes import require_flash_attention
 from lctrain.warn import warn_caller
 
@@ -200,8 +205,8 @@ def require_masked_lm(model: Any) -> None:
 def has_known_head(model: Any, inner: Any, device: torch.device) -> bool:
     """Returns whether `head_states` and the output embedding give the model's own logits.
 
-    The first call for an output embedding verifies this on a few tokens. If the logits differ, a
-    warning says why.
+    The first call for an output embedding verifies this on a few tokens, and so does the first call
+    after it has got a hook or lost its hooks. If the logits differ, a warning says why.
 
     Args:
         model: The model, which may be compiled or have adapters.
@@ -209,8 +214,8 @@ def has_known_head(model: Any, inner: Any, device: torch.device) -> bool:
         device: Device of the model.
     """
     projection = inner.get_output_embeddings()
-    known = vars(inner).get(_ATTRIBUTE)
-    if known is None or known[0] != id(projection):
+    known, now = vars(inner).get(_ATTRIBUTE), (id(projection), is_seen(projection))
+    if known is None or known[0] != now:
         try:
             _verify(inner, device)
         except UnverifiedHeadError as error:
@@ -218,9 +223,9 @@ def has_known_head(model: Any, inner: Any, device: torch.device) -> bool:
                 f"{type(inner).__name__} computes the logits of all tokens, which takes memory for "
                 f"tokens x vocabulary numbers: {error}.",
             )
-            known = (id(projection), False)
+            known = (now, False)
         else:
-            known = (id(projection), True)
+            known = (now, True)
         vars(inner)[_ATTRIBUTE] = known
     return bool(known[1])
 

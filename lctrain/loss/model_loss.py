@@ -94,7 +94,7 @@ def masked_loss_class(own: Any) -> Any:
         plain = partial(own.forward, self, *args, **kwargs)
         if labels is None:
             return plain()
-        fits = self.training and not args and kwargs.get("return_dict", True) is not False
+        fits = self.training and not args and _returns_names(self, kwargs)
         if not fits or (replaceable and _has_other_loss(self)):
             return plain(labels=labels)
         if not has_known_head(self, self, labels.device):
@@ -204,7 +204,13 @@ def _is_plain_call(model: Any, kwargs: dict[str, Any]) -> bool:
         return False
     router = kwargs.get("output_router_logits")
     router = getattr(model.config, "output_router_logits", False) if router is None else router
-    return not router and kwargs.get("return_dict", True) is not False
+    return not router and _returns_names(model, kwargs)
+
+
+def _returns_names(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Returns whether a call returns its outputs by name, and not as a tuple."""
+    given = kwargs.get("return_dict")
+    return bool(getattr(model.config, "return_dict", True) if given is None else given)
 
 
 def _fused_loss(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lctrain.loss.evaluation_mode import evaluation_mode
+from lctrain.module_hooks import has_hooks
 from lctrain.warn import warn_caller
 
 # Scale of the test's logits. Usual soft caps are 30 to 50, so a soft cap changes such logits by
@@ -90,7 +91,7 @@ def find_output_head(
     """Returns a model's verified OutputHead; None if the model must compute its logits itself.
 
     If the result is None, one warning says why. The result is cached per model, until the model's
-    output embedding is replaced or the config's softcap or logit scale changes.
+    output embedding is replaced or gets a hook, or the config's softcap or logit scale changes.
 
     Args:
         model: A transformers causal LM; it may be compiled or have PEFT adapters.
@@ -128,6 +129,7 @@ def _signature(inner: Any) -> _Signature:
     weight = getattr(projection, "weight", None)
     return (
         id(projection),
+        projection is not None and is_seen(projection),
         getattr(weight, "dtype", None),
         getattr(projection, "bias", None) is None,
         *_config_of_logits(inner),
@@ -226,12 +228,17 @@ def check_projection(projection: Any) -> None:
         raise UnverifiedHeadError(
             f"its output embedding is a {type(projection).__name__}, not a torch.nn.Linear"
         )
-    if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
+    if is_seen(projection):
         raise UnverifiedHeadError("its output embedding has hooks, which have to run")
     if type(projection.weight) is not nn.Parameter:
         raise UnverifiedHeadError(
             f"the weight of its output embedding is a {type(projection.weight).__name__}"
         )
+
+
+def is_seen(projection: Any) -> bool:
+    """Returns whether a hook, or a forward of its own, sees what an output embedding computes."""
+    return has_hooks(projection) or "forward" in vars(projection)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -18,7 +18,7 @@ from lctrain.attention.forward import (
 from lctrain.attention.spec import FlashSpec
 from lctrain.models import fused_encoders
 from lctrain.models.code import own_forward, same_code
-from lctrain.models.fused_modules import has_hooks
+from lctrain.module_hooks import any_global_hooks, has_own_hooks
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.fused_operator import is_unwatched
@@ -162,6 +162,7 @@ class LayerParts(NamedTuple):
             isinstance(self.first, fused_encoders.AddedNorm)
             and isinstance(self.last, fused_encoders.AddedNorm)
             and isinstance(self.intermediate, fused_encoders.GeluProjection)
+            and fused_encoders.is_gelu(self.intermediate.intermediate_act_fn)
             and all(type(linear) is nn.Linear for linear in self.linears)
             and all(isinstance(norm, fused_encoders.EncoderNorm) for norm in self.norms)
             and all(type(dropout) is nn.Dropout for dropout in self.dropouts)
@@ -170,9 +171,9 @@ class LayerParts(NamedTuple):
     def are_seen(self) -> bool:
         """Returns whether a hook, or a forward of its own, sees what a part computes."""
         for part in (*self[:5], *self.linears, *self.norms, *self.dropouts):
-            if has_hooks(part) or "forward" in vars(part):
+            if has_own_hooks(part) or "forward" in vars(part):
                 return True
-        return False
+        return any_global_hooks()
 
     def weights(self) -> list[Any]:
         """Returns weights and biases in the order of BlockWeights; None for one that is missing."""

@@ -84,6 +84,7 @@ class FusedSwap:
         for module, own, fused in reversed(self.swapped):
             if type(module) is fused:
                 module.__class__ = own
+                vars(module).pop(fused_modules.FUSED_FUNCTION, None)
             else:
                 warn_caller(
                     f"a {type(module).__name__} keeps its fused forward: its class was changed "
@@ -96,13 +97,15 @@ class FusedSwap:
         counts = Counter(own.__name__ for _, own, _ in self.swapped)
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
-    def _swap(self, module: Any, mixin: Any, **attributes: Any) -> None:
+    def _swap(self, module: Any, mixin: Any, **attributes: Any) -> bool:
+        """Returns whether the module's class was changed."""
         if _has_own_forward(module):
-            return
+            return False
         own: Any = type(module)
         fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
         module.__class__ = fused
         self.swapped.append((module, own, fused))
+        return True
 
     def _swap_attention(self, module: nn.Module) -> None:
         forward = own_forward(type(module))
@@ -121,8 +124,8 @@ class FusedSwap:
             return
         function = module.act_fn if mixin is fused_modules.GatedMLP else module.activation_fn
         activation = find_activation(function)
-        if activation is not None:
-            self._swap(module, mixin, fused_activation=activation)
+        if activation is not None and self._swap(module, mixin, fused_activation=activation):
+            vars(module)[fused_modules.FUSED_FUNCTION] = function  # no submodule
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lctrain.kernels import bias_gelu, fused_add_layer_norm, geglu, layer_norm
 from lctrain.models.code import own_forward, same_code
-from lctrain.models.fused_modules import has_hooks, is_plain
+from lctrain.models.fused_modules import is_plain
+from lctrain.module_hooks import has_hooks
 from lctrain_kernels.autocast import autocast_dtype
 
 
@@ -46,11 +47,14 @@ class AddedNorm:
 class GeluProjection:
     """Mixin for the first half of BERT's MLP: a linear layer and GELU."""
 
+    intermediate_act_fn: Any
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Returns GELU of the projected states [..., I], as the module's own forward does."""
         self_: Any = self
         dense = self_.dense
         fits = type(dense) is nn.Linear and dense.bias is not None and not has_hooks(dense)
+        fits = fits and is_gelu(self_.intermediate_act_fn)
         if not fits or not is_served(hidden_states, dense.weight):
             return super().forward(hidden_states)  # type: ignore[misc]
         return bias_gelu(nn.functional.linear(hidden_states, dense.weight), dense.bias)
@@ -63,7 +67,7 @@ class GegluMLP:
         """Returns the MLP's output [..., E], as the module's own forward does."""
         self_: Any = self
         states = self_.Wi(hidden_states)
-        if not is_served(states):
+        if not is_served(states) or not is_gelu(self_.act):
             gate, factor = states.chunk(2, dim=-1)
             return self_.Wo(self_.drop(self_.act(gate) * factor))
         return self_.Wo(self_.drop(geglu(states, approximate="none")))

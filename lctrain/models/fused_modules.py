@@ -26,6 +26,7 @@ from lctrain.kernels import (
     rotate_qk,
     swiglu,
 )
+from lctrain.module_hooks import has_hooks
 from lctrain_kernels.autocast import autocast_dtype
 
 
@@ -200,7 +201,7 @@ class GatedMLP:
             residual: Residual stream [..., E] to add to the output, or None.
         """
         self_: Any = self
-        if has_hooks(self_.act_fn):
+        if computes_otherwise(self_, self_.act_fn):
             out = super().forward(x)  # type: ignore[misc]
             return out if residual is None else residual + out
         linears = (self_.gate_proj, self_.up_proj)
@@ -232,7 +233,7 @@ class PackedMLP:
         """Returns the MLP's output for hidden states [..., E], as the module's own forward does."""
         self_: Any = self
         states = self_.gate_up_proj(hidden_states)
-        if not is_plain(states) or has_hooks(self_.activation_fn):
+        if not is_plain(states) or computes_otherwise(self_, self_.activation_fn):
             gate, up = states.chunk(2, dim=-1)
             return self_.down_proj(up * self_.activation_fn(gate))
         return self_.down_proj(gate_states(states, None, self.fused_activation))
@@ -266,6 +267,15 @@ class ResidualLayer:
         if is_unobserved(mlp, GatedMLP):
             return mlp(normalised, residual=residual)
         return residual + mlp(normalised)
+
+
+FUSED_FUNCTION = "lctrain_fused_function"
+"""Attribute of a fused MLP: the activation function whose values were recognised."""
+
+
+def computes_otherwise(mlp: nn.Module, function: Any) -> bool:
+    """Returns whether a fused MLP's activation was replaced, or has hooks, since the swap."""
+    return function is not vars(mlp)[FUSED_FUNCTION] or has_hooks(function)
 
 
 def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
@@ -321,14 +331,4 @@ def is_plain_linear(module: Any) -> bool:
         and is_plain(module.weight)
         and not has_hooks(module)
         and "forward" not in vars(module)
-    )
-
-
-def has_hooks(module: Any) -> bool:
-    """Returns whether a hook sees a module's inputs, its output or their gradients."""
-    return isinstance(module, nn.Module) and bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )

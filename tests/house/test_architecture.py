@@ -53,6 +53,7 @@ LEVELS = {
     "lctrain.allocator": 1,
     "lctrain.limits": 1,
     "lctrain.made_class": 1,
+    "lctrain.module_hooks": 1,
     "lctrain.unchanged": 1,
     "lctrain.pluralize": 0,
     "lctrain.warn": 1,

@@ -151,6 +151,31 @@ def test_a_head_that_cannot_run_alone_computes_logits():
     assert shapes[-1][1] == batch.num_tokens
 
 
+@pytest.mark.usefixtures("in_float64")
+def test_a_hook_that_the_output_embedding_gets_later_runs():
+    model, batch = masked_lm("bert").train(), masked_pack()
+    patch_model(model, loss=True, dropout=0.0)
+    inputs = {**batch.model_kwargs(), "labels": batch.labels}
+    assert model(**inputs).logits is None
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, output: output / 2)
+    with pytest.warns(UserWarning, match="computes the logits of all tokens, .* has hooks"):
+        found = model(**inputs)
+    expected = functional.cross_entropy(found.logits[0], batch.labels[0])
+    assert_equal_in_float64(found.loss, expected)
+    hook.remove()
+    assert model(**inputs).logits is None
+
+
+def test_a_config_that_asks_for_tuples_gets_them():
+    model = masked_lm("bert").train()
+    model.config.return_dict = False
+    tokens = make_documents()[0][None]
+    with patch_model(model, loss=True):
+        found = model(input_ids=tokens, labels=tokens)
+    assert isinstance(found, tuple)
+    assert found[1].shape[:2] == tokens.shape
+
+
 def test_bad_models():
     batch = masked_pack()
     for family in ("llama", "bert"):

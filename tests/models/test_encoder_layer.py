@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lctrain.models import encoder_block, fused_encoders, patch_model
 from tests.models.families import gradients, make_documents, padded
@@ -114,16 +115,58 @@ def chunks(model):
     model.bert.encoder.layer[0].chunk_size_feed_forward = 1
 
 
-CHANGES = (adapter, hook, alpha_dropout, chunks)
+def other_activation(model):
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
 
 
+def activation_hook(model):
+    activation = model.bert.encoder.layer[0].intermediate.intermediate_act_fn
+    activation.register_forward_hook(lambda _, args, output: 2 * output)
+
+
+CHANGES = (adapter, hook, alpha_dropout, chunks, other_activation, activation_hook)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.usefixtures("in_float64")
 def test_modules_run_one_by_one_where_something_sees_them(change, blocks):
     model = masked_lm("bert").eval()
     with patch_model(model, fused=True, unpad=True):
         change(model)
-        model(**rows())
+        found = model(**rows()).logits
     assert len(blocks) == model.config.num_hidden_layers - 1
+    with patch_model(model, unpad=True):
+        assert_equal_in_float64(found, model(**rows()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.usefixtures("in_float64")
+def test_hooks_on_all_modules_of_the_process_see_every_module(family, blocks):
+    model = masked_lm(family).eval()
+    seen = []
+    with patch_model(model, fused=True, unpad=True):
+        handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            model(**rows())
+        finally:
+            handle.remove()
+    linears = {module for module in model.modules() if isinstance(module, nn.Linear | nn.LayerNorm)}
+    assert linears <= set(seen)
+    assert not blocks
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("in_float64")
+def test_an_activation_that_is_replaced_in_a_gated_mlp(blocks):
+    model = masked_lm("modernbert").eval()
+    with patch_model(model, fused=True, unpad=True):
+        for layer in model.model.layers:
+            layer.mlp.act = nn.ReLU()
+        found = model(**rows()).logits
+    with patch_model(model, unpad=True):
+        assert_equal_in_float64(found, model(**rows()).logits)
 
 
 def test_padding_profilers_and_autocast_run_the_modules(blocks):

@@ -202,6 +202,22 @@ def test_activations_are_known_by_what_they_compute() -> None:
     assert {name: find_activation(ACT2FN[name]) for name in names} == names
 
 
+@pytest.mark.parametrize(("family", "name"), [("llama", "act_fn"), ("phi3", "activation_fn")])
+@pytest.mark.usefixtures("in_float64")
+def test_an_activation_replaced_after_the_patch_is_used(family, name) -> None:
+    model, documents = make_model(family), make_documents()
+    with lctrain.patch_model(model, fused=True):
+        fused = packed_outputs(model, documents)
+        for module in model.modules():
+            if hasattr(module, name):
+                setattr(module, name, nn.ReLU())
+        found = packed_outputs(copy.deepcopy(model), documents)
+    with lctrain.patch_model(model):
+        expected = packed_outputs(model, documents)
+    assert_equal_in_float64(found, expected)
+    assert not torch.allclose(fused, expected)
+
+
 def test_kernels_of_the_hub_are_refused() -> None:
     model = make("llama")
     model._use_kernels = True

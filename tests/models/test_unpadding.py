@@ -143,6 +143,25 @@ def test_poolers_token_types_hidden_states_and_embeddings():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("counted", ["tokens", "columns"])
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.usefixtures("in_float64")
+def test_position_ids_of_rows_with_padding_between_tokens(family, unpad, counted):
+    """Positions at padding mean nothing, and do not divide a row into documents."""
+    model, (tokens, mask) = encoder(family), rows_of("holes")
+    first = 1 if family == "roberta" else 0  # RoBERTa counts from the padding token's id + 1
+    positions = torch.arange(8) - mask.argmax(1, keepdim=True)
+    positions = positions if counted == "columns" else mask.cumsum(1) - 1
+    positions = positions.clamp(min=0).masked_fill(mask == 0, 1) + first
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    expected = hidden(model(**inputs))
+    with patch_model(model, unpad=unpad):
+        found = hidden(model(**inputs))
+    assert_equal_in_float64(found[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 8), (8,)])
 @pytest.mark.parametrize("tokens_left", [8, 11], ids=["as-many-as-columns", "more"])
 @pytest.mark.usefixtures("in_float64")
