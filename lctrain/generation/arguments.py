@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 def is_int(value: Any) -> bool:
     """Returns whether a value is an integer of Python or NumPy, and no bool."""
-    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_counts(**counts: Any) -> None:

@@ -1,4 +1,7 @@
-"""CachedForward: calls a patched model with a CacheStep. measure_cache: what its layers store."""
+"""CachedForward: calls a patched model with a CacheStep. measure_cache: what its layers store.
+
+without_router_loss: keeps the auxiliary loss of experts out of generation.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ class CachedForward:
         self._model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._keeps = "logits_to_keep" in parameters(base)
+        self._fixed = without_router_loss(model)
         self._mask = cached_rows(None, 1, 1, self.device)
 
     def __call__(
@@ -44,7 +48,7 @@ class CachedForward:
             step: Computes the attention of all layers.
             keep: Indices of the tokens whose logits are returned, [n] int64; None for all.
         """
-        arguments: dict[str, Any] = {STEP_ARGUMENT: step}
+        arguments: dict[str, Any] = {STEP_ARGUMENT: step, **self._fixed}
         if keep is not None and self._keeps:
             arguments["logits_to_keep"] = keep
         logits = self._model(
@@ -56,6 +60,20 @@ class CachedForward:
             **arguments,
         ).logits[0]
         return logits if keep is None or self._keeps else logits[keep]
+
+
+def without_router_loss(model: Any) -> dict[str, bool]:
+    """Returns the argument that turns the auxiliary loss of experts off; none if there is no such.
+
+    With `output_router_logits` in its config, a model computes that loss in every forward pass. It
+    fails in generation, where masks have another length than the new tokens.
+
+    Args:
+        model: A causal LM of transformers, or a model of PEFT around one.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = "output_router_logits"
+    return {name: False} if name in parameters(base) else {}
 
 
 class _Measure:

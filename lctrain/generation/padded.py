@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lctrain.generation.forward import without_router_loss
 from lctrain.generation.options import Completion
 from lctrain.generation.sampler import Finish, Sampler
 from lctrain.generation.task import GenerationTask
@@ -53,6 +54,7 @@ def _complete(model: Any, task: GenerationTask, batch: range) -> list[Completion
         logits_processor=LogitsProcessorList([sampler]),
         stopping_criteria=StoppingCriteriaList([finish]),
         **cache,
+        **without_router_loss(model),
     )
     tokens = found[:, longest:].tolist()
     log_probs = torch.stack(sampler.log_probs, 1).tolist()
@@ -88,6 +90,7 @@ def _prompt_cache(model: Any, ids: Tensor, real: Tensor, pad: int, samples: int)
         do_sample=False,
         pad_token_id=pad,
         return_dict_in_generate=True,
+        **without_router_loss(model),
     )
     cache = found.past_key_values
     if not hasattr(cache, "batch_repeat_interleave"):

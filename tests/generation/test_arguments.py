@@ -95,6 +95,11 @@ def test_a_function_without_decode_is_no_tokenizer(model):
         lctrain.generate(model, PROMPTS, tokenizer=lambda text: {"input_ids": [1]})
 
 
+def test_arrays_are_seeds(model):
+    expected = lctrain.generate(model, PROMPTS, max_new_tokens=3, seeds=[3, 5])
+    assert lctrain.generate(model, PROMPTS, max_new_tokens=3, seeds=np.array([3, 5])) == expected
+
+
 def test_numbers_of_numpy_and_integers_are_options(model):
     expected = lctrain.generate(model, PROMPTS, max_new_tokens=3, top_k=5, repetition_penalty=2.0)
     for number in (2, np.float32(2), np.int64(2)):

@@ -50,12 +50,13 @@ def test_the_tokens_of_padded_batches(patched, options, batch_size):
         {"model_type": "qwen3", "max_window_layers": 1, "use_sliding_window": True},
         {"model_type": "gemma2", "sliding_window": 8, "attn_logit_softcapping": 5.0},
         {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1},
+        {"model_type": "mixtral", "num_local_experts": 2, "output_router_logits": True},
         {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 80},
     ],
     ids=lambda config: config["model_type"],
 )
 def test_families(config):
-    """Windows, soft caps, sinks and learned positions reach the paged cache."""
+    """Windows, soft caps, sinks, experts and learned positions fit the paged cache."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
