@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any
 
 from lctrain.data.fields import FieldError, find_field, kind
@@ -45,6 +46,13 @@ def read_conversation(record: Any, field: str | None = None, without_nulls: bool
     Raises:
         FieldError: if the record holds no conversation, or one that cannot be trained on.
     """
+    try:
+        return _read(record, field, without_nulls)
+    except RecursionError as error:
+        raise FieldError(f"a record must not be nested this deeply. {_REMEDY}") from error
+
+
+def _read(record: Any, field: str | None, without_nulls: bool) -> str:
     if not isinstance(record, Mapping):
         raise FieldError(f"a record must be an object, got {kind(record)}. {_REMEDY}")
     if without_nulls:
@@ -68,7 +76,8 @@ def read_conversation(record: Any, field: str | None = None, without_nulls: bool
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise FieldError(f"tools must be a list of objects, got {kind(tools)}. {_REMEDY}")
         found["tools"] = tools
-    return json.dumps({"messages": messages, **found}, ensure_ascii=False, separators=(",", ":"))
+    conversation = {"messages": messages, **found}
+    return json.dumps(conversation, ensure_ascii=False, separators=(",", ":"), default=_plain)
 
 
 def _messages(
@@ -81,7 +90,7 @@ def _messages(
     if record.get("prompt") is None or record.get("completion") is None:
         raise FieldError(
             "a record must have messages, conversations, or prompt and completion, got fields "
-            f"{sorted(record)}. Set data.field to the field that holds the messages."
+            f"{sorted(map(str, record))}. Set data.field to the field that holds the messages."
         )
     prompt = _side(record["prompt"], "prompt", "user")
     completion = _side(record["completion"], "completion", "assistant")
@@ -146,7 +155,7 @@ def turn_calls(message: Mapping[str, Any]) -> list[Any]:
 def _content(content: Any, role: str, name: str) -> Any:
     """Returns the content of a message: text, or the JSON value of a tool's result."""
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        kinds = {part.get("type", "text") for part in content}
+        kinds = {str(part.get("type") or "text") for part in content}
         if kinds <= {"text"} and all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
         if role != "tool":
@@ -165,7 +174,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         raise FieldError(f"{name} must be objects with a function, got {kind(call)}. {_REMEDY}")
     inner = call.get("function", call)
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise FieldError(f"{name} must name a function, got {json.dumps(call)[:80]}. {_REMEDY}")
+        raise FieldError(f"{name} must name a function, got {str(call)[:80]}. {_REMEDY}")
     function = {**inner, "arguments": _decoded(inner.get("arguments", {}))}
     return (
         {"type": "function", **call, "function": function}
@@ -202,6 +211,16 @@ def _decoded(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _plain(value: Any) -> str:
+    """Returns a date or time of a table, such as a turn's time stamp, as text of JSON."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise FieldError(
+        f"a conversation must hold only values of JSON, dates and times, got {kind(value)}. "
+        f"{_REMEDY}"
+    )
 
 
 def _text(value: Any, name: str) -> str:

@@ -46,6 +46,14 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_DATE = "{%- macro strftime_now(format) -%}another day{%- endmacro -%}"
 _DATE_VARIABLE = re.compile(r"set\s+(\w+)\s*=\s*strftime_now")
 _TOOL = {"type": "function", "function": {"name": "a", "description": "a", "parameters": {}}}
+_RAISED_BY_TEMPLATES = (
+    ArithmeticError,
+    AttributeError,  # a filter of mappings, such as dictsort, on other values
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 Span = tuple[int, int]
 _TURN: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -326,8 +334,9 @@ class ChatTemplate:
                 **options,
                 **self._arguments,
             )
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except (TemplateError, *_RAISED_BY_TEMPLATES) as error:
+            words = PRIVATE.sub("", str(error)).strip()  # a template may quote a message
+            reason = (words or type(error).__name__).splitlines()[0]
             raise ConversationError(f"the chat template refuses it: {reason}") from error
         return texts[0], spans[0] if spans else ()
 

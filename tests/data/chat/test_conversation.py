@@ -1,6 +1,7 @@
 """Tests that records of all formats become the same conversations, and what is refused."""
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -113,6 +114,11 @@ def test_nulls_of_a_table_are_no_arguments():
     assert of_a_line["arguments"] == {"x": 1, "y": None}
 
 
+def test_time_stamps_of_a_table_become_text():
+    record = {"messages": [PLAIN[0] | {"time": datetime(2026, 1, 2, 3)}, PLAIN[1]]}
+    assert messages(record)[0]["time"] == "2026-01-02T03:00:00"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -145,6 +151,15 @@ def test_nulls_of_a_table_are_no_arguments():
             r"messages\[1\].tool_calls must be objects with a function, got int",
         ),
         ({"messages": PLAIN, "tools": "weather"}, "tools must be a list of objects, got str"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}, {}]}]},
+            r"messages\[0\].content must be text, got parts of type \['text'\], text",
+        ),
+        ({"messages": "[" * 100_000}, "a record must not be nested this deeply"),
+        (
+            {"messages": [PLAIN[0] | {"blob": b"a"}, PLAIN[1]]},
+            "must hold only values of JSON, dates and times, got bytes",
+        ),
     ],
 )
 def test_records_that_hold_no_conversation(record, message):

@@ -14,8 +14,27 @@ NOTHING = (
     "{%- for m in messages -%}<|im_start|>{{ m['role'] + ' ' + m['content'] }}{% generation %}"
     "{% endgeneration %}<|im_end|>{%- endfor -%}"
 )
+SORTS = (  # fails with an AttributeError
+    "{%- for m in messages -%}<|im_start|>{{ m['role'] }} {% if loop.length > 2 %}"
+    "{{ m['content'] | dictsort }}{% endif %}{{ m['content'] }}<|im_end|>{%- endfor -%}"
+)
+QUOTES = SORTS.replace("m['content'] | dictsort", "raise_exception(m['content'] ~ ' is long')")
 FAULTS = {
     "template that fails": ("mistral", TWICE, "assistant", "the chat template refuses it: "),
+    "filter that fails": (
+        SORTS,
+        TWICE,
+        "assistant",
+        "the chat template refuses it: 'str' object has no attribute 'items'",
+    ),
+    "template that quotes the message": (QUOTES, TWICE, "assistant", "refuses it: again is long"),
+    "parts of no known type": (
+        "chatml",
+        {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]},
+        "assistant",
+        "content must be text, got parts of type",
+    ),
+    "text nested too deeply": ("chatml", {"messages": "[" * 9_999}, "assistant", "nested this"),
     "roles out of order": ("chatml", LATE_TOOL, "assistant", "must follow a tool call"),
     "answer before the question": (
         "chatml",
