@@ -276,7 +276,8 @@ def _train_trl(
             processing_class=tokenizer,
             callbacks=[Timing()],
         )
-        trainer.model.register_forward_pre_hook(count_tokens, with_kwargs=True)
+        trained: Any = trainer.model
+        trained.register_forward_pre_hook(count_tokens, with_kwargs=True)
         trainer.train()
         clock.ends()
 
