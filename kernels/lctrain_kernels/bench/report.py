@@ -51,7 +51,6 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "encoder": encoder_table,
     "encoder_cpu": encoder_table,
     "masked_lm": masked_lm_table,
-    "decode": decode_table,
     "generation": generation_table,
     "detached": detached_table,
     "chat": chat_table,
@@ -60,7 +59,10 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 # Kinds of records that each have a table, all of which are shown.
-SERIES: dict[str, Callable[[Mapping[str, Any]], str]] = {"shared_prefix": shared_prefix_table}
+SERIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "shared_prefix": shared_prefix_table,
+    "decode": decode_table,
+}
 
 
 def terminal_table(record: BenchmarkRecord, workload: str) -> str:

@@ -218,6 +218,22 @@ def test_decode_has_times_of_installed_libraries_only():
     assert "| 1x8k | dense | - | 9.0 (2.00) |" in text
 
 
+def test_decode_has_configurations_and_prefixes():
+    head = {**HEAD, "copy_bytes_per_s": {"256": 4e12}}
+    place = {"case": "1x8k", "layout": "page16", "microseconds": 5.0, "bytes_per_s": 2e12}
+    configs = [{**place, "contender": "lctrain", "config": name} for name in ("a:1", "b:2")]
+    text = decode_table({**head, "results": [*configs, {**place, "contender": "sdpa"}]})
+    assert "| lctrain `a:1` | lctrain `b:2` | PyTorch SDPA, `enable_gqa` |" in text
+    assert "| 1x8k | page16 | 5.0 (2.00) | 5.0 (2.00) | 5.0 (2.00) |" in text
+    assert "Configurations are rows x keys" in text
+    assert "read once" not in text
+    shared = {**place, "contender": "lctrain_shared", "speedup": 6.37}
+    text = decode_table({**head, "results": [shared, {**place, "contender": "lctrain_own_pages"}]})
+    assert "| lctrain, prefix copied | lctrain, prefix read once |" in text
+    assert "| 1x8k | page16 | 5.0 (2.00) | 5.0 (2.00), 6.4x |" in text
+    assert "Configurations" not in text
+
+
 def test_shares_show_the_slowest_share():
     row = {"exchange": "keys", "whole_seconds": 0.8, "share_seconds": [0.1, 0.125]}
     settings = {"tokens": 131_072, "ranks": 2, "shape": "Llama-3.2-1B"}
