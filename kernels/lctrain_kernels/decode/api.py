@@ -64,7 +64,8 @@ def flash_attn_with_kvcache(
     multiple of that number, counted from the request's first key. A query's bits then do not depend
     on the other requests, the number of queries in the call, the page size, or the padding. With
     split="exact" one program computes all keys, with the tile of the portable training kernel. The
-    bits are those of flash_attn_varlen_func(..., backend="triton") on the same documents.
+    bits are those of flash_attn_varlen_func(..., backend="triton") on the same documents. With a
+    softcap on a GPU, both are equal up to rounding only.
 
     Args:
         q: Queries [B, Sq, H, D], float16 or bfloat16. The PyTorch path, on CPUs, computes float32

@@ -47,7 +47,8 @@ def packed_cache_attention(
     """Computes attention of packed queries over pages, or over the first keys of documents.
 
     With max_seqlen_q up to FEW_QUERIES, the keys are split as in flash_attn_with_kvcache. Otherwise
-    the order and the tile are those of the portable training kernel, and so are the bits.
+    the order and the tile are those of the portable training kernel, and so are the bits. With a
+    softcap on a GPU, both are equal up to rounding only.
 
     Args:
         q: Packed queries [T, H, D].

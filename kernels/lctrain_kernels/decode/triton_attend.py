@@ -95,8 +95,10 @@ def attend(
 ):
     """Updates the online softmax (m, l, acc) of a tile by the keys [begin, end).
 
-    The arithmetic of a block of keys is that of varlen_fwd_kernel. `begin` is a multiple of
-    BLOCK_N. Blocks that a row does not see leave its m, l and acc as they are.
+    The arithmetic of a block of keys is that of varlen_fwd_kernel, but every block has a mask. A
+    compiler fuses the softcap's product into the exponent only where there is no mask, so a softcap
+    rounds differently there. `begin` is a multiple of BLOCK_N. Blocks that a row does not see leave
+    its m, l and acc as they are.
 
     Args:
         q: Queries [BLOCK_M, BLOCK_D].

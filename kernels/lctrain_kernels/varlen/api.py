@@ -55,6 +55,7 @@ def flash_attn_varlen_func(
     With block_table or seqused_k, the decode kernels compute the call, as for
     flash_attn_with_kvcache: it has no backward, no dropout and no schedule. Calls of more than 16
     queries per document have the bits of this function on contiguous keys with backend="triton".
+    With a softcap on a GPU, both are equal up to rounding only.
 
     Shapes: T packed queries, Tk packed keys, N documents, H query heads, Hk key/value heads, head
     dim D.

@@ -8,7 +8,7 @@ import torch
 from lctrain.kernels import flash_attn_varlen_func, flash_attn_with_kvcache, make_decode_plan
 from tests.kernels.decode.kvcache import KVCase, assert_matches_plain, make_kv, plain_kvcache
 from tests.kernels.decode.test_kvcache import CASES
-from tests.kernels.decode.test_packed import PackedCase, make_call
+from tests.kernels.decode.test_packed import PackedCase, make_call, plain
 from tests.kernels.decode.test_prefixes import plan_of, share, shared_of
 from tests.kernels.oracle import cumulative
 from tests.numerics import assert_error_at_most_twice
@@ -195,16 +195,31 @@ def test_shared_prefixes(requests, head_dim, page, device):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page", [16, 256])
-def test_pages_change_no_bit_of_a_prefill(head_dim, page, device):
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_pages_change_no_bit_of_a_prefill(head_dim, page, softcap, device):
+    """Without a softcap the bits are those of the training kernel, too.
+
+    With one, only the training kernel's blocks without a mask fuse its product.
+    """
     case = PackedCase(
-        *((700, 20, 3), (1500, 20, 140), page), heads=8, head_dim=head_dim, softcap=3.0
+        *((700, 20, 3), (1500, 20, 140), page), heads=8, head_dim=head_dim, softcap=softcap
     )
     arguments, options, documents = make_call(case, device, torch.bfloat16)
     found = flash_attn_varlen_func(*arguments, backend="triton", **options)
-    del options["block_table"], options["seqused_k"]
+    del options["block_table"]
     k, v = (torch.cat(side) for side in zip(*documents, strict=True))
     q, _, _, cu_q, _, *longest = arguments
-    trained = flash_attn_varlen_func(
-        q, k, v, cu_q, cumulative(case.used, device), *longest, backend="triton", **options
+    packed = (q, k, v, cu_q, cumulative(case.used, device), *longest)
+    contiguous = flash_attn_varlen_func(*packed, backend="triton", **options)
+    assert all(map(torch.equal, found, contiguous))
+    exact, same = (
+        plain(case, arguments, options, documents, dtype)
+        for dtype in (torch.float64, torch.bfloat16)
     )
-    assert all(map(torch.equal, found, trained))
+    del options["seqused_k"]
+    trained = flash_attn_varlen_func(*packed, backend="triton", **options)
+    if softcap == 0:
+        assert all(map(torch.equal, found, trained))
+    for results in (found, trained):
+        for side in (0, 1):
+            assert_error_at_most_twice(results[side], same[side], exact[side], ("out", "lse")[side])
