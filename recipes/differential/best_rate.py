@@ -18,7 +18,7 @@ from lctrain.recipes.differential.comparison import over_seeds
 PARITY = 0.03
 """Largest difference of held-out losses that counts as none, in nats per token."""
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
-"""97.5 % quantile of Student's distribution by the number of seeds."""
+"""97.5 % quantile of Student's distribution by the number of seeds; the last one for more seeds."""
 
 
 def summarize_rates(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _paired(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     error, count = difference["standard_error"], len(difference["values"])
     if error is None or not math.isfinite(error):
         return {**difference, "interval": None, "verdict": "one seed says nothing"}
-    reach = STUDENT.get(count, 1.96) * error
+    reach = STUDENT[min(count, max(STUDENT))] * error
     low, high = difference["mean"] - reach, difference["mean"] + reach
     return {**difference, "interval": [low, high], "verdict": verdict(low, high)}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lctrain.recipes.differential.experiment import Experiment, write_json
 from lctrain.recipes.differential.run import prepare_data, train_runs
 from lctrain.recipes.differential.scale import SCALES
 from lctrain.recipes.differential.variant import VARIANTS
-from lctrain.recipes.output import messages
+from lctrain.recipes.output import messages, remove_stopped, require_same_settings
 
 PROGRAM = "python -m lctrain.recipes.differential.sweep"
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
@@ -65,8 +64,7 @@ class Sweep:
         """Trains the runs of this process that have no record."""
         for _, run in self.runs:
             if not run.record(*run.runs[0]).is_file():
-                # The folder of a run that was stopped
-                shutil.rmtree(run.folder(*run.runs[0]), ignore_errors=True)
+                remove_stopped(run.folder(*run.runs[0]))
                 train_runs(run)
 
     def collect(self) -> dict[str, Any]:
@@ -110,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides=tuple(chosen.overrides),
     )
     sweep = Sweep(experiment, tuple(sorted(set(chosen.rates))))
+    if {"train", "collect"} & {*chosen.stages}:
+        settings = {"scale": chosen.scale, "overrides": chosen.overrides}
+        require_same_settings(experiment.output, settings)
     if "prepare" in chosen.stages:
         prepare_data(experiment)
     if "train" in chosen.stages:

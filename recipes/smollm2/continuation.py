@@ -17,6 +17,7 @@ from typing import Any
 
 from lctrain.config import AttentionConfig
 from lctrain.recipes.dual_chunk_extension.experiment import run_training
+from lctrain.recipes.output import remove_stopped, require_same_settings
 from lctrain.recipes.smollm2.experiment import Experiment, rows_of
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
 from lctrain.recipes.smollm2.stages import document_tokens
@@ -41,13 +42,18 @@ class Way:
 
 def continue_training(experiment: Experiment) -> None:
     """Measures the held-out novel, trains on the others, and measures again, in each way."""
+    settings = {"training": experiment.scale.training, "overrides": experiment.overrides}
+    require_same_settings(
+        experiment.output / "continue", {name: list(values) for name, values in settings.items()}
+    )
     for name in WAYS:
+        resumed = experiment.has_begun(f"{name}_before")
         started = time.perf_counter()
         way = _way(experiment, name)
         before = _held_out(experiment, f"{name}_before", way.model, way.attention)
         trained = experiment.output / f"{name}_trained"
         if not (trained / "report.json").exists():
-            shutil.rmtree(trained, ignore_errors=True)  # of a training that was stopped
+            remove_stopped(trained)
             _train(experiment, way, trained)
         after = _held_out(experiment, f"{name}_after", trained / "model", way.attention)
         content = {
@@ -58,7 +64,7 @@ def continue_training(experiment: Experiment) -> None:
             "before": before,
             "after": after,
         }
-        experiment.save(f"continue_{name}", content, time.perf_counter() - started)
+        experiment.save(f"continue_{name}", content, time.perf_counter() - started, resumed)
         for when, rows in (("before", before), ("after", after)):
             losses = ", ".join(f"{row['loss']:.4f} at {row['length']:,}" for row in rows)
             print(f"{name}, {when} training: {losses} tokens", flush=True)

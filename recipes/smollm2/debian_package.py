@@ -56,7 +56,7 @@ def _members(package: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
                 "it again."
             )
         place += HEADER
-        yield header[:16].decode("ascii").strip().rstrip("/"), content[place : place + int(size)]
+        yield header[:16].decode("latin-1").strip().rstrip("/"), content[place : place + int(size)]
         place += int(size) + int(size) % 2  # members begin at even bytes
 
 

@@ -38,15 +38,15 @@ class Download:
         print(f"Fetching {self.name} {self.version}: {' '.join(self.command)}", flush=True)
         try:
             done = subprocess.run(self.command, cwd=folder, capture_output=True, text=True)
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            said = (done.stderr.strip() or done.stdout.strip() or "no file").splitlines()[-1]
             failed = done.returncode != 0
         except OSError as error:
-            failed, said = True, [str(error)]
+            failed, said = True, str(error)
         files = sorted(path for path in folder.iterdir() if path.is_file())
         require(
             not failed and len(files) == 1,
-            f"{self.name} {self.version} must be downloadable, got: {''.join(said)} Get the file "
-            f"on another machine, and name it after {self.option}.",
+            f"{self.name} {self.version} must be downloadable, got: {said.rstrip('.')}. Get the "
+            f"file on another machine, and name it after {self.option}.",
         )
         return self.check(files[0])
 

@@ -16,6 +16,8 @@ from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.eval.cells import CellStore
 from lctrain.evaluate import EvalConfig, Evaluation, evaluate
 from lctrain.limits import require
+from lctrain.recipes.output import remove_stopped
+from lctrain.recipes.smollm2.model import FILES
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
 from lctrain.recipes.smollm2.scale import Scale
 from lctrain.schemas import TextData
@@ -40,7 +42,7 @@ class Experiment:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for needed in (self.model / "config.json", *map(self.novel, NOVELS)):
+        for needed in (*(self.model / name for name in FILES), *map(self.novel, NOVELS)):
             require(
                 needed.is_file(),
                 f"folder must hold model and novels, got {self.material} without {needed.name}. "
@@ -82,6 +84,8 @@ class Experiment:
             **settings: Further settings of EvalConfig.
         """
         path = self.output / folder
+        if not self.has_begun(folder):
+            remove_stopped(path)
         return evaluate(
             EvalConfig(
                 model=PretrainedModelConfig(name_or_path=str(model or self.model)),
@@ -90,20 +94,27 @@ class Experiment:
                 paths=PathsConfig(output_dir=str(path)),
                 split="all",
                 dtype="bfloat16" if torch.cuda.is_available() else "float32",
-                resume=str(path) if CellStore.has_cells(path) else None,
+                resume=str(path) if self.has_begun(folder) else None,
                 **settings,
             )
         )
 
-    def save(self, name: str, content: dict[str, Any], seconds: float) -> Path:
+    def has_begun(self, folder: str) -> bool:
+        """Returns whether an evaluation has finished cells, with which it goes on."""
+        return CellStore.has_cells(self.output / folder)
+
+    def save(self, name: str, content: dict[str, Any], seconds: float, resumed: bool) -> Path:
         """Writes the record of a stage into the output folder.
 
         Args:
             name: Name of the stage.
             content: What was measured.
             seconds: Wall time of the stage in this process.
+            resumed: Whether an earlier process ran a part of the stage; the record then has no
+                time.
         """
-        record = {"stage": name, **machine(), "seconds": round(seconds, 1), **content}
+        timed = None if resumed else round(seconds, 1)
+        record = {"stage": name, **machine(), "seconds": timed, **content}
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / f"{name}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")

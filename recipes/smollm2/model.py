@@ -11,6 +11,8 @@ from lctrain.limits import require
 
 NEEDED = ("gguf", "accelerate")
 SUFFIX = ".gguf"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Files that a written model must have."""
 
 
 def require_readers() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FORM = b"X\n"  # big-endian binary
@@ -18,6 +20,10 @@ LOGICAL, INTEGER, REAL, STRING, LIST = 10, 13, 14, 16, 19
 NULL, REFERENCE = 254, 255
 HAS_ATTRIBUTES, HAS_TAG = 0x200, 0x400
 NUMBERS = {LOGICAL: "i", INTEGER: "i", REAL: "d"}
+DAMAGE = (
+    *(AttributeError, EOFError, LookupError, OSError, RecursionError, TypeError, ValueError),
+    *(struct.error, zlib.error),
+)
 ZLIB = 1  # value of `compressed` in the list of places
 
 
@@ -34,8 +40,8 @@ def read_objects(places: bytes, objects: bytes) -> dict[str, Any]:
     Raises:
         ValueError: if a file is damaged, or holds something else than vectors and lists.
     """
-    try:
-        index = parse(gzip.decompress(places))
+    with _whole():
+        index = _Parser(gzip.decompress(places)).parse()
         variables, compressed = index["variables"], index["compressed"]
         if compressed != [ZLIB]:
             raise _unknown("the compression", compressed)
@@ -45,10 +51,22 @@ def read_objects(places: bytes, objects: bytes) -> dict[str, Any]:
             content = zlib.decompress(entry[4:])  # after the length, 4 bytes
             if struct.unpack(">I", entry[:4]) != (len(content),):
                 raise _damaged(f"{name} of {len(content)} bytes")
-            found[name] = parse(content)
-    except (EOFError, OSError, zlib.error, struct.error, KeyError, TypeError) as error:
-        raise _damaged(str(error)) from error
+            found[name] = _Parser(content).parse()
     return found
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Context manager that reports the errors of damaged data as such.
+
+    A damaged length, type or reference can raise any error of Python's own types.
+    """
+    try:
+        yield
+    except _RefusedError:
+        raise
+    except DAMAGE as error:
+        raise _damaged(str(error)) from error
 
 
 def parse(content: bytes) -> Any:
@@ -57,9 +75,8 @@ def parse(content: bytes) -> Any:
     Raises:
         ValueError: if the content is damaged, or holds something else than vectors and lists.
     """
-    if content[:2] != FORM:
-        raise _unknown("the form", content[:2])
-    return _Parser(content).parse()
+    with _whole():
+        return _Parser(content).parse()
 
 
 class _Parser:
@@ -71,6 +88,8 @@ class _Parser:
         self._symbols: list[Any] = []
 
     def parse(self) -> Any:
+        if self._content[:2] != FORM:
+            raise _unknown("the form", self._content[:2])
         version, _, _ = self._integers(3)
         if version == 3:
             self._take(self._integer())  # the name of the encoding
@@ -134,12 +153,18 @@ class _Parser:
         return part
 
 
+class _RefusedError(ValueError):
+    """Data that is damaged, or of another kind."""
+
+
 def _damaged(what: str) -> ValueError:
-    return ValueError(f"data of an R package must be whole, got {what}. Fetch the package again.")
+    return _RefusedError(
+        f"data of an R package must be whole, got {what}. Fetch the package again."
+    )
 
 
 def _unknown(what: str, value: Any) -> ValueError:
-    return ValueError(
+    return _RefusedError(
         f"data of an R package must be vectors and lists, compressed by zlib, got {what} "
         f"{value!r}. Fetch the version of the package that the recipe names."
     )

@@ -41,17 +41,20 @@ def gains_beyond(record: Record) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def mean_scores(record: Record, column: str | None = None) -> dict[tuple[str, int], float]:
-    """Returns the means of the strict score by a column and the length.
+def mean_scores(
+    record: Record, measure: str, column: str | None = None
+) -> dict[tuple[str, int], float]:
+    """Returns the means of a measure by a column and the length.
 
     Args:
         record: Record of the stage `needle`, `needle_beyond` or `ruler`.
+        measure: "score" for RULER's score, or "strict".
         column: Name of the column, such as "task"; None takes all items of a length together.
     """
     scores: dict[tuple[str, int], list[tuple[float, int]]] = {}
     for row in record["rows"]:
         key = ("" if column is None else row[column], row["length"])
-        scores.setdefault(key, []).append((row["strict"], row["items"]))
+        scores.setdefault(key, []).append((row[measure], row["items"]))
     return {key: _mean(pairs) for key, pairs in scores.items()}
 
 

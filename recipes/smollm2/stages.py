@@ -77,10 +77,10 @@ def _run(
     experiment: Experiment, stage: str, task: str, lengths: tuple[int, ...], **settings: Any
 ) -> None:
     """Runs one task on the novels, prints its table, and writes the record of the stage."""
-    started = time.perf_counter()
+    started, resumed = time.perf_counter(), experiment.has_begun(stage)
     data = experiment.all_novels()
     settings |= {"tasks": [task], "window": experiment.scale.window, "lengths": list(lengths)}
     evaluation = experiment.evaluate(stage, data, **settings)
     print(evaluation, flush=True)
     content = {"window": experiment.scale.window, "rows": rows_of(evaluation, task)}
-    experiment.save(stage, content, time.perf_counter() - started)
+    experiment.save(stage, content, time.perf_counter() - started, resumed)

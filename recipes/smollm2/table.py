@@ -85,18 +85,19 @@ def _ruler(record: Record) -> str:
 
 
 def _scores(record: Record, title: str, column: str | None) -> str:
-    found = mean_scores(record, column)
+    found = mean_scores(record, "score", column)
+    strict = mean_scores(record, "strict", column)
     names = list(dict.fromkeys(name for name, _ in found))
     lengths = list(dict.fromkeys(length for _, length in found))
     rows = [
         (
             "all depths" if column is None else f"`{name}`",
-            *(f"{found[name, length]:.0%}" for length in lengths),
+            *(f"{found[name, length]:.0%} / {strict[name, length]:.0%}" for length in lengths),
         )
         for name in names
     ]
     each = sum(row["items"] for row in record["rows"]) // len(found)
-    title = f"{title}: strict score, {pluralize(each, 'answer')} in each cell"
+    title = f"{title}: RULER's score / strict score, {pluralize(each, 'answer')} in each cell"
     return _table(record, title, (column or "", *(f"{n:,}" for n in lengths)), rows)
 
 
@@ -113,19 +114,25 @@ def _continued(records: Sequence[Record]) -> str:
         f"{first['long']:,} tokens of context over {first['window']:,}, in nats per token, of "
         f"{tokens:,} tokens of Persuasion, which is held out"
     )
-    return _table(first, title, ("way", "steps", "gain before", "gain after"), rows)
+    times = [record["seconds"] for record in records]
+    whole = {**first, "seconds": None if None in times else sum(times)}
+    return _table(whole, title, ("way", "steps", "gain before", "gain after"), rows)
 
 
 def _table(record: Record, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [
-        f"{title}. {record['device']}, torch {record['torch']}, {record['date']}, "
-        f"{record['seconds']:.0f} s.",
+        f"{title}. {record['device']}, torch {record['torch']}, {record['date']}{_time(record)}.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     return "\n".join(lines)
+
+
+def _time(record: Record) -> str:
+    seconds = record["seconds"]
+    return "" if seconds is None else f", {seconds:.0f} s"
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -38,6 +38,11 @@ def named_list(**members: bytes) -> bytes:
     return integers(0x213, len(members)) + b"".join(members.values()) + names(*members)
 
 
+def compressed(**members: bytes) -> bytes:
+    """Returns the list of places of an .rdx file that names zlib."""
+    return named_list(**members, compressed=vector([1]))
+
+
 def serialized(body: bytes, version: int = 3) -> bytes:
     head = integers(version, 0x40201, 0x30500)
     return b"X\n" + head + (integers(5) + b"UTF-8" if version == 3 else b"") + body

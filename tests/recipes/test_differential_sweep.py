@@ -77,6 +77,14 @@ def test_what_an_interval_says(low, high, expected):
     assert verdict(low, high) == expected
 
 
+def test_more_seeds_than_the_table_holds_do_not_narrow_the_quantile():
+    runs = [record("plain", seed, 1e-3, 3.0) for seed in range(10)]
+    runs += [record("v1", seed, 1e-3, 3.0 + 0.1 * (seed % 2)) for seed in range(10)]
+    difference = summarize_rates(runs)["best"]["v1"]["minus_plain"]
+    low, high = difference["interval"]
+    assert (high - low) / 2 == near(2.306 * difference["standard_error"])
+
+
 def test_one_seed_says_nothing():
     runs = [run for run in RUNS if run["seed"] == 0]
     difference = summarize_rates(runs)["best"]["v1"]["minus_plain"]
@@ -148,6 +156,10 @@ def test_bad_input_is_refused(tmp_path):
         run(tmp_path, "--rates", "-1")
     with pytest.raises(ValueError, match=r"must hold at least one run, got .* Run the stage train"):
         run(tmp_path, "--stages", "collect")
+    with pytest.raises(ValueError, match=r"had scale=tiny and not full\. Choose another folder"):
+        run(tmp_path, "--scale", "full")
+    with pytest.raises(ValueError, match=r"had overrides=\[\] and not \['a=1'\]\. Choose another"):
+        run(tmp_path, "--seeds", "0", "--", "a=1")
 
 
 def test_the_readme_has_the_table_of_the_record():

