@@ -5,6 +5,7 @@ without_router_loss: keeps the auxiliary loss of experts out of generation.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lctrain.attention.cache_step import STEP_ARGUMENT, CacheStep
 from lctrain.attention.cached import cached_rows
 from lctrain.generation.pages import CacheShape
+from lctrain.generation.wide_logits import wide_logits
 from lctrain.models.code import parameters
 
 MOST_HEAD_DIM = 256
@@ -33,6 +35,7 @@ class CachedForward:
         self.device: torch.device = next(model.parameters()).device
         self._model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = base
         self._keeps = "logits_to_keep" in parameters(base)
         self._fixed = without_router_loss(model)
         self._mask = cached_rows(None, 1, 1, self.device)
@@ -40,7 +43,7 @@ class CachedForward:
     def __call__(
         self, ids: Tensor, positions: Tensor, step: CacheStep, keep: Tensor | None = None
     ) -> Tensor:
-        """Returns the logits of tokens, [n, V].
+        """Returns the logits of tokens, [n, V]; float32 where wide_logits applies.
 
         Args:
             ids: Token ids [1, T] int64.
@@ -51,15 +54,17 @@ class CachedForward:
         arguments: dict[str, Any] = {STEP_ARGUMENT: step, **self._fixed}
         if keep is not None and self._keeps:
             arguments["logits_to_keep"] = keep
-        logits = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self._mask,
-            use_cache=False,
-            return_dict=True,
-            **arguments,
-        ).logits[0]
-        return logits if keep is None or self._keeps else logits[keep]
+        few = keep is None or self._keeps  # otherwise a pack of logits would need twice the memory
+        with wide_logits(self._base) if few else nullcontext():
+            logits = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._mask,
+                use_cache=False,
+                return_dict=True,
+                **arguments,
+            ).logits[0]
+        return logits if few else logits[keep]
 
 
 def without_router_loss(model: Any) -> dict[str, bool]:
