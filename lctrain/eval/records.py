@@ -18,13 +18,13 @@ class Measure:
 
     Attributes:
         name: Name of its column in the files.
-        label: Name for pictures, with the unit.
+        label: Name for tables and pictures, with the unit; that of the exponential if there is one.
         larger_is_better: Whether a larger value is better.
         is_share: Whether it is a share in [0, 1], which is shown in percent.
         threshold: Smallest mean, or largest if smaller is better, of a length that counts as
             mastered; None if the effective length is not defined.
-        exponential: Name of a further column, which holds the exponential of the mean; empty for
-            none.
+        exponential: Name of a further column, which holds the exponential of the mean, as tables
+            and pictures show it; empty for none.
     """
 
     name: str

@@ -83,7 +83,10 @@ def test_the_default_task_fills_in_masked_tokens(attention, encoder_folder, make
         assert 0 < accuracy < 1
     stored = evaluation.paths["masked_perplexity json"].read_text()
     assert json.loads(stored)["rows"][0]["accuracy"] == near(rows[0]["accuracy"])
-    assert "Masked perplexity" in str(evaluation)
+    text = str(evaluation)
+    assert "Masked perplexity" in text
+    shown = text.partition("Perplexity of masked tokens")[2].splitlines()[2].split()
+    assert shown == [f"{math.exp(row['loss']):,.3f}" for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class MaskedPerplexity(Task):
     measures: ClassVar = (
         Measure(
             "loss",
-            "Loss (nats per masked token)",
+            "Perplexity of masked tokens",
             larger_is_better=False,
             exponential="perplexity",
         ),
