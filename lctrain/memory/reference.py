@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
@@ -15,14 +16,15 @@ from lctrain.limits import require
 from lctrain.loss import TokenLogProbs, evaluation_mode, token_log_probs
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.models import patch_model
-from lctrain.models.adapters import inside_adapters
+from lctrain.models.adapters import inside_adapters, trained_beside_adapters
+from lctrain.pluralize import pluralize
 
 
 class ReferenceModel:
     """The reference model of a policy, for preference and policy losses.
 
-    A policy with PEFT's adapters is its own reference, with the adapters off. Any other policy is
-    copied, and the copy is frozen. `memory` says where the layers of the copy are: on the policy's
+    A policy with PEFT's adapters is its own reference, with the adapters off; adapters that have
+    been trained before are off, too. Any other policy is copied, and the copy is frozen. `memory` says where the layers of the copy are: on the policy's
     device, or in the host's memory, from which each layer's weights are copied to the device while
     it runs. The results are the same. A reference has no dropout.
 
@@ -34,7 +36,8 @@ class ReferenceModel:
 
     Raises:
         ValueError: if the policy is patched, if memory.reference is set for a policy with adapters,
-            or if transformers cannot name the layers of a copy in the host's memory.
+            if such a policy trains other weights, too, if FSDP2 has sharded a policy to copy, or if
+            transformers cannot name the layers of a copy in the host's memory.
     """
 
     def __init__(
@@ -61,7 +64,20 @@ class ReferenceModel:
                 f"memory.reference must be null for a policy with adapters, got "
                 f"{memory.reference}: the policy is its own reference. Leave it out.",
             )
+            beside = trained_beside_adapters(policy)
+            require(
+                not beside,
+                "policy must train nothing but its adapters, since its reference is the policy "
+                f"with its adapters off, got {pluralize(len(beside), 'other trained parameter')}, "
+                f"such as {', '.join(beside[:1])}. Freeze them (LoRA's bias must be 'none'), or "
+                "name their modules in modules_to_save.",
+            )
             return
+        require(
+            not any(isinstance(module, FSDPModule) for module in policy.modules()),
+            "policy must be whole when its reference is copied, got one that FSDP2 has sharded. "
+            "Make the reference before the model is sharded, or train adapters.",
+        )
         require(
             not self._on_host or bool(checkpointed_layers(policy)),
             f"memory.reference must be device for {type(policy).__name__}, whose layers "
@@ -83,8 +99,8 @@ class ReferenceModel:
         device = batch.input_ids.device
         if not self._on_host:
             self._copy.to(device)
-        elif self._layers is None:
-            self._layers = keep_layers_on_host(self._copy, device)
+        else:
+            self._layers = keep_layers_on_host(self._copy, device, self._layers)
         with torch.no_grad():
             return token_log_probs(self._copy, batch, temperature=temperature)
 
@@ -98,27 +114,31 @@ class HostLayer:
     """
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
-        self._device = device
-        self._weights: list[tuple[nn.Parameter, Tensor]] = []
-        for parameter in layer.parameters():
-            stored = parameter.detach().to("cpu")
-            if device.type == "cuda":
-                stored = stored.pin_memory()
-            self._weights.append((parameter, stored))
-            parameter.data = stored
+        self._weights = [(parameter, parameter.detach().cpu()) for parameter in layer.parameters()]
+        self.run_on(device)
         layer.register_forward_pre_hook(self._to_device)
         layer.register_forward_hook(self._to_host, always_call=True)
 
+    def run_on(self, device: torch.device) -> None:
+        """Changes the device on which the layer runs. Weights for a GPU are in pinned memory."""
+        self.device = device
+        if device.type == "cuda":
+            self._weights = [(parameter, stored.pin_memory()) for parameter, stored in self._weights]
+        for parameter, stored in self._weights:
+            parameter.data = stored
+
     def _to_device(self, layer: nn.Module, arguments: Any) -> None:
         for parameter, stored in self._weights:
-            parameter.data = stored.to(self._device, non_blocking=True, copy=True)
+            parameter.data = stored.to(self.device, non_blocking=True, copy=True)
 
     def _to_host(self, layer: nn.Module, arguments: Any, output: Any) -> None:
         for parameter, stored in self._weights:
             parameter.data = stored
 
 
-def keep_layers_on_host(model: nn.Module, device: torch.device) -> list[HostLayer]:
+def keep_layers_on_host(
+    model: nn.Module, device: torch.device, kept: list[HostLayer] | None = None
+) -> list[HostLayer]:
     """Keeps a frozen model's layers in the host's memory, and everything else on the device.
 
     The embedding and the head stay on the device, because a loss reads their weights directly.
@@ -126,7 +146,11 @@ def keep_layers_on_host(model: nn.Module, device: torch.device) -> list[HostLaye
     Args:
         model: A transformers model without gradients.
         device: Device on which the model runs.
+        kept: What an earlier call for this model returned; None for the first call. The model may
+            run on another device now.
     """
+    if kept is not None and all(layer.device == device for layer in kept):
+        return kept
     layers = checkpointed_layers(model)
     inside = {id(weight) for layer in layers for weight in layer.parameters()}
     for parameter in model.parameters():
@@ -135,4 +159,8 @@ def keep_layers_on_host(model: nn.Module, device: torch.device) -> list[HostLaye
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    return [HostLayer(layer, device) for layer in layers]
+    if kept is None:
+        return [HostLayer(layer, device) for layer in layers]
+    for layer in kept:
+        layer.run_on(device)
+    return kept

@@ -6,6 +6,8 @@ import sys
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 
 def inside_adapters(model: Any) -> Any:
     """Returns the transformers model inside a PeftModel, adapters included.
@@ -32,6 +34,34 @@ def inside_adapters(model: Any) -> Any:
 def has_virtual_tokens(model: Any) -> bool:
     """Returns whether a model is a PeftModel with prompt tuning, p-tuning or prefix tuning."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def trained_beside_adapters(model: Any) -> list[str]:
+    """Returns the names of trainable parameters that act while a PeftModel's adapters are off.
+
+    Examples are the biases that LoRA's `bias="all"` trains, and weights that a caller unfreezes.
+
+    Args:
+        model: A PeftModel.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    switched: set[int] = set()
+    for module in model.modules():
+        parts: list[Any] = []
+        if isinstance(module, BaseTunerLayer):
+            parts = [getattr(module, name, None) for name in module.adapter_layer_names]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            parts = [part for name, part in module.named_children() if name != "original_module"]
+        for part in parts:
+            if isinstance(part, nn.Module):
+                switched.update(id(parameter) for parameter in part.parameters())
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in switched
+    ]
 
 
 def refuse_virtual_tokens() -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import lctrain
 from lctrain.config import MemoryConfig
@@ -11,6 +12,7 @@ from lctrain.eval.shipped import load_passkey_model
 from lctrain.loss import token_log_probs
 from lctrain.memory import ReferenceModel
 from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.reference import keep_layers_on_host
 
 GROUPS = [([5, 6, 7, 8], [[9, 10], [11]]), ([12, 13, 14], [[15], [16, 17]])]
 
@@ -20,9 +22,9 @@ def policy():
     return load_passkey_model("shipped").model
 
 
-def with_adapters(policy):
+def with_adapters(policy, **settings):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, **settings)
     return peft.get_peft_model(policy, lora)
 
 
@@ -119,11 +121,66 @@ def test_wrong_settings(policy):
         ReferenceModel(policy)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [9, 10, 11]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_everything_that_adapters_train_is_switched_off(policy, settings):
+    policy = with_adapters(policy, **settings)
+    reference = ReferenceModel(policy)
+    lctrain.patch_model(policy.get_base_model())
+    pack = lctrain.PackedBatch.from_groups(GROUPS)
+    before = reference.log_probs(pack).log_probs
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    assert torch.equal(reference.log_probs(pack).log_probs, before)
+    assert not torch.equal(token_log_probs(policy, pack).log_probs, before)
+
+
+def test_weights_that_are_trained_beside_adapters(policy):
+    """With adapters off, they would still change the reference."""
+    unfrozen = with_adapters(copy.deepcopy(policy))
+    unfrozen.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"nothing but its adapters.*1 other.*model\.norm\.weight"):
+        ReferenceModel(unfrozen)
+    policy.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"such as .*q_proj\.base_layer\.bias\. .*must be 'none'"):
+        ReferenceModel(with_adapters(policy, bias="lora_only"))
+
+
+def test_a_policy_that_fsdp2_has_sharded(policy):
+    # The class is what fully_shard gives a module; it needs a process group.
+    sharded = type(policy.lm_head)
+    policy.lm_head.__class__ = type("Sharded", (FSDPModule, sharded), {})
+    with pytest.raises(ValueError, match="must be whole when its reference is copied, got one"):
+        ReferenceModel(policy)
+
+
+def test_a_reference_on_the_host_follows_the_policy_to_another_device(policy):
+    reference = ReferenceModel(policy, MemoryConfig(reference="host"))
+    pack = lctrain.PackedBatch.from_groups(GROUPS)
+    expected = reference.log_probs(pack).log_probs
+    layers, other = reference._layers, torch.device("cpu", 0)  # unequal to torch.device("cpu")
+    assert keep_layers_on_host(reference._copy, other, layers) is layers
+    assert all(layer.device == other for layer in layers)
+    assert torch.equal(reference.log_probs(pack).log_probs, expected)
+    assert all(layer.device == torch.device("cpu") for layer in layers)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_layers_stay_on_the_host(policy):
     policy = policy.to("cuda", torch.bfloat16)
     pack = lctrain.PackedBatch.from_groups(GROUPS).to(torch.device("cuda"))
     places = [ReferenceModel(policy, MemoryConfig(reference=at)) for at in ("device", "host")]
+    places[1].log_probs(pack.to(torch.device("cpu")))  # then it moves to the GPU
     near, far = (one.log_probs(pack).log_probs for one in places)
     assert torch.equal(near, far)
     copied = places[1]._copy
