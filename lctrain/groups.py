@@ -111,7 +111,13 @@ def group_documents(
     labels: list[Tensor] = []
     parents: list[int] = []
     members: list[tuple[int, ...]] = []
-    for number, (given, completions) in enumerate(groups):
+    for number, group in enumerate(groups):
+        if not isinstance(group, tuple | list) or len(group) != 2:
+            raise ValueError(
+                "groups must be pairs of a prompt and a list of its completions, got "
+                f"{str(group)[:60]} as groups[{number}]. Write [(prompt, [completion, ...])]."
+            )
+        given, completions = group
         prompt = read(f"groups[{number}][0]", given)
         if len(prompt) == 0 or len(completions) == 0:
             what = "an empty prompt" if len(prompt) == 0 else "no completion"

@@ -260,6 +260,8 @@ def test_the_kernels_of_the_gpu_are_within_twice_the_error_of_pytorch():
         ([], "groups must hold at least one group, got none"),
         ([([], [[1]])], r"got an empty prompt in groups\[0\]"),
         ([([1, 2], [[3]]), ([1], [])], r"got no completion in groups\[1\]"),
+        ([([1, 2],)], r"groups must be pairs of a prompt and a list .* as groups\[0\]"),
+        ([3], r"groups must be pairs of a prompt .*, got 3 as groups\[0\]"),
         ([([1, 2], [[3], []])], r"an empty one as groups\[0\]\[1\]\[1\]"),
     ],
 )

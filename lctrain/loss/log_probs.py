@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,12 +71,14 @@ def token_log_probs(
             embedding.
 
     Raises:
-        ValueError: if the temperature is not above 0, or differs from 1 for a model with a soft cap
+        ValueError: if the temperature is not above 0 and finite, or differs from 1 for a model with a soft cap
             on its logits; if the batch is a share of a pack; if documents share a prefix and the
             attention of the model is not flash.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}. Use 1 to sample as is.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be above 0 and finite, got {temperature}. Use 1 to sample as is."
+        )
     if batch.share is not None:
         raise ValueError(
             "batch must be a whole pack, whose completions are summed, got a share of one. Train "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -128,8 +129,13 @@ def group_advantages(
         scale: Whether to divide by the standard deviation of the group, plus 1e-4.
 
     Raises:
-        ValueError: if the rewards cannot be divided into the groups.
+        ValueError: if the rewards cannot be divided into the groups, or one is not finite.
     """
+    if rewards.dim() != 1:
+        raise ValueError(
+            f"rewards must be of shape [C], one per completion, got {list(rewards.shape)}. Pass "
+            "rewards.flatten(), group after group."
+        )
     if isinstance(members, int):
         if members < 1 or len(rewards) % members:
             raise ValueError(
@@ -148,6 +154,11 @@ def group_advantages(
         raise ValueError(
             f"rewards must be one for each of {sum(sizes)} completions, got {len(rewards)}. Pass "
             "them group after group."
+        )
+    if not rewards.isfinite().all():
+        raise ValueError(
+            "rewards must be finite, got nan or inf, which would reach all weights. Give such a "
+            "completion a reward of its own, such as 0."
         )
     if not rewards.is_floating_point():
         rewards = rewards.to(torch.get_default_dtype())
@@ -195,8 +206,8 @@ def _check_numbers(low: float, high: float, kl: float, reference: Tensor | None)
         raise ValueError(
             f"clip_low must be in (0, 1] and clip_high above 0, got {low} and {high}. Try 0.2."
         )
-    if kl < 0 or (kl and reference is None):
+    if not 0 <= kl < math.inf or (kl and reference is None):
         raise ValueError(
-            f"kl must be at least 0, and 0 without a reference, got {kl}. Pass the reference's "
-            "log-probabilities."
+            f"kl must be at least 0 and finite, and 0 without a reference, got {kl}. Pass the "
+            "reference's log-probabilities."
         )

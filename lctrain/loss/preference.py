@@ -123,8 +123,8 @@ def _check(
             f"policy must hold pairs of completions, got {policy.completions} completions. Build "
             "the pack with PackedBatch.from_groups([(prompt, [chosen, rejected]), ...])."
         )
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}. Try 0.1.")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be above 0 and finite, got {beta}. Try 0.1.")
     needs = kind in ("dpo", "ipo")
     if needs and reference is None:
         raise ValueError(
@@ -140,6 +140,8 @@ def _check(
         )
     if gamma and kind != "simpo":
         raise ValueError(f"gamma must be 0 for {kind}, got {gamma}. It is the margin of simpo.")
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma must be finite, got {gamma}. Try 0.5.")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind != "dpo"):
         raise ValueError(
             f"label_smoothing must be in [0, 0.5), and 0 for other kinds than dpo, got "

@@ -318,6 +318,11 @@ def test_advantages_are_relative_to_the_group():
         group_advantages(rewards, 2)
     with pytest.raises(ValueError, match="rewards must be one for each of 2 completions, got 5"):
         group_advantages(rewards, [(0, 1)])
+    with pytest.raises(ValueError, match=r"rewards must be of shape \[C\], .* got \[1, 5\]"):
+        group_advantages(rewards[None], 5)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="rewards must be finite, got nan or inf"):
+            group_advantages(torch.tensor([1.0, wrong]), 2)
 
 
 def pair_module(model):
@@ -368,7 +373,7 @@ def test_faulty_arguments(models):
         (lambda: preference_loss(found), "reference must be given for dpo, got None"),
         (lambda: preference_loss(found, advantages, kind="simpo"), "reference must be None for"),
         (lambda: preference_loss(found, advantages[:2]), r"reference must be of shape \[4\]"),
-        (lambda: preference_loss(found, advantages, beta=0.0), "beta must be above 0, got 0.0"),
+        (lambda: preference_loss(found, advantages, beta=0.0), "beta must be above 0 and finite, got 0.0"),
         (lambda: preference_loss(found, advantages, gamma=1.0), "gamma must be 0 for dpo"),
         (lambda: preference_loss(found, advantages, label_smoothing=0.5), r"must be in \[0, 0.5\)"),
         (
@@ -380,8 +385,18 @@ def test_faulty_arguments(models):
         (lambda: policy_loss(found, old, advantages, average="x"), "average must be one of token"),
         (lambda: policy_loss(found, old, advantages, ratio="x"), "ratio must be one of token, seq"),
         (lambda: policy_loss(found, old, advantages, clip_low=0.0), "clip_low must be in"),
-        (lambda: policy_loss(found, old, advantages, kl=0.1), "kl must be at least 0, and 0 with"),
+        (lambda: policy_loss(found, old, advantages, kl=0.1), "kl must be at least 0 and finite"),
     ]
+    for wrong in (math.nan, math.inf):
+        cases += [
+            (lambda x=wrong: token_log_probs(patched, batch, temperature=x), "temperature must"),
+            (lambda x=wrong: preference_loss(found, advantages, beta=x), "beta must be above 0"),
+            (lambda x=wrong: preference_loss(found, kind="simpo", gamma=x), "gamma must be finite"),
+            (
+                lambda x=wrong: policy_loss(found, old, advantages, reference=old, kl=x),
+                "kl must be at least 0 and finite",
+            ),
+        ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
