@@ -71,9 +71,9 @@ def token_log_probs(
             embedding.
 
     Raises:
-        ValueError: if the temperature is not above 0 and finite, or differs from 1 for a model with a soft cap
-            on its logits; if the batch is a share of a pack; if documents share a prefix and the
-            attention of the model is not flash.
+        ValueError: if the temperature is not above 0 and finite, or differs from 1 for a model with
+            a soft cap on its logits; if the batch is a share of a pack; if documents share a prefix
+            and the attention of the model is not flash.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lctrain.attention import is_patched
@@ -24,9 +24,10 @@ class ReferenceModel:
     """The reference model of a policy, for preference and policy losses.
 
     A policy with PEFT's adapters is its own reference, with the adapters off; adapters that have
-    been trained before are off, too. Any other policy is copied, and the copy is frozen. `memory` says where the layers of the copy are: on the policy's
-    device, or in the host's memory, from which each layer's weights are copied to the device while
-    it runs. The results are the same. A reference has no dropout.
+    been trained before are off, too. Any other policy is copied, and the copy is frozen. `memory`
+    says where the layers of the copy are: on the policy's device, or in the host's memory, from
+    which each layer's weights are copied to the device while it runs. The results are the same. A
+    reference has no dropout.
 
     Args:
         policy: The model before training, not patched.
@@ -123,7 +124,9 @@ class HostLayer:
         """Changes the device on which the layer runs. Weights for a GPU are in pinned memory."""
         self.device = device
         if device.type == "cuda":
-            self._weights = [(parameter, stored.pin_memory()) for parameter, stored in self._weights]
+            self._weights = [
+                (parameter, stored.pin_memory()) for parameter, stored in self._weights
+            ]
         for parameter, stored in self._weights:
             parameter.data = stored
 

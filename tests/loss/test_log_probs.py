@@ -373,7 +373,7 @@ def test_faulty_arguments(models):
         (lambda: preference_loss(found), "reference must be given for dpo, got None"),
         (lambda: preference_loss(found, advantages, kind="simpo"), "reference must be None for"),
         (lambda: preference_loss(found, advantages[:2]), r"reference must be of shape \[4\]"),
-        (lambda: preference_loss(found, advantages, beta=0.0), "beta must be above 0 and finite, got 0.0"),
+        (lambda: preference_loss(found, advantages, beta=0.0), "beta must be above 0 and fin"),
         (lambda: preference_loss(found, advantages, gamma=1.0), "gamma must be 0 for dpo"),
         (lambda: preference_loss(found, advantages, label_smoothing=0.5), r"must be in \[0, 0.5\)"),
         (
