@@ -5,7 +5,7 @@ formulas, and a policy of selective activation checkpointing can name them. The 
 operator are the fields of its operands, of PackTensors and of AttentionOptions, in this order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lctrain_kernels.by_head import is_by_head, run_by_head
 from lctrain_kernels.fused_operator import Operation, define_autograd, define_operator
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, PackTensors, TiledPack
@@ -46,6 +47,8 @@ class Attention:
             visible pair of query and key, for one head.
         finish: Function from (gradients by name, operands, pack, options, saved results by name) to
             the gradients of all fields by name. By default, the gradients of the operands.
+        heads: Dimension of the heads in operands, results and gradients, by name; None if the
+            backward always computes all heads at once.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Attention:
     fake_backward: Callable[..., tuple[Tensor, ...]]
     products: tuple[Callable[..., int], Callable[..., int]]
     finish: Callable[..., dict[str, Tensor | None]] | None = None
+    heads: Mapping[str, int] | None = None
 
 
 class Arguments(NamedTuple):
@@ -160,6 +164,7 @@ def build_operators(attention: Attention) -> Operators:
         ctx.save_for_backward(
             *[inputs[place] for place in tensors], *[output[place] for place in places.values()]
         )
+        ctx.by_head = is_by_head()
         ctx.constants = list(inputs)
         for place in tensors:
             ctx.constants[place] = None
@@ -174,8 +179,14 @@ def build_operators(attention: Attention) -> Operators:
         dout = named["out"]
         if dout is None:
             dout = torch.zeros_like(kept[0])
-        results = backward_op(dout, *(named[name] for name in lse), *values, *kept)
-        found = dict(zip(attention.gradients, results, strict=True))
+        given = (dout, *(named[name] for name in lse), *values, *kept)
+        if ctx.by_head and attention.heads is not None:
+            names = ("dout", *(f"d{name}" for name in lse), *fields, *attention.saved)
+            call = dict(zip(names, given, strict=True))
+            results = run_by_head(backward_op, call, attention.heads, attention.gradients)
+        else:
+            results = backward_op(*given)
+        found: dict[str, Any] = dict(zip(attention.gradients, results, strict=True))
         if attention.finish is not None:
             saved_results = dict(zip(attention.saved, kept, strict=True))
             found = attention.finish(found, *arguments(values), saved_results)

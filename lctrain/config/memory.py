@@ -29,6 +29,8 @@ class MemoryConfig:
             first layer is kept. The backward computes the other inputs again: it runs the layers
             before them once more, and reuses attention outputs that are kept (checkpoint and
             offload).
+        backward_by_head: Whether attention's backward computes one key/value head at a time, which
+            takes less memory (checkpoint and offload). Differential attention computes all at once.
         mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
             tokens at once. Results are equal within rounding (all policies but none).
         device_gib: Memory of the GPU in GiB that the plan assumes; None takes the free memory.
@@ -47,6 +49,7 @@ class MemoryConfig:
     host_attention: int = 0
     keep_inputs: int | None = None
     segment_layers: int = 1
+    backward_by_head: bool = False
     mlp_tokens: int | None = None
     device_gib: float | None = None
     host_gib: float | None = None
@@ -85,6 +88,11 @@ class MemoryConfig:
             self.segment_layers == 1 or self.name in ("checkpoint", "offload"),
             f"memory.segment_layers must be 1 for memory={self.name}, got {self.segment_layers}. "
             "Choose memory=checkpoint or memory=offload.",
+        )
+        require(
+            not self.backward_by_head or self.name in ("checkpoint", "offload"),
+            f"memory.backward_by_head must be false for memory={self.name}, got true. Choose "
+            "memory=checkpoint or memory=offload.",
         )
         for option in ("keep_inputs", "host_gib"):
             value = getattr(self, option)

@@ -18,6 +18,11 @@ DEFAULT_INPUTS = 2
 """Layers, from the last, whose inputs stay on the device unless memory.keep_inputs is set."""
 LONGEST_SEGMENT = 4
 """Most layers of a segment that "auto" tries: rebuilt inputs of a segment are on the device."""
+LEAST_BY_HEAD = 65_536
+"""Tokens from which "auto" tries backward_by_head.
+
+A key/value head then has 512 tiles of 128 keys, several for every multiprocessor of a GPU.
+"""
 
 
 def candidates(
@@ -26,7 +31,8 @@ def candidates(
     """Returns the settings that "auto" tries one after the other, until one fits.
 
     They are sorted by the operations that the backward computes again, the fewest first. Among
-    settings with equal numbers, those that move the fewest bytes to the host come first.
+    settings with equal numbers, those that compute all heads at once come first, and among these
+    those that move the fewest bytes to the host.
 
     Args:
         config: Settings of "auto".
@@ -39,11 +45,15 @@ def candidates(
     per_input = max(aligned(layer.inputs) for layer in measured.layers)
     on_host = count if host_limit is None else max(host_limit - measured.host, 0) // per_input
     found: list[tuple[float, MemoryConfig]] = []
+    by_head = [False]
+    if measured.tokens >= LEAST_BY_HEAD and measured.by_head() != measured:
+        by_head.append(True)
 
     def add(name: str, segment: int, **options: Any) -> None:
         unused = {} if name in WITH_HOST else {"keep_inputs": None, "host_gib": None}
         made = replace(config, name=name, segment_layers=segment, **(unused | options))
-        found.append((sum(repeated(measured, policies_of(made, count))), made))
+        cost = sum(repeated(measured, policies_of(made, count)))
+        found.extend((cost, replace(made, backward_by_head=one)) for one in by_head)
 
     for segment in range(1, min(LONGEST_SEGMENT, count) + 1):
         # Inputs of layers that do not fit on the host stay on the device.
@@ -61,7 +71,7 @@ def candidates(
                 )
         if config.keep_inputs is None:
             add("offload", segment, keep_inputs=max(0, count - segment * on_host))
-    found.sort(key=lambda one: one[0])
+    found.sort(key=lambda one: (one[0], one[1].backward_by_head))
     policies = [made for _, made in found]
     if config.mlp_tokens is None:
         policies.insert(0, replace(config, name="none", keep_inputs=None, host_gib=None))

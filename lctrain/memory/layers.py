@@ -19,6 +19,7 @@ from lctrain.memory.segments import LayerCall, LayerInput
 from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.warn import warn_caller
+from lctrain_kernels.by_head import backward_by_head
 
 DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
 INPUT, ATTENTION = "input", "attention"
@@ -58,6 +59,7 @@ class LayerCheckpoints:
         policies: LayerPolicy of every layer.
         store: The HostStore for tensors on the host; None if the policies move nothing.
         mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
+        by_head: Whether attention's backward computes one key/value head at a time.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class LayerCheckpoints:
         policies: Sequence[LayerPolicy],
         store: HostStore | None = None,
         mlp_tokens: int | None = None,
+        by_head: bool = False,
     ) -> None:
         self._model = model
+        self._by_head = by_head
         self._layers = layers = checkpointed_layers(model)
         self._tiles = None if mlp_tokens is None else TiledMLPs(layers, mlp_tokens)
         remove_policy(model)  # the earlier policy's tiles; the tiles made above stay
@@ -112,7 +116,9 @@ class LayerCheckpoints:
         repeated = self.policies[index + 1 : index + 2]  # its output is rebuilt for the next layer
         repeats = any(following.inputs == RECOMPUTE for following in repeated)
         plain = policy == LayerPolicy() and not repeats
-        if not plain and torch.compiler.is_compiling():
+        if self._by_head:
+            layer = partial(_run_by_head, layer)
+        if (self._by_head or not plain) and torch.compiler.is_compiling():
             _refuse_compilation()
         if policy.attention != RECOMPUTE and not self._has_operators:
             self._require_operators()
@@ -201,6 +207,12 @@ class LayerCheckpoints:
         if place == DEVICE or self.store is None:
             return OnDevice(x)
         return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
+
+
+def _run_by_head(layer: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Runs a layer, whose attention's backward will compute one key/value head at a time."""
+    with backward_by_head():
+        return layer(*given, **options)
 
 
 @torch.compiler.disable(reason="memory=offload and kept attention need a model as it is")

@@ -41,6 +41,7 @@ class Plan:
         tokens: Number of tokens of the pack.
         policy: Name of the memory policy: none, checkpoint or offload.
         policies: LayerPolicy of every layer; empty for the policy none.
+        by_head: Whether attention's backward runs one key/value head at a time.
         device_bytes: Bytes that the process needs on the GPU at its peak: tensors (weights,
             gradients, optimizer states, activations), what the allocator loses, and CUDA.
         held_bytes: Bytes of free blocks that the allocator holds beyond device_bytes while the GPU
@@ -61,6 +62,7 @@ class Plan:
     tokens: int
     policy: str
     policies: tuple[LayerPolicy, ...]
+    by_head: bool
     device_bytes: int
     held_bytes: int
     host_bytes: int
@@ -92,6 +94,8 @@ class Plan:
             *(f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in self.parts.items()),
             *_layer_lines(self),
         ]
+        if self.by_head:
+            lines.append("attention's backward computes one key/value head at a time")
         if self.parts[CUDA]:
             lines.append(
                 f"peak of the tensors {self.tensor_bytes / GIB:.2f} GiB; with room for it, the "
@@ -221,8 +225,10 @@ def plan_of(
     if config.name != "auto":
         return _plan(measured, config, device_limit, host_limit)
     tried = []
+    bytes_of = {False: measured, True: measured.by_head()}
     for candidate in candidates(config, measured, host_limit):
-        _, device, host = _needed(measured, policies_of(candidate, len(measured.layers)))
+        step = bytes_of[candidate.backward_by_head]
+        _, device, host = _needed(step, policies_of(candidate, len(measured.layers)))
         excess = 0 if host_limit is None else max(host - host_limit, 0)
         tried.append((excess, device, candidate))
         if excess == 0 and (device_limit is None or device <= device_limit):
@@ -235,6 +241,8 @@ def _plan(
     measured: Profile, config: MemoryConfig, device_limit: int | None, host_limit: int | None
 ) -> Plan:
     policies = policies_of(config, len(measured.layers))
+    if config.backward_by_head:
+        measured = measured.by_head()
     parts, device, host = _needed(measured, policies)
     limited = device_limit is not None
     has_room = host_limit is None or host <= host_limit
@@ -246,6 +254,7 @@ def _plan(
         tokens=measured.tokens,
         policy=config.name,
         policies=tuple(policies),
+        by_head=config.backward_by_head,
         device_bytes=device,
         held_bytes=held_bytes(measured.layers, policies, expandable),
         host_bytes=host,

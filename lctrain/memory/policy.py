@@ -115,8 +115,9 @@ def apply_config(
         if not chosen.policies:
             remove_policy(inner)
             return None
-        policies = list(chosen.policies)
+        policies, by_head = list(chosen.policies), chosen.by_head
     else:
+        by_head = config.backward_by_head
         policies = policies_of(config, len(checkpointed_layers(inner)))
     store = None
     if any(HOST in (policy.inputs, policy.attention) for policy in policies):
@@ -129,7 +130,7 @@ def apply_config(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         room = host_bytes(config, ranks) - optimizer_bytes(trained, optimizer)[1]
         store = HostStore(counts, max(room, 0), tokens=tokens)
-    return LayerCheckpoints(inner, policies, store, config.mlp_tokens)
+    return LayerCheckpoints(inner, policies, store, config.mlp_tokens, by_head)
 
 
 def plan_for(

@@ -7,7 +7,7 @@ needed.
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ class LayerBytes:
         saved: Bytes that autograd saves for the layer's backward without activation checkpointing.
         forward: Peak bytes of the layer's forward under checkpointing, without the layer's input.
         backward: Peak bytes of the layer's recomputation and backward, without the layer's input.
+        by_head: The same if attention's backward runs one key/value head at a time.
     """
 
     inputs: int
@@ -47,6 +48,7 @@ class LayerBytes:
     saved: int
     forward: int
     backward: int
+    by_head: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Profile:
     head_dim: int = 0
     in_bfloat16: bool = False
     on_gpu: bool = True
+
+    def by_head(self) -> Profile:
+        """Returns the bytes if attention's backward runs one key/value head at a time."""
+        layers = tuple(replace(layer, backward=layer.by_head) for layer in self.layers)
+        return replace(self, layers=layers)
 
 
 def profile(
@@ -162,6 +169,7 @@ def profile(
                 saved=whole.saved,
                 forward=one.forward + dequantized,
                 backward=one.backward + dequantized,
+                by_head=one.by_head + dequantized,
             )
             for one, whole in zip(run.layers, plain, strict=True)
         ),
@@ -184,6 +192,7 @@ class _Layer:
 
     def __init__(self) -> None:
         self.inputs = self.attention = self.saved = self.forward = self.backward = 0
+        self.by_head = 0
         self.outputs = self.head_dim = 0  # elements and columns of its attention's outputs
 
 
@@ -315,6 +324,8 @@ class _Run:
             self.head = taken
         else:
             setattr(self.layers[index], phase, taken)
+        if phase == "backward":
+            self.layers[index].by_head = self.tracker.peak_by_head - begin
 
 
 def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:

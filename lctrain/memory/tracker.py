@@ -17,6 +17,8 @@ from lctrain.memory.quantized import is_quantized, make_dense
 
 _BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differential_backward": 2}
 """Attention's backward operators -> tensors of the size of q that they accumulate in float32."""
+_BY_HEAD = frozenset(("varlen_backward", "dual_chunk_backward"))
+"""Backward operators that can run one key/value head at a time."""
 
 
 class Tracker(TorchDispatchMode):
@@ -26,17 +28,19 @@ class Tracker(TorchDispatchMode):
         live: Bytes of the storages that exist now.
         peak: Largest value of `live` since `restart`, including the workspace of attention kernels
             in the backward.
+        peak_by_head: What `peak` would be if attention's backward ran one key/value head at a time.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.peak_by_head = 0
         self._known: set[int] = set()
 
     def restart(self) -> None:
-        """Sets `peak` to the bytes that exist now."""
-        self.peak = self.live
+        """Sets `peak` and `peak_by_head` to the bytes that exist now."""
+        self.peak = self.peak_by_head = self.live
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
         """Excludes the storages of tensors, such as weights, from the count."""
@@ -52,11 +56,16 @@ class Tracker(TorchDispatchMode):
                 self._add(leaf)
         schema = getattr(func, "_schema", None)
         name = "" if schema is None else schema.name.removeprefix("lctrain::")
-        space = 0
+        space = by_head = 0
         if name in _BACKWARD_WORKSPACE:
-            sizes = [x.numel() for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() == 3]
-            space = _BACKWARD_WORKSPACE[name] * 4 * max(sizes)
+            packed = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() == 3]
+            space = by_head = _BACKWARD_WORKSPACE[name] * 4 * max(x.numel() for x in packed)
+            heads = min(x.shape[1] for x in packed)  # of keys and values
+            if name in _BY_HEAD and heads > 1:  # a head's gradients, beside those of all heads
+                results = sum(x.numel() * x.element_size() for x in tree_leaves(found))
+                by_head = (space + results) // heads
         self.peak = max(self.peak, self.live + space)
+        self.peak_by_head = max(self.peak_by_head, self.live + by_head)
         return found
 
     def _add(self, tensor: Tensor) -> None:

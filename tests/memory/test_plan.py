@@ -11,7 +11,7 @@ from lctrain.build import plan_memory
 from lctrain.config import AdapterConfig, MemoryConfig
 from lctrain.config.optim import HOST_ADAMW
 from lctrain.loss import causal_lm_loss
-from lctrain.memory import plan, use_policy
+from lctrain.memory import candidates, plan, use_policy
 from lctrain.memory.plan import ALLOCATOR, CUDA, GIB, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.reserved import CONTEXT
@@ -71,6 +71,7 @@ def measured(model, batch, handle):
 POLICIES = {
     "checkpoint": {},
     "attention-kept": {"policy": "checkpoint", "keep_attention": LAYERS},
+    "by-head": {"policy": "checkpoint", "backward_by_head": True, "mlp_tokens": TOKENS // 4},
     "offload": {"keep_inputs": 2},
     "offload-attention": {"policy": "offload", "keep_attention": 2, "host_attention": 4},
     "segment": {"policy": "checkpoint", "segment_layers": 3},
@@ -81,6 +82,7 @@ POLICIES = {
         "keep_inputs": 0,
         "keep_attention": 3,
         "host_attention": 3,
+        "backward_by_head": True,
     },
 }
 
@@ -169,6 +171,23 @@ def test_auto_recomputes_what_takes_fewer_operations(model, attention, expected)
         "attention": any(layer.attention == "recompute" for layer in found.policies),
     }
     assert {name for name, is_recomputed in recomputed.items() if is_recomputed} == {expected}
+
+
+def test_auto_runs_the_backward_by_heads_only_where_it_is_needed(model, monkeypatch):
+    bytes_of = profile(model, TOKENS)
+    fewer = [replace(layer, by_head=int(0.9 * layer.backward)) for layer in bytes_of.layers]
+    bytes_of = replace(bytes_of, layers=tuple(fewer))  # as if attention set the peak
+    kept = plan_of(bytes_of, MemoryConfig(name="checkpoint", keep_attention=LAYERS), None, None)
+    auto = MemoryConfig(name="auto")
+    less = kept.device_bytes - 1
+    assert not plan_of(bytes_of, auto, less, 0).by_head  # a pack this short does not fill a GPU
+    monkeypatch.setattr(candidates, "LEAST_BY_HEAD", TOKENS)
+    assert not plan_of(bytes_of, auto, less + 1, 0).by_head  # it fits with all heads at once
+    found = plan_of(bytes_of, auto, less, 0)
+    assert found.by_head
+    assert found.fits
+    assert found.policies == kept.policies
+    assert "attention's backward computes one key/value head at a time" in str(found)
 
 
 def test_auto_keeps_no_attention_that_is_not_ours(model):

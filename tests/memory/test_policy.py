@@ -23,9 +23,14 @@ POLICIES = {
     "offload-last-kept": ("offload", {"keep_inputs": 1}),
     "offload-attention": ("offload", {"keep_inputs": 0, "host_attention": 2}),
     "mixed": ("offload", {"keep_inputs": 1, "keep_attention": 1, "host_attention": 1}),
+    "by-head": ("checkpoint", {"backward_by_head": True}),
     "segment": ("checkpoint", {"segment_layers": 2}),
     "segment-attention": ("checkpoint", {"segment_layers": 2, "keep_attention": 2}),
     "segment-host": ("offload", {"segment_layers": 2, "keep_inputs": 0, "host_attention": 2}),
+    "segment-by-head": (
+        "offload",
+        {"segment_layers": 2, "host_attention": 1, "backward_by_head": True},
+    ),
 }
 
 
@@ -303,6 +308,10 @@ def test_a_model_without_such_layers_is_refused():
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
         (("memory=checkpoint", "memory.segment_layers=0"), r"segment_layers must be at least 1"),
         (("memory.segment_layers=2",), r"memory\.segment_layers must be 1 for memory=none, got 2"),
+        (
+            ("memory=auto", "memory.backward_by_head=true"),
+            r"memory\.backward_by_head must be false for memory=auto, got true",
+        ),
         (("memory=checkpoint", "memory.keep_inputs=1"), r"keep_inputs must be null for memory=ch"),
         (("memory=checkpoint", "memory.host_gib=8"), r"host_gib must be null for memory=checkp"),
         (("memory.host_gib=8",), r"memory\.host_gib must be null for memory=none, .*got 8"),
