@@ -65,7 +65,8 @@ def generate(
 
     The model's training mode, torch's random state, the model's generation config and its rotary
     frequencies are as before when the call returns or raises. The cache is freed. Defaults of the
-    model's generation config, such as a temperature, are not used.
+    model's generation config, such as a temperature, are not used. One thread at a time may use the
+    model, since its mode is switched meanwhile.
 
     Args:
         model: A causal LM of transformers, a model of PEFT, or a module whose attribute `model` is

@@ -9,6 +9,7 @@ import torch
 
 import lctrain
 from lctrain.bench.__main__ import main
+from lctrain.bench.generation_runs import _figures
 from lctrain.bench.generation_yardsticks import floor_seconds, log_prob_difference, make_prompts
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from tests.numerics import near
@@ -74,3 +75,11 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert "lctrain-bench generation needs a GPU" in capsys.readouterr().err
     assert main(["generation", "--peer-tokens", "8"]) == 2
     assert "--peer-tokens must be above 8, got 8" in capsys.readouterr().err
+
+
+def test_seconds_beyond_the_median_step_are_recorded():
+    """A capture or a compilation makes a few steps slow."""
+    figures = _figures(9.0, 1.0, [2.0, 1.0, 1.0, 4.0, 1.0], 6)
+    assert figures["step_ms"] == 1000.0
+    assert figures["beyond_median_seconds"] == 4.0
+    assert _figures(1.0, 1.0, [], 1)["beyond_median_seconds"] == 0.0

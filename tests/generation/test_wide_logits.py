@@ -63,6 +63,12 @@ def test_an_error_leaves_the_head_as_it_was(half):
     assert "forward" not in vars(half.lm_head)
 
 
+def test_two_threads_may_end_in_any_order(half):
+    with wide_logits(half):
+        del half.lm_head.forward
+    assert "forward" not in vars(half.lm_head)
+
+
 def test_logits_have_half_precision_where_the_trainers_have(half, monkeypatch):
     monkeypatch.setattr("lctrain_kernels.fused_backend.fused_backend", lambda *_: "triton")
     with wide_logits(half):
