@@ -66,9 +66,9 @@ class SourcePart:
         )
         for name in ("weight", "epochs"):
             value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(
-                (value is None and name == "weight")
-                or (isinstance(value, (int, float)) and 0 < value < float("inf")),
+                (value is None and name == "weight") or (number and 0 < value < float("inf")),
                 f"{name} must be a number above 0, got {value!r}. Leave a source out to skip it.",
             )
         require(

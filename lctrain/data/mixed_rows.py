@@ -11,6 +11,8 @@ import numpy as np
 from lctrain.data.collator import PackedRows
 from lctrain.data.packing import PackingReport, SourceCounts, document_limit, plan_rows
 
+LARGEST_PASS = 10**9
+"""Most documents of one pass over a mix, each counted as often as it is read."""
 _ORDER = 0x6D69780  # stream of random numbers that choose documents for a part of a pass
 
 
@@ -81,7 +83,8 @@ def mix_rows(
         The rows. Their report has the counts of every source.
 
     Raises:
-        ValueError: if a source has no document that can be used.
+        ValueError: if a source has no document that can be used, or a pass reads more than
+            LARGEST_PASS documents.
     """
     limit = document_limit(max_document_tokens, max_tokens)
     usable = [_usable(part, limit) for part in parts]
@@ -97,6 +100,12 @@ def mix_rows(
         [part.epochs for part in parts],
         weights or None,
     )
+    read = sum(len(found) * times for (found, _), times in zip(usable, repeats, strict=True))
+    if read > LARGEST_PASS:
+        raise ValueError(
+            f"sources must give a pass of at most {LARGEST_PASS:,} documents, got {read:,.0f}. "
+            "Lower epochs; trainer.max_epochs repeats the pass."
+        )
     chosen = [
         _repeat(lengths, times, np.random.default_rng([_ORDER, seed, number]))
         for number, ((_, lengths), times) in enumerate(zip(usable, repeats, strict=True))

@@ -51,8 +51,9 @@ class SourceCounts:
         if self.trained_tokens is not None:
             trained = f", {self.trained_tokens:,} of them to train on"
         return (
-            f"{self.name}: {self.tokens:,} tokens of {self.documents:,} documents{trained}, fill "
-            f"{self.fill:.4f}, read {self.repeats:.2f} times"
+            f"{self.name}: {pluralize(self.tokens, 'token')} of "
+            f"{pluralize(self.documents, 'document')}{trained}, "
+            f"fill {self.fill:.4f}, read {self.repeats:.2f} times"
         )
 
 

@@ -1,6 +1,7 @@
 """Tests mixes of sources: shares, epochs, limits, labels, held-out sets, reports and errors."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,9 @@ def test_a_fraction_of_an_epoch_is_nearest_in_tokens_and_never_empty():
     assert counts.sum() == 22
     tiny = mixed(MixedPart("a", store(9, 10, 0), "split", epochs=0.01))
     assert len(documents_of(tiny)) == 1
+    assert "a: 10 tokens of 1 document, fill" in str(tiny.report)
+    with pytest.raises(ValueError, match="at most 1,000,000,000 documents, got 9,000,000,000,000"):
+        mixed(MixedPart("a", store(9, 10, 0), "split", epochs=1e12))
     other = mixed(MixedPart("a", store(9, 10, 0), "split", epochs=2.4), seed=1)
     assert sorted(documents_of(other)) != sorted(documents_of(rows))
 
@@ -274,6 +278,8 @@ FAULTS = {
         r"sources\[0\]: .*max_documents must be at",
     ),
     "weight": ([{"kind": "stdlib", "weight": 0}], "weight must be a number above 0, got 0"),
+    "boolean": ([{"kind": "stdlib", "weight": True}], "weight must be a number above 0, got True"),
+    "nan": ([{"kind": "stdlib", "weight": math.nan}], "weight must be a number above 0, got nan"),
     "epochs": ([{"kind": "stdlib", "epochs": "x"}], "epochs must be a number above 0, got 'x'"),
     "some": (
         [{"kind": "stdlib", "weight": 1}, {"kind": "packages"}],
