@@ -66,7 +66,7 @@ class EvalConfig:
         longppl: Settings of the task longppl.
         harness: Settings of the task harness.
         resume: Evaluation that was stopped and goes on: its folder, or "last" for the newest one of
-            this name without a report. Cells that it finished are not computed again.
+            this name with finished cells and without a report. These cells are not computed again.
         compare: Folders of finished evaluations to compare; then nothing is evaluated.
         dtype: Type of the weights: auto (as they are stored), float32, bfloat16 or float16.
         device: Device of the model: auto, cpu, cuda, cuda:1, ...

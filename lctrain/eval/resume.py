@@ -32,7 +32,8 @@ def folder_to_resume(resume: str, runs_dir: str | Path) -> Path:
     """Returns the folder of a stopped evaluation.
 
     Args:
-        resume: The folder, or "last" for the newest one without a report.
+        resume: The folder, or "last" for the newest one with finished cells and without a report;
+            if none has cells, the newest one.
         runs_dir: Folder of all evaluations of this name.
 
     Raises:
@@ -56,7 +57,8 @@ def folder_to_resume(resume: str, runs_dir: str | Path) -> Path:
             f"resume must name an evaluation, got last, and {runs_dir} holds none without a "
             "report. Name its folder, or leave resume out."
         )
-    return max(stopped, key=lambda folder: (folder / CELLS).stat().st_mtime)
+    begun = [folder for folder in stopped if CellStore.has_cells(folder)]
+    return max(begun or stopped, key=lambda folder: (folder / CELLS).stat().st_mtime)
 
 
 def require_no_cells(folder: Path) -> None:

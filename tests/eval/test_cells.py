@@ -1,6 +1,7 @@
 """Tests the store of finished cells: a killed evaluation goes on, and others are refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -105,3 +106,13 @@ def test_the_last_evaluation_without_a_report_goes_on(tmp_path):
     (tmp_path / "finished" / "report.html").touch()
     assert folder_to_resume("last", tmp_path) == tmp_path / "stopped"
     assert folder_to_resume(str(tmp_path / "finished"), tmp_path) == tmp_path / "finished"
+
+
+def test_an_evaluation_that_was_refused_does_not_hide_the_stopped_one(tmp_path):
+    for number, name in enumerate(("stopped", "refused")):
+        (tmp_path / name).mkdir()
+        store = CellStore.create(tmp_path / name, IDENTITY)
+        if name == "stopped":
+            store[Cell("counting", "", 8)] = RESULT
+        os.utime(tmp_path / name / CELLS, (number, number))
+    assert folder_to_resume("last", tmp_path) == tmp_path / "stopped"

