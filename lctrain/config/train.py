@@ -130,24 +130,21 @@ class TrainConfig:
 
     def _check_masked(self) -> None:
         """Raises ValueError if a setting does not fit masked language models."""
-        passkeys = self.data.passkey_fraction or self.evaluation.passkey_lengths
-        targets = [getattr(c, "_target_", None) or "" for c in self.callbacks.values() if c]
-        wrong = {
-            "attention must be flash or none": getattr(self.attention, "name", "flash") != "flash",
-            "evaluation.methods must be empty": bool(self.evaluation.methods),
-            "passkeys must be off": bool(passkeys),
-            "data must not be conversations": any(_conversations(self.data)),
-            "callbacks.length_perplexity must be null": any(
-                target.endswith(".LengthPerplexity") for target in targets
-            ),
-            "callbacks.long_context_eval must be null": any(
-                target.endswith(".LongContextEval") for target in targets
-            ),
+        attention = getattr(self.attention, "name", "flash")
+        unfit: dict[str, Any] = {
+            "attention must be flash or none": None if attention == "flash" else attention,
+            "evaluation.methods must be empty": self.evaluation.methods,
+            "evaluation.passkey_lengths must be empty": self.evaluation.passkey_lengths,
+            "data.passkey_fraction must be 0": self.data.passkey_fraction,
+            "data must not be conversations": "data=chat" if any(_conversations(self.data)) else "",
         }
-        for rule, broken in wrong.items():
-            require(
-                not broken, f"{rule} with task=mlm, got another value. Leave it at its default."
-            )
+        for name, callback in self.callbacks.items():
+            target = (getattr(callback, "_target_", None) or "").rpartition(".")[2]
+            causal = target in ("LengthPerplexity", "LongContextEval")
+            unfit[f"callbacks.{name} must be null"] = target if causal else ""
+        for rule, value in unfit.items():
+            remedy = "Leave it at its default, or set task=causal."
+            require(not value, f"{rule} with task=mlm, got {value}. {remedy}")
 
 
 def _conversations(data: DataConfig) -> list[bool]:

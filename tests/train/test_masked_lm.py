@@ -89,15 +89,22 @@ def test_the_recipe_and_the_default_share():
         (["task=nsp"], "task must be one of causal, mlm, got 'nsp'"),
         (["task=causal", "data.mask_fraction=0.2"], "mask_fraction must be null with task=causal"),
         (["data.mask_fraction=1.5"], r"data.mask_fraction must be in \(0, 1\), got 1.5"),
-        (["attention=dual_chunk"], "attention must be flash or none with task=mlm"),
-        (["evaluation.methods=[plain]"], "evaluation.methods must be empty with task=mlm"),
+        (["attention=dual_chunk"], "attention must be flash or none with task=mlm, got dual_"),
+        (
+            ["evaluation.methods=[plain]"],
+            r"methods must be empty with task=mlm, got \['plain'\]. Leave it .* or set task=causal",
+        ),
+        (
+            ["data.mask_fraction=null", "data.passkey_fraction=0.1"],
+            "data.passkey_fraction must be 0 with task=mlm, got 0.1",
+        ),
         (
             ["data.held_out_sets={a: {kind: chat, files: [a.jsonl]}}"],
-            "data must not be conversations with task=mlm",
+            "data must not be conversations with task=mlm, got data=chat",
         ),
         (
             ["callbacks=[default,length_perplexity]"],
-            "callbacks.length_perplexity must be null with task=mlm",
+            "callbacks.length_perplexity must be null with task=mlm, got LengthPerplexity",
         ),
         (
             ["callbacks=[default,long_context_eval]"],
