@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def make_shared_prefixes(
                 "and copy it to the GPU."
             )
     stored = [int(tokens) for tokens in cache_seqlens]
-    if page < 1 or len(block_table) != len(stored):
+    if not isinstance(page, int) or page < 1 or len(block_table) != len(stored):
         raise ValueError(
             f"block_table must have a row per request ({len(stored)}) and pages of at least one "
             f"token, got {len(block_table)} rows and pages of {page}. Pass both of one cache."
@@ -59,8 +61,14 @@ def make_shared_prefixes(
         torch.as_tensor(row, dtype=torch.int64)[: max(tokens, 0) // page]
         for row, tokens in zip(block_table, stored, strict=True)
     ]
+    for request, pages in enumerate(rows):
+        if len(pages) and int(pages.min()) < 0:
+            raise ValueError(
+                f"block_table[{request}] must name pages of at least 0, got {int(pages.min())} "
+                f"among the first {len(pages)}. Allocate a page."
+            )
     if groups is None:
-        found = _best_groups(rows, list(range(len(rows))), page)[1]
+        found = _best_groups(rows, page)
     else:
         found = [
             (list(group), _shared_pages(rows, group) * page) for group in _checked(groups, rows)
@@ -113,33 +121,56 @@ def _shared_pages(rows: list[Tensor], members: Sequence[int]) -> int:
     return count
 
 
-def _best_groups(
-    rows: list[Tensor], members: list[int], page: int
-) -> tuple[int, list[tuple[list[int], int]]]:
-    """Returns the groups among some requests that save the most keys: (keys saved, groups).
+class _Part(NamedTuple):
+    """Requests, and the groups among them that save the most keys.
 
-    A group is its requests and the tokens of its prefix. All members are one group, or are divided
-    by the first page that differs.
+    Attributes:
+        members: Requests of the part, in any order.
+        saved: Keys that its groups save.
+        groups: Requests and tokens of the prefix of each group.
+    """
+
+    members: list[int]
+    saved: int
+    groups: list[tuple[list[int], int]]
+
+
+def _best_groups(rows: list[Tensor], page: int) -> list[tuple[list[int], int]]:
+    """Returns the groups that save the most keys: their requests, and the tokens of the prefix.
+
+    Rows in lexicographic order form a tree of parts that share ever more pages. `open_parts` has
+    its branch to the row at hand: a number of pages, and the finished parts that share them.
 
     Args:
         rows: Full pages of each request.
-        members: Requests to group.
         page: Tokens of a page.
     """
-    if len(members) < 2:
-        return 0, []
-    pages = _shared_pages(rows, members)
-    tokens = pages * page - pages * page % PREFIX_MULTIPLE
-    together = tokens * (len(members) - 1), [(members, tokens)]
-    parts: dict[int, list[int]] = {}
-    for request in members:
-        if len(rows[request]) > pages:
-            parts.setdefault(int(rows[request][pages]), []).append(request)
-    divided = [_best_groups(rows, part, page) for part in parts.values() if len(part) > 1]
-    saved = sum(keys for keys, _ in divided)
-    if together[0] >= saved:
-        return together
-    return saved, [group for _, found in divided for group in found]
+    order = sorted(range(len(rows)), key=lambda request: rows[request].tolist())
+    open_parts: list[tuple[int, list[_Part]]] = []
+    part = _Part([], 0, [])
+    for before, request in pairwise([*order, None]):
+        assert before is not None
+        part = _Part([before], 0, [])
+        pages = -1 if request is None else _shared_pages(rows, (before, request))
+        while open_parts and open_parts[-1][0] > pages:
+            shared, parts = open_parts.pop()
+            part = _joined([*parts, part], shared * page)
+        if open_parts and open_parts[-1][0] == pages:
+            open_parts[-1][1].append(part)
+        elif request is not None:
+            open_parts.append((pages, [part]))
+    return sorted(part.groups)
+
+
+def _joined(parts: list[_Part], tokens: int) -> _Part:
+    """Returns parts that share a number of tokens as one: one group, or the groups of the parts."""
+    members = [request for part in parts for request in part.members]
+    tokens -= tokens % PREFIX_MULTIPLE
+    together = tokens * (len(members) - 1)
+    saved = sum(part.saved for part in parts)
+    if together >= saved:
+        return _Part(members, together, [(sorted(members), tokens)])
+    return _Part(members, saved, [group for part in parts for group in part.groups])
 
 
 def _to_device(values: Sequence[object], device: torch.device) -> Tensor:

@@ -194,6 +194,15 @@ def test_groups_are_those_that_save_most(table, lengths, page, expected):
     assert groups_of(table, lengths, page) == expected
 
 
+def test_a_long_chain_of_prefixes_is_no_deep_recursion():
+    """Row i shares i + 1 pages with each row after it; pages are as large as a block of keys."""
+    count = 1100
+    table = [[*range(i + 1), count + i] for i in range(count)]
+    found = groups_of(table, [64 * len(row) for row in table], 64)
+    half = count // 2
+    assert found == {tuple(range(half - 1, count)): 64 * half}
+
+
 def test_groups_may_be_given_and_short_prefixes_left_out():
     table, lengths = rows("abc", "abd", "abe"), (192,) * 3
     assert groups_of(table, lengths, 64, groups=[(2, 0)]) == {(2, 0): 128}
@@ -206,6 +215,12 @@ def test_groups_may_be_given_and_short_prefixes_left_out():
     [
         ({"cache_seqlens": [1]}, ValueError, r"a row per request \(1\)"),
         ({"page": 0}, ValueError, "pages of at least one token, got 2 rows and pages of 0"),
+        ({"page": 64.0}, ValueError, "pages of at least one token, got 2 rows and pages of 64.0"),
+        (
+            {"block_table": [[3, 4], [3, -1]]},
+            ValueError,
+            r"block_table\[1\] must name pages of at least 0, got -1 among the first 2. Allocate",
+        ),
         ({"groups": [(0, 2)]}, ValueError, "requests from 0 to 1, each once, got 2. Name"),
         ({"groups": [(0, 1), (1,)]}, ValueError, "each once, got 1 twice"),
         (
