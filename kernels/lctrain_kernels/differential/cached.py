@@ -122,6 +122,8 @@ def _check_branches(q: Tensor, k_cache: Tensor, lam: Tensor, halves: bool) -> No
     shapes = ((), (heads // 2,), (q.shape[0], q.shape[1], heads // 2))
     if not isinstance(lam, Tensor) or not lam.is_floating_point():
         raise TypeError("lam must be a floating-point tensor. Pass a scalar, [H] or [B, Sq, H].")
+    if lam.device != q.device:
+        raise ValueError(f"lam must be on q's device, {q.device}, got {lam.device}. Move it.")
     if tuple(lam.shape) not in shapes:
         raise ValueError(
             f"lam must be a scalar, [{heads // 2}] or {list(shapes[2])}, got {tuple(lam.shape)}. "

@@ -81,6 +81,7 @@ def test_matches_float64(case, halves, backend, device, nan_filled_memory):
     [
         ({"q": torch.zeros(2, 1, 2, 16)}, ValueError, "heads must form pairs that share their"),
         ({"lam": 0.5}, TypeError, "lam must be a floating-point tensor"),
+        ({"lam": torch.ones(4, device="meta")}, ValueError, "on q's device, cpu, got meta. Move"),
         ({"lam": torch.ones(3)}, ValueError, r"lam must be a scalar, \[4\] or \[2, 1, 4\], got"),
         ({"window_size": (1,)}, TypeError, "window_size must be"),
         ({"backend": "hopper"}, ValueError, "backend='hopper', which has no decode kernels"),
