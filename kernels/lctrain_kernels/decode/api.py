@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lctrain_kernels.decode.call import checked_call
-from lctrain_kernels.decode.checks import (
-    check_no_gradients,
-    check_numbers,
-    check_plan,
-    check_shared_pages,
-)
+from lctrain_kernels.decode.checks import check_no_gradients, check_numbers
 from lctrain_kernels.decode.operators import append_tokens, decode_attention
+from lctrain_kernels.decode.plan_checks import check_plan, check_shared_pages
 from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, NewTokens
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import (

@@ -10,6 +10,7 @@ from torch import Tensor
 from lctrain_kernels.backend import select_backend
 from lctrain_kernels.decode.checks import (
     check_backend,
+    check_bound,
     check_longest,
     check_metadata,
     check_new_tokens,
@@ -76,6 +77,7 @@ def checked_call(
     if not isinstance(cache_seqlens, Tensor):
         stored = cache.capacity if cache_seqlens is None else cache_seqlens
         check_stored(stored, cache.capacity, new.tokens)
+        check_bound(max_seqlen_k, stored + new.tokens, "all requests")
         longest = stored + new.tokens if longest is None else longest
         cache_seqlens = torch.full((q.shape[0],), stored, dtype=torch.int32, device=q.device)
     cache = cache._replace(seqlens=cache_seqlens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.checks import check_floating
-from lctrain_kernels.decode.structures import DecodePlan, KVCache, NewTokens, SharedPrefixes
+from lctrain_kernels.decode.structures import KVCache, NewTokens
 from lctrain_kernels.options import check_window
 
 SWITCH = "LCTRAIN_CHECK_CACHE"
@@ -151,6 +151,15 @@ def check_longest(max_seqlen_k: object) -> None:
         )
 
 
+def check_bound(longest: int | None, keys: int, whose: str) -> None:
+    """Raises if max_seqlen_k, unless None, is below a number of keys."""
+    if longest is not None and keys > longest:
+        raise ValueError(
+            f"max_seqlen_k must be at least {keys}, the keys of {whose}, got {longest}. Pass an "
+            "upper bound, or None."
+        )
+
+
 def check_stored(stored: object, capacity: int, new_tokens: int) -> None:
     """Raises unless cache_seqlens is an int, and the cache has room for the new tokens.
 
@@ -174,91 +183,6 @@ def _does_not_fit(name: str, stored: int, capacity: int, new_tokens: int) -> Val
         f"{capacity} tokens of a request, and {new_tokens} are appended. Nothing was written; make "
         "the cache longer."
     )
-
-
-def check_plan(plan: DecodePlan, q: Tensor, cache: KVCache, new: NewTokens, left: int) -> None:
-    """Raises unless a plan lists all splits that a call needs.
-
-    Args:
-        plan: Plan of the call.
-        q: Queries [B, Sq, H, D].
-        cache: Cache of the call.
-        new: New tokens of the call.
-        left: Visible keys before a query's own position; -1 is unbounded. The plan may have more.
-    """
-    requests = q.shape[0]
-    if plan.work.device != q.device:
-        raise ValueError(
-            f"plan must be on the device of q, {q.device}, got {plan.work.device}. Make it from "
-            "the lengths on that device."
-        )
-    planned = (plan.work.numel() - 1) // plan.max_splits
-    for name, made, called in (
-        ("requests", planned if plan.max_splits > 1 else requests, requests),
-        ("seqlen_q", plan.seqlen_q, q.shape[1]),
-        ("new_tokens", plan.new_tokens, new.tokens),
-        ("cache_leftpad", plan.has_leftpad, cache.leftpad is not None),
-    ):
-        if made != called:
-            raise ValueError(
-                f"plan must have the {name} of the call, {called}, got {made}. Pass {name} to "
-                "make_decode_plan, and make a plan in every step."
-            )
-    if plan.shared is not None and cache.block_table is None:
-        raise ValueError(
-            "block_table must be given with a plan of shared prefixes, got None. Make the plan "
-            "without shared_prefixes for a dense cache."
-        )
-    if plan.window_left >= 0 and not 0 <= left <= plan.window_left:
-        raise ValueError(
-            f"plan must have a left window of at least the call's, {left}, got "
-            f"{plan.window_left}. Make one plan without a window for layers that differ."
-        )
-
-
-def check_shared(
-    shared: SharedPrefixes, requests: int, device: torch.device, has_leftpad: bool
-) -> None:
-    """Raises unless shared prefixes are those of this number of requests, without padding.
-
-    Args:
-        shared: Prefixes that several requests share.
-        requests: Number of requests B.
-        device: Device of the cache.
-        has_leftpad: Whether requests have padding on the left.
-    """
-    if shared.prefix.shape != (requests,) or shared.prefix.device != device:
-        raise ValueError(
-            f"shared_prefixes must be for {requests} requests on {device}, got "
-            f"{tuple(shared.prefix.shape)} on {shared.prefix.device}. Make them from the rows of "
-            "this batch, with device=."
-        )
-    if has_leftpad:
-        raise ValueError(
-            "cache_leftpad must be None with shared_prefixes, got a tensor. Pages hold no padding "
-            "that requests could share."
-        )
-
-
-def check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
-    """Raises unless the members of each group have the pages of its prefix in common."""
-    if not reads_values(cache.seqlens.device):
-        return
-    assert cache.block_table is not None
-    members = shared.members.tolist()
-    for first, count, tokens in shared.groups.tolist():
-        group = members[first : first + count]
-        pages = -(-tokens // cache.page)
-        leader = cache.block_table[group[0], :pages]
-        for request in group:
-            stored = int(cache.seqlens[request])
-            same = torch.equal(cache.block_table[request, :pages], leader)
-            if stored >= 0 and (stored < tokens or not same):
-                raise ValueError(
-                    f"shared_prefixes must hold for block_table and cache_seqlens, got {tokens} "
-                    f"tokens that request {request} does not share with request {group[0]}. Make "
-                    "them from the page table of this step."
-                )
 
 
 def check_metadata(
@@ -340,17 +264,15 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
     pads = [0] * len(lengths) if cache.leftpad is None else cache.leftpad.tolist()
     rows = [] if cache.batch_index is None else cache.batch_index.tolist()
     written: set[int] = set()
+    writers: dict[int, int] = {}
+    used_pages: list[tuple[int, list[int]]] = []
     for request, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
         if length + new_tokens == 0 and pad == 0:
             continue  # a request without keys, with which a batch is padded
         if length < 0 or length + new_tokens > cache.capacity:
             name = f"cache_seqlens[{request}]"
             raise _does_not_fit(name, length, cache.capacity, new_tokens)
-        if longest is not None and length + new_tokens > longest:
-            raise ValueError(
-                f"max_seqlen_k must be at least {length + new_tokens}, the keys of request "
-                f"{request}, got {longest}. Pass an upper bound, or None."
-            )
+        check_bound(longest, length + new_tokens, f"request {request}")
         if not 0 <= pad <= length:
             raise ValueError(
                 f"cache_leftpad[{request}] must be from 0 to {length}, got {pad}. Padding is part "
@@ -365,6 +287,9 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
                     f"block_table[{request}] must name pages from 0 to {cache.k.shape[0] - 1}, got "
                     f"{wrong[0]} among the first {used}. Nothing was written; allocate a page."
                 )
+            used_pages.append((request, pages))
+            for page in pages[length // cache.page :] if new_tokens else ():
+                writers.setdefault(page, request)
         elif rows:
             row = rows[request]
             if new_tokens and row in written:
@@ -377,6 +302,14 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
                 raise ValueError(
                     f"cache_batch_idx[{request}] must be from 0 to {cache.k.shape[0] - 1}, got "
                     f"{row}. Nothing was written."
+                )
+    for request, pages in used_pages:
+        for page in pages:
+            if (writer := writers.get(page, request)) != request:
+                raise ValueError(
+                    f"block_table must name a page for one request if its new tokens are written "
+                    f"to it, got page {page} for {writer} and {request}. Request {writer} would "
+                    "overwrite the other's tokens; nothing was written. Copy the page first."
                 )
 
 

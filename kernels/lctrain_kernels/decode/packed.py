@@ -102,7 +102,7 @@ def packed_cache_attention(
     if cu_seqlens_k is not None:
         total_k = k.shape[0] if block_table is None else None
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, total_k, q.device)
-    check_used(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
+    check_used(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
     _, left, right = resolve_window(window_size, causal)
     slopes, sink, cu_q, cu_k, used, table = unit_stride(
         alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table

@@ -29,6 +29,7 @@ def check_pages(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_used(
+    q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None,
@@ -40,6 +41,7 @@ def check_used(
     """Raises unless numbers of queries, numbers of keys and pages of packed documents fit.
 
     Args:
+        q: Packed queries [T, H, D].
         k: Keys [Tk, Hk, D], or [pages, page, Hk, D].
         cu_seqlens_q: Cumulative numbers of queries, [N + 1] int32.
         cu_seqlens_k: Cumulative numbers of keys, [N + 1] int32, or None.
@@ -70,6 +72,12 @@ def check_used(
                     f"{name} must have shape {shape.format(documents)}, got {tuple(tensor.shape)}. "
                     "Pass one row per document."
                 )
+    total = q.shape[0]
+    if total > max_seqlen_q * documents:
+        raise ValueError(
+            f"max_seqlen_q must be at least {-(-total // max(documents, 1))} for {total} queries "
+            f"of {documents} documents, got {max_seqlen_q}. The kernels start no program for more."
+        )
     if not reads_values(device):
         return
     most = None if cu_seqlens_k is None else cu_seqlens_k.diff()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode.checks import check_int32, check_numbers, check_shared
+from lctrain_kernels.decode.checks import check_int32, check_numbers
+from lctrain_kernels.decode.plan_checks import check_shared, check_sizes
 from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.layout import unit_stride
 from lctrain_kernels.options import resolve_window
@@ -51,7 +52,8 @@ def make_decode_plan(
             all keys of a request, nothing is shared.
 
     Raises:
-        TypeError: if cache_seqlens or cache_leftpad is not an int32 tensor.
+        TypeError: if cache_seqlens or cache_leftpad is not an int32 tensor, dtype is none of
+            torch, or shared_prefixes is no result of make_shared_prefixes.
         ValueError: if a size does not fit.
     """
     if not isinstance(cache_seqlens, Tensor):
@@ -66,9 +68,8 @@ def make_decode_plan(
                     f"{name} must have shape [B], one number per request, got "
                     f"{tuple(vector.shape)}. Flatten it."
                 )
-    for name, value in (("capacity", capacity), ("seqlen_q", seqlen_q), ("head_dim", head_dim)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    sizes = {"capacity": capacity, "seqlen_q": seqlen_q, "head_dim": head_dim}
+    check_sizes(sizes | {"new_tokens": new_tokens}, dtype, max_seqlen_k)
     check_numbers(window_size, cache_seqlens.device)
     if shared_prefixes is not None:
         check_shared(shared_prefixes, len(cache_seqlens), device, cache_leftpad is not None)

@@ -135,6 +135,19 @@ CASES = {
         ValueError,
         r"block_table\[0\] must name pages from 0 to 6, got -1",
     ),
+    "page-written-twice": (
+        PAGED,
+        {"block_table": torch.stack((ints(0, 4), ints(2, 4)))},
+        ValueError,
+        "block_table must name a page for one request if its new tokens are written to it, got "
+        "page 4 for 0 and 1. Request 0 would overwrite the other's tokens; nothing was written",
+    ),
+    "page-written-and-read": (
+        PAGED,
+        {"block_table": torch.stack((ints(0, 2), ints(2, 4))), "cache_seqlens": ints(20, 31)},
+        ValueError,
+        "got page 2 for 0 and 1. Request 0 would overwrite",
+    ),
     "page": (
         PAGED,
         {"k_cache": zeros(7, 24, 2, 32), "v_cache": zeros(7, 24, 2, 32)},
@@ -185,7 +198,14 @@ def test_a_dense_cache_with_too_few_rows():
     ("changes", "error", "message"),
     [
         ({"cache_seqlens": [1]}, TypeError, "cache_seqlens must be an int32 tensor"),
-        ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
+        ({"capacity": 0}, ValueError, "capacity must be an int of at least 1, got 0"),
+        ({"capacity": 8.5}, ValueError, "capacity must be an int of at least 1, got 8.5"),
+        ({"seqlen_q": True}, ValueError, "seqlen_q must be an int of at least 1, got True"),
+        ({"new_tokens": -1}, ValueError, "new_tokens must be an int of at least 0, got -1"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must be a Python int of at least 0"),
+        ({"max_seqlen_k": ints(4)}, ValueError, "max_seqlen_k must be a Python int of at least 0"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype, got 'bfloat16'"),
+        ({"shared_prefixes": 3}, TypeError, "must be SharedPrefixes or None, got int"),
         ({"window_size": 3}, TypeError, "window_size must be"),
         ({"cache_leftpad": torch.zeros(2)}, TypeError, "cache_leftpad must be an int32 tensor"),
         ({"cache_leftpad": ints(1)}, ValueError, r"cache_leftpad must have shape \[B\]"),
@@ -221,11 +241,28 @@ def test_plans_of_other_calls(changes, message):
         inputs.call(plan=plan._replace(**changes), **options)
 
 
+def test_a_plan_of_shorter_requests():
+    """Its splits end before the keys of this step do."""
+    inputs = make_kv(DENSE, "cpu", torch.float32)
+    lengths = inputs.options["cache_seqlens"]
+    before = inputs.k_cache.clone()
+    inputs.call(plan=make_decode_plan(lengths, 32, 32, torch.float32), causal=True)
+    inputs.k_cache.copy_(before)
+    plan = make_decode_plan(lengths, 31, 32, torch.float32)
+    with pytest.raises(ValueError, match="plan must be for requests of 32 keys, got one for 31"):
+        inputs.call(plan=plan, causal=True)
+    with pytest.raises(TypeError, match="plan must be a DecodePlan or None, got str"):
+        inputs.call(plan="plan", causal=True)
+    assert torch.equal(inputs.k_cache.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
 def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypatch):
     monkeypatch.setattr("lctrain_kernels.decode.checks.reads_values", lambda _: False)
     inputs = make_kv(DENSE, "cpu", torch.float32)
     with pytest.raises(ValueError, match="cache_seqlens must be from 0 to 31, got 32"):
         inputs.call(cache_seqlens=32)
+    with pytest.raises(ValueError, match="max_seqlen_k must be at least 21, the keys of all"):
+        inputs.call(cache_seqlens=20, max_seqlen_k=20)
 
 
 def test_the_switch_reads_values_on_a_gpu(monkeypatch):
