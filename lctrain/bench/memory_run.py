@@ -121,6 +121,7 @@ class MemoryBench:
         plan = plan_for(self.model, config, tokens, self.precision)
         return plan, {
             "planned_policy": plan.policy,
+            "backward_by_head": plan.by_head,
             "planned_gib": round(plan.tensor_bytes / GIB, 3),
             "planned_reserved_gib": round(plan.reserved_bytes / GIB, 3),
             "planned_host_gib": round(plan.host_bytes / GIB, 3),

@@ -32,6 +32,7 @@ def test_a_tiny_model_is_measured_under_every_policy(tmp_path, capsys):
     assert by_policy["offload"]["host_gib"] == by_policy["offload"]["planned_host_gib"]
     assert by_policy["offload"]["layers"] == ["host/recompute"] * 2 + ["device/recompute"] * 2
     assert by_policy["auto"]["planned_policy"] == "none"  # everything fits
+    assert by_policy["auto"]["backward_by_head"] is False
     assert record["layers"] == 4
     assert "tokens/s" in capsys.readouterr().out
 
