@@ -27,16 +27,22 @@ def show_documents(datamodule: PackedDataModule, count: int, colour: bool | None
         datamodule: Data module that is set up.
         count: Number of documents to print; all of one epoch if there are fewer.
         colour: Whether to print trained tokens in green and others dim; False puts trained tokens
-            between brackets. None decides by the terminal and the variable NO_COLOR.
+            between brackets. None decides by the terminal and the variables NO_COLOR and TERM.
     """
     if colour is None:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colour = has_colours()
     loader = datamodule.train_dataloader()
     found = documents_of(loader, len(loader), datamodule.tokenizer, colour)
     for _, text in zip(range(count), found, strict=False):
         print(text, flush=True)
     legend = f"{_GREEN}trained on{_PLAIN}" if colour else "⟦trained on⟧"
     print(f"{legend}; training rows: {datamodule.packing_report}", flush=True)
+
+
+def has_colours() -> bool:
+    """Returns whether the output is a terminal that shows colours, which the user wants."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
 
 
 def documents_of(

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from lctrain.batch import PackedBatch
-from lctrain.show import describe
+from lctrain.show import describe, has_colours
 from lctrain.train import main
 from tests.data.chat.conftest import make_tokenizer
 
@@ -58,3 +59,21 @@ def test_control_characters_of_a_document_do_not_reach_the_terminal():
     text = describe(batch, 0, batch.num_tokens, "x", TOKENIZER, False)
     assert "\x1b" not in text
     assert "a⟦\\x1b[2Jb\tc\n⟧" in text
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "colours"),
+    [
+        (True, {}, True),
+        (True, {"TERM": "dumb"}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (False, {}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_show_them(monkeypatch, terminal, variables, colours):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: terminal))
+    assert has_colours() is colours
