@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "memory.host_gib",
     "memory.tokens",
     "memory.plan",
+    "memory.reference",
     "adapter.merge",  # a step after training
     # paths of the data; a hash of the texts is compared with the checkpoint instead
     "data.files",
