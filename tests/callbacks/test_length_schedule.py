@@ -16,6 +16,7 @@ from lctrain.callbacks import LengthSchedule, StepCheckpoint
 from lctrain.config import OptimConfig
 from lctrain.data import PackedDataModule
 from lctrain.data.length_stages import LengthStages, PartOrder, RowPart
+from lctrain.data.run_view import RunView
 from lctrain.optim import learning_rate_factor
 from tests.training import make_trainer
 
@@ -169,10 +170,10 @@ def test_every_rank_reads_the_same_parts_of_its_own_rows(monkeypatch):
     seen = {}
     for rank in range(2):
         data = make_data(num_workers=0)
-        monkeypatch.setattr(type(data), "_world_size", property(lambda _: 2))
-        monkeypatch.setattr(type(data), "_rank", property(lambda _, rank=rank: rank))
+        monkeypatch.setattr(RunView, "data_size", 2)
+        monkeypatch.setattr(RunView, "data_rank", rank)
         data.setup()
-        monkeypatch.setattr(type(data), "_stages", property(lambda _: LengthStages.of(Trainer)))
+        monkeypatch.setattr(RunView, "stages", LengthStages.of(Trainer))
         batches = iter(data.train_dataloader())
         seen[rank] = [next(batches) for _ in range(4)]
         assert data.settings["world_size"] == 2

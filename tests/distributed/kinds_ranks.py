@@ -36,7 +36,7 @@ POLICIES = {
     "segments": MemoryConfig(name="checkpoint", segment_layers=3, keep_attention=2),
     "offload": MemoryConfig(name="offload", keep_inputs=1),
     "host": MemoryConfig(name="offload", keep_inputs=0, segment_layers=2, host_attention=3),
-    "auto": MemoryConfig(name="auto", device_gib=1.0005, tokens=64),
+    "auto": MemoryConfig(name="auto", device_gib=0.0005, tokens=64),
     "tiles": MemoryConfig(name="offload", mlp_tokens=16),
 }
 HELD_OUT = [torch.arange(size) % 89 + 3 for size in (9, 60, 14, 40, 3, 31)]

@@ -108,7 +108,7 @@ def hook(model):
 
 
 def alpha_dropout(model):
-    model.bert.encoder.layer[0].output.dropout = nn.AlphaDropout(0.1)
+    model.bert.encoder.layer[0].output.dropout = nn.AlphaDropout(0.1).eval()
 
 
 def chunks(model):
