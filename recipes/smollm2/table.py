@@ -48,12 +48,14 @@ def _gain(record: Record) -> str:
         (
             f"{row['compared_with']:,} to {row['length']:,}",
             f"{row['gain']:+.4f}",
-            _interval(row["gain_low"], row["gain_high"]),
+            f"{row['gain_stderr']:.4f}",
+            _interval(row["gain_low"], row["gain_high"]) or "needs more novels",
         )
         for row in record["rows"]
     ]
     title = f"**Gain from context**, in nats per token, of {pluralize(first['items'], 'novel')}"
-    return _table(record, title, ("context", "gain", "95 % interval over novels"), rows)
+    names = ("context", "gain", "standard error", "95 % interval over novels")
+    return _table(record, title, names, rows)
 
 
 def _beyond(record: Record) -> str:
