@@ -50,11 +50,11 @@ class Passes:
         """Waits until every rank has finished its check.
 
         Args:
-            error: What the check of this rank has found; None for nothing.
+            error: The error of this rank's check, or None if it passed.
             idle: Runs a pass whose outputs are not used, while other ranks still check.
 
         Returns:
-            What the check of the first rank that failed has found; None if none did.
+            The message of the first rank whose check failed, or None if all passed.
         """
         while any(self._ranks.gather(False)):
             idle()
