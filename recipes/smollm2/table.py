@@ -48,8 +48,8 @@ def _gain(record: Record) -> str:
         (
             f"{row['compared_with']:,} to {row['length']:,}",
             f"{row['gain']:+.4f}",
-            f"{row['gain_stderr']:.4f}",
-            _interval(row["gain_low"], row["gain_high"]) or "needs more novels",
+            _over_novels(row["gain_stderr"]),
+            _over_novels(row["gain_low"], row["gain_high"]),
         )
         for row in record["rows"]
     ]
@@ -137,8 +137,13 @@ def _time(record: Record) -> str:
     return "" if seconds is None else f", {seconds:.0f} s"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+def _over_novels(*values: float | None) -> str:
+    """Returns an error or the ends of an interval; too few novels give neither."""
+    given = [value for value in values if value is not None]
+    if len(given) < len(values):
+        return "needs more novels"
+    sign = "+" if len(given) > 1 else ""
+    return " to ".join(f"{value:{sign}.4f}" for value in given)
 
 
 def main() -> None:
