@@ -47,7 +47,11 @@ class TimedBatch(ContinuousBatch):
 
 
 def run_continuous(
-    model: Any, prompts: Sequence[list[int]], new_tokens: int, graphs: bool
+    model: Any,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    graphs: bool,
+    shared_prefixes: str = "auto",
 ) -> tuple[dict[str, Any], list[Completion]]:
     """Times lctrain's continuous batching; returns the figures and the completions.
 
@@ -56,6 +60,7 @@ def run_continuous(
         prompts: Token ids of each prompt; all are completed together.
         new_tokens: Tokens of each completion.
         graphs: Whether decode steps are captured; not on a CPU.
+        shared_prefixes: "auto", "always" or "never"; see lctrain.generate.
     """
     options = SamplingOptions(temperature=0)
     task = GenerationTask(
@@ -68,11 +73,12 @@ def run_continuous(
         if isinstance(shape, str):
             raise ValueError(f"the model must have a paged cache, got: {shape}.")
         start = time.perf_counter()
-        batch = TimedBatch(model, task, shape, None, capture)
+        batch = TimedBatch(model, task, shape, None, capture, shared_prefixes)
         found = batch.run()
         seconds = time.perf_counter() - start
     figures = _figures(seconds, batch.prefill_seconds, batch.decode_seconds, new_tokens)
-    return figures | {"preempted": batch.schedule.preempted}, found
+    figures["preempted"] = batch.schedule.preempted
+    return figures | {"shared_steps": batch.shared_steps}, found
 
 
 def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:

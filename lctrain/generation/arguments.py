@@ -13,6 +13,7 @@ from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
 
 BATCHING = ("auto", "continuous", "padded")
+SHARING = ("auto", "always", "never")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -28,16 +29,22 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
 
 
-def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any) -> None:
+def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any, shared_prefixes: Any) -> None:
     """Raises ValueError unless the options of continuous batching are valid.
 
     Args:
         batching: One of BATCHING.
         cache_gib: None, or a finite number above 0.
         cuda_graphs: A bool.
+        shared_prefixes: One of SHARING.
     """
     if batching not in BATCHING:
         raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}.")
+    if shared_prefixes not in SHARING:
+        raise ValueError(
+            f"shared_prefixes must be one of {', '.join(SHARING)}, got {shared_prefixes!r}. "
+            "'never' makes requests read shared pages on their own."
+        )
     number = isinstance(cache_gib, Real) and not isinstance(cache_gib, bool)
     if cache_gib is not None and not (number and 0 < cache_gib < math.inf):
         raise ValueError(

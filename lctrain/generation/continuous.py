@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from lctrain.generation.pages import CacheShape, PagePool
 from lctrain.generation.pool_size import longest_pages, pool_pages
 from lctrain.generation.request import Request
 from lctrain.generation.schedule import Schedule
+from lctrain.generation.shared_pages import PrefixBounds, SharedPages, bounds_of
 from lctrain.generation.stops import StopStrings
 from lctrain.generation.task import GenerationTask
 from lctrain.generation.token_choice import TokenChoice, require_distributions
 from lctrain.warn import warn_caller
+
+if TYPE_CHECKING:
+    from lctrain_kernels import SharedPrefixes
 
 
 class ContinuousBatch:
@@ -36,10 +40,13 @@ class ContinuousBatch:
         shape: Shape of the model's keys and values.
         cache_gib: Most memory of the cache in GiB; None for a share of the free memory.
         capture: Captures decode steps; None runs them as they are.
+        shared_prefixes: Whether decode steps read the pages that requests share once for all of
+            them: "auto", "always" or "never".
 
     Attributes:
         schedule: The requests and their pages.
         steps: Number of decode steps.
+        shared_steps: Number of decode steps that read shared pages once.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class ContinuousBatch:
         shape: CacheShape,
         cache_gib: float | None = None,
         capture: Capture | None = None,
+        shared_prefixes: str = "auto",
     ) -> None:
         self._task = task
         self._forward = CachedForward(model)
@@ -62,13 +70,14 @@ class ContinuousBatch:
         self.schedule = Schedule(self._requests(), self._pool, slots, self._width)
         self._sizes = batch_sizes(slots)
         self._capture = capture
-        self._decoders: dict[int, DecodeStep] = {}
+        self._shared_pages = SharedPages(shared_prefixes, self._pool, device)
+        self._decoders: dict[tuple[int, PrefixBounds | None], DecodeStep] = {}
         self._history: Tensor | None = None
         if self._choice.reads_history:
             longest = max(map(len, task.prompts)) + task.max_new_tokens
             self._history = torch.zeros(slots, longest, dtype=torch.int64, device=device)
         self._completions: list[Completion | None] = [None] * task.count
-        self.steps = 0
+        self.steps = self.shared_steps = 0
 
     def run(self) -> list[Completion]:
         """Returns the completions of each prompt, in the order of the prompts."""
@@ -110,27 +119,33 @@ class ContinuousBatch:
         tokens = [request.token_ids[-1] for request in requests]
         stored = [request.stored for request in requests]
         tables = self.schedule.tables()
-        decoder = self._decoder(len(requests))
+        shared = self._shared_pages.find(self.schedule.version, requests, tables)
+        decoder = self._decoder(len(requests), shared)
         try:
-            logits = decoder(tokens, stored, tables)
+            logits = decoder(tokens, stored, tables, shared)
         except RuntimeError as error:
             if not decoder.is_capturing:
                 raise
             self._give_capture_up(str(error).partition("\n")[0])
-            logits = decoder(tokens, stored, tables)
+            logits = decoder(tokens, stored, tables, shared)
         self.steps += 1
+        self.shared_steps += shared is not None
         for request in requests:
             request.stored += 1
         self._accept(requests, logits)
 
-    def _decoder(self, requests: int) -> DecodeStep:
-        """Returns the decoder of the smallest size that holds a number of requests."""
+    def _decoder(self, requests: int, shared: SharedPrefixes | None) -> DecodeStep:
+        """Returns the decoder of the smallest size that holds a number of requests.
+
+        Steps with shared prefixes have decoders of their own, one per size and bounds.
+        """
         size = next(size for size in self._sizes if size >= requests)
-        if size not in self._decoders:
-            self._decoders[size] = DecodeStep(
-                self._forward, self._pool, size, self._width, self._capture
+        bounds = None if shared is None else bounds_of(shared, size)
+        if (size, bounds) not in self._decoders:
+            self._decoders[size, bounds] = DecodeStep(
+                self._forward, self._pool, size, self._width, self._capture, bounds
             )
-        return self._decoders[size]
+        return self._decoders[size, bounds]
 
     def _give_capture_up(self, reason: str) -> None:
         warn_caller(
@@ -179,6 +194,7 @@ def complete_continuously(
     shape: CacheShape,
     cache_gib: float | None = None,
     cuda_graphs: bool = True,
+    shared_prefixes: str = "auto",
 ) -> list[Completion]:
     """Returns the completions of each prompt, in the order of the prompts.
 
@@ -188,6 +204,7 @@ def complete_continuously(
         shape: Shape of the model's keys and values.
         cache_gib: Most memory of the cache in GiB; None for a share of the free memory.
         cuda_graphs: Whether decode steps on a GPU are captured.
+        shared_prefixes: See ContinuousBatch.
     """
     capture: Capture | None = None
     device = next(model.parameters()).device
@@ -200,4 +217,4 @@ def complete_continuously(
                 f"CUDA graphs need a forward pass that only launches kernels, got {refusal}. Steps "
                 "run without graphs; pass cuda_graphs=False to generate to avoid this warning."
             )
-    return ContinuousBatch(model, task, shape, cache_gib, capture).run()
+    return ContinuousBatch(model, task, shape, cache_gib, capture, shared_prefixes).run()

@@ -49,6 +49,7 @@ def generate(
     batching: str = "auto",
     cache_gib: float | None = None,
     cuda_graphs: bool = True,
+    shared_prefixes: str = "auto",
 ) -> list[Completion]:
     """Completes prompts by continuous batching over a paged cache, or else in padded batches.
 
@@ -96,6 +97,10 @@ def generate(
             never larger than a full batch needs.
         cuda_graphs: Whether decode steps on a GPU are captured. A model with hooks of others, or
             with weights on several devices, decodes without graphs and warns.
+        shared_prefixes: Whether a decode step reads pages that requests share once for all of them:
+            "auto" on a GPU, where it takes less time; "always"; or "never". Attention is the same
+            up to rounding, which then depends on the group. With "never", the bits of a request's
+            attention do not depend on other requests.
 
     Returns:
         `samples` Completions per prompt, prompt after prompt, in the order of the prompts.
@@ -110,7 +115,7 @@ def generate(
     causal_lm = find_causal_lm(model)
     options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
-    check_batching(batching, cache_gib, cuda_graphs)
+    check_batching(batching, cache_gib, cuda_graphs, shared_prefixes)
     stops = read_stops(stop, tokenizer)
     rows = read_prompts(prompts, tokenizer)
     numbers = read_seeds(seeds, len(rows) * samples)
@@ -132,7 +137,9 @@ def generate(
     with _as_before(causal_lm), _precision_of(model):
         shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
         if not isinstance(shape, str):
-            return complete_continuously(causal_lm, task, shape, cache_gib, cuda_graphs)
+            return complete_continuously(
+                causal_lm, task, shape, cache_gib, cuda_graphs, shared_prefixes
+            )
         if batching == "continuous":
             raise ValueError(
                 f"batching must be 'padded' or 'auto' for {type(causal_lm).__name__}, got "

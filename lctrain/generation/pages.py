@@ -28,9 +28,14 @@ class CacheShape(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token in one layer."""
+        return 2 * self.heads * self.head_dim * self.dtype.itemsize
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page: keys and values of PAGE tokens in all layers."""
-        return 2 * self.layers * PAGE * self.heads * self.head_dim * self.dtype.itemsize
+        return self.layers * PAGE * self.token_bytes
 
 
 def pages_of(tokens: int) -> int:

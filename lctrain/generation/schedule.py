@@ -34,12 +34,13 @@ class Schedule:
         preempted: Number of times that a request gave its pages up.
         forked: Number of requests that took over the pages of another one's prompt.
         shared: Number of pages that requests took over from the beginning of another prompt.
+        version: Number of times that a request began or ceased to run.
     """
 
     def __init__(self, requests: Iterable[Request], pool: PagePool, slots: int, width: int) -> None:
         self.waiting = deque(requests)
         self.running: list[Request] = []
-        self.preempted = self.forked = self.shared = 0
+        self.preempted = self.forked = self.shared = self.version = 0
         self._prefixes = PrefixPages()
         self._pool = pool
         self._slots = list(range(slots - 1, -1, -1))
@@ -85,6 +86,7 @@ class Schedule:
 
     def retire(self, request: Request) -> None:
         """Frees the pages and the slot of a running request."""
+        self.version += 1
         self.running.remove(request)
         self._prefixes.forget(self._pool.release(request.pages))
         self._slots.append(request.slot)
@@ -107,6 +109,7 @@ class Schedule:
         return self.waiting[0].group == leader.group and not self.waiting[0].token_ids
 
     def _start(self, request: Request, pages: list[int]) -> None:
+        self.version += 1
         request.pages, request.slot = pages, self._slots.pop()
         request.stored = len(request.tokens)
         self._tables[request.slot, : len(pages)] = torch.tensor(pages)

@@ -47,6 +47,7 @@ def test_arrays_and_tensors_are_token_ids(model):
         ({"batching": "x"}, "batching must be one of auto, continuous, padded, got 'x'"),
         ({"cache_gib": 0}, "cache_gib must be a finite number above 0, got 0"),
         ({"cache_gib": True}, "cache_gib must be a finite number above 0, got True"),
+        ({"shared_prefixes": True}, "shared_prefixes must be one of auto, always, never, got True"),
         ({"seeds": [1]}, r"seeds must have one number per completion \(2\), got 1"),
         (
             {"seeds": [1, 2], "samples": 2},

@@ -121,6 +121,8 @@ def check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
     assert cache.block_table is not None
     members = shared.members.tolist()
     for first, count, tokens in shared.groups.tolist():
+        if count == 0:  # room for a group in the buffers of a CUDA graph
+            continue
         group = members[first : first + count]
         pages = -(-tokens // cache.page)
         leader = cache.block_table[group[0], :pages]

@@ -125,7 +125,8 @@ class SharedPrefixes(NamedTuple):
     """Groups of requests that begin with the same pages, for make_decode_plan.
 
     The tensors are on the device of the cache. A CUDA graph that was captured with them reads their
-    values at every replay.
+    values at every replay: `longest` and `most` must be bounds of all of them, and a group that a
+    replay does not have has no members.
 
     Attributes:
         prefix: Tokens that a request shares with its group, [B] int32; 0 for a request without one.
