@@ -21,6 +21,7 @@ BENCHMARKS = {
     "longest": ("lctrain.bench.longest", "longest context that fits, from a laptop to one H200"),
     "curves": ("lctrain.bench.curves", "loss curves with everything on and with everything off"),
     "generation": ("lctrain.bench.generation", "greedy completions, on one GPU"),
+    "evaluation": ("lctrain.bench.evaluation", "evaluation tasks beside their forward passes"),
     "groups": ("lctrain.bench.groups", "prompts that completions share, on one GPU"),
     "chat": ("lctrain.bench.chat", "tokenizing and masking conversations, on a CPU"),
     "sft": ("lctrain.bench.sft", "supervised fine-tuning beside TRL, on one GPU"),

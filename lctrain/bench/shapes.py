@@ -108,9 +108,9 @@ llama_135m = ModelShape(
 )
 
 
-def tiny(shape: ModelShape) -> ModelShape:
-    """Returns the shape with two narrow layers and a vocabulary of 256, for a trial on a CPU."""
-    small = {**_settings(64, 2, 4, 2, 16), "intermediate_size": 96, "vocab_size": 256}
+def tiny(shape: ModelShape, vocab_size: int = 256) -> ModelShape:
+    """Returns the shape with two narrow layers and a small vocabulary, for a trial on a CPU."""
+    small = {**_settings(64, 2, 4, 2, 16), "intermediate_size": 96, "vocab_size": vocab_size}
     return replace(shape, title=f"{shape.title}, tiny", settings={**shape.settings, **small})
 
 

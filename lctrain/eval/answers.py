@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lctrain.data.passkey import Passkey
+from lctrain.eval.ahead import made_ahead
 from lctrain.eval.answered import answered
 from lctrain.eval.generate import generate_answers
 from lctrain.eval.matching import ruler_score, strict_score
@@ -18,7 +19,8 @@ from lctrain.eval.records import Measure
 from lctrain.generation.pool_size import cache_tokens
 
 MOST_PROMPTS = 64
-"""Most prompts that are answered together from a paged cache. Progress advances as often."""
+"""Most prompts that are answered together from a paged cache, and that are made ahead. Progress
+advances as often."""
 MEASURES = (
     Measure("score", "RULER score", is_share=True, threshold=0.856),
     Measure("strict", "Strict score, whole words", is_share=True, threshold=0.856),
@@ -50,6 +52,8 @@ def score_prompts(
 ) -> Iterator[Answer]:
     """Yields the scored answer of each prompt.
 
+    A thread makes the next prompts while the model answers.
+
     By likelihood, an answer is right if greedy decoding yields exactly its tokens, which one
     forward pass decides. Base models, which answer and then go on, are better measured so.
 
@@ -68,7 +72,7 @@ def score_prompts(
             "score by likelihood."
         )
     answer = _decided if by == "likelihood" else _generated
-    for batch in _batches(prompts, _limit(reader, by)):
+    for batch in _batches(made_ahead(prompts, MOST_PROMPTS), _limit(reader, by)):
         yield from answer(reader, tokenizer, batch)
         reader.advance(len(batch))
 

@@ -16,6 +16,7 @@ from lctrain.batch import PackedBatch
 from lctrain.data.packing import plan_rows
 from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.shared_work import owners
+from lctrain.eval.transfers import HostCopy, on_device
 from lctrain.eval.windows import Windows
 from lctrain.loss import evaluation_mode, token_losses
 from lctrain.models.frequencies import row_frequencies
@@ -55,6 +56,9 @@ def score_windows(
     each window gets those of its own length, so losses do not depend on the batch. Logits are
     computed for scored positions only.
 
+    The next batch is handed to the device before the losses of a batch are awaited, so that the
+    device has no gap between them.
+
     Args:
         model: A causal LM. It is in evaluation mode while a batch runs, and unchanged afterwards.
         documents: Token ids of each document, [n] integers.
@@ -86,6 +90,7 @@ def score_windows(
     missing = max(map(len, planned)) - len(mine) if ranks.is_sharded else 0
     batches = [*mine, *([np.array([np.argmin(windows.lengths)])] * missing)]
     prefix = np.array(begin, dtype=np.int64)
+    waiting: tuple[np.ndarray, np.ndarray, HostCopy] | None = None
     for number, batch in enumerate(batches):
         parts = [
             np.concatenate(
@@ -114,12 +119,15 @@ def score_windows(
         own = nullcontext() if packed else row_frequencies(model, torch.tensor(lengths))
         with evaluation_mode(model), own:
             losses = token_losses(model, kwargs, _to(places, device), _to(targets, device))
+            copied = HostCopy(losses.double())
+        if waiting is not None:
+            yield ScoredTokens(waiting[0], waiting[1], waiting[2].numpy())
+            waiting = None
         if number < len(mine):
-            yield ScoredTokens(
-                documents=np.repeat(windows.documents[batch], windows.scored[batch]),
-                positions=np.concatenate(chosen),
-                losses=losses.double().cpu().numpy(),
-            )
+            numbers = np.repeat(windows.documents[batch], windows.scored[batch])
+            waiting = numbers, np.concatenate(chosen), copied
+    if waiting is not None:
+        yield ScoredTokens(waiting[0], waiting[1], waiting[2].numpy())
 
 
 def _planned(
@@ -172,7 +180,10 @@ def cut(parts: Sequence[np.ndarray], segment: int | None) -> list[np.ndarray]:
 
 def packed_kwargs(parts: Sequence[np.ndarray], device: torch.device) -> dict[str, Any]:
     """Returns the arguments of a forward pass over documents in one pack."""
-    return PackedBatch.from_documents(parts).to(device).model_kwargs()
+    pack = PackedBatch.from_documents(parts)
+    if device.type == "cuda":
+        pack = pack.pin_memory()
+    return pack.to(device, non_blocking=True).model_kwargs()
 
 
 def row_kwargs(parts: Sequence[np.ndarray], width: int, device: torch.device) -> dict[str, Any]:
@@ -180,8 +191,8 @@ def row_kwargs(parts: Sequence[np.ndarray], width: int, device: torch.device) ->
     rows = np.zeros((len(parts), width), dtype=np.int64)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part
-    return {"input_ids": torch.from_numpy(rows).to(device), "use_cache": False}
+    return {"input_ids": on_device(rows, device), "use_cache": False}
 
 
 def _to(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+    return on_device(np.concatenate(parts).astype(np.int64), device)

@@ -9,7 +9,7 @@ from torch import nn
 
 import lctrain
 from lctrain.data import TokenizedDocument
-from lctrain.eval import longest_documents, perplexity_by_length
+from lctrain.eval import longest_documents, perplexity_by_length, runner
 from tests.eval.conftest import VOCABULARY
 from tests.numerics import near
 
@@ -116,6 +116,28 @@ def test_batch_size_does_not_matter(max_tokens, model, documents) -> None:
     table = perplexity_by_length(model, documents, [5, 13], max_tokens=max_tokens)
     for row, other in zip(table.rows, expected.rows, strict=True):
         assert dataclasses.asdict(row) == near(dataclasses.asdict(other))
+
+
+def test_a_batch_is_computed_before_the_losses_of_the_last_one_are_awaited(
+    model, documents, monkeypatch
+) -> None:
+    events = []
+    compute, read = runner.token_losses, runner.HostCopy.numpy
+
+    def computed(*args):
+        events.append("compute")
+        return compute(*args)
+
+    def awaited(copy):
+        events.append("read")
+        return read(copy)
+
+    monkeypatch.setattr(runner, "token_losses", computed)
+    monkeypatch.setattr(runner.HostCopy, "numpy", awaited)
+    perplexity_by_length(model, documents, [13], max_tokens=64)
+    batches = len(events) // 2
+    assert batches > 2
+    assert events == ["compute", *["compute", "read"] * (batches - 1), "read"]
 
 
 def test_order_of_documents_and_of_lengths_does_not_matter(model, documents) -> None:

@@ -98,7 +98,7 @@ LEVELS = {
     "lctrain.train": 10,
     "lctrain.evaluate": 10,
     "lctrain.push": 10,
-    "lctrain.bench": 10,
+    "lctrain.bench": 11,
     "lctrain.recipes": 11,
 }
 OURS = {"lctrain", "lctrain_kernels"}

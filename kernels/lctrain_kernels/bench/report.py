@@ -19,6 +19,7 @@ from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
+from lctrain_kernels.bench.evaluation_report import evaluation_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.masked_lm_report import masked_lm_table
@@ -52,6 +53,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "encoder_cpu": encoder_table,
     "masked_lm": masked_lm_table,
     "generation": generation_table,
+    "evaluation": evaluation_table,
     "detached": detached_table,
     "chat": chat_table,
     "sft": sft_table,

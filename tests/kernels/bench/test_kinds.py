@@ -9,6 +9,7 @@ from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
+from lctrain_kernels.bench.evaluation_report import evaluation_table
 from lctrain_kernels.bench.generation_report import generation_table
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.masked_lm_report import masked_lm_table
@@ -25,7 +26,7 @@ from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.shares_report import shares_table
 
 # Until they are measured; a kind stays listed without harm.
-WITHOUT_RECORD = {"sft"}
+WITHOUT_RECORD = {"sft", "evaluation"}
 HEAD = {"device": "GPU X", "date": "2026-11-30T01:00:00+00:00", "versions": {"torch": "2.11"}}
 
 
@@ -266,3 +267,29 @@ def test_generation_marks_projected_times():
     assert "`generate_batch`, SDPA | not run | - | - | - |" in generation_table(record)
     assert "4,096 generated tokens" in text
     assert "1.5e-04 nats on average" in text
+
+
+def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
+    at_4k = {"shape": "1B", "length": 4096, "documents": 2, "tokens": 8192, "seconds": 2.0}
+    failed = {"shape": "1B", "length": 8192, "error": "OutOfMemoryError: 8 GiB"}
+    answers = {"shape": "1B", "task": "ruler", "length": 4096, "prompts": 44, "seconds": 20.0}
+    suite = {"shape": "1B", "lengths": [4096, 8192], "seconds": 30.0}
+    other = {**suite, "shape": "135M", "task": "passkey"}
+    record = {
+        **HEAD,
+        "perplexity": [{**at_4k, "forward_seconds": 1.9, "speed_ratio": 0.95}, failed],
+        "answers": [{**answers, "prefill_seconds": 16.0, "time_ratio": 1.25}],
+        "suite": [
+            {**suite, "task": "passkey"},
+            {**suite, "task": "ruler"},
+            other,
+            {"shape": "135M", "task": "ruler", "lengths": [4096], "error": "not run after 501 s"},
+        ],
+    }
+    text = evaluation_table(record)
+    assert "| 4,096 | 2 | 4,096 | 0.95 |" in text
+    assert "| 8,192 | error | - | - |" in text
+    assert "| `ruler` | 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
+    assert "1B, the default suite at 4,096, 8,192 tokens" in text
+    assert text.count("| all | 60 |") == text.count("| all |") == 1
+    assert "| `ruler` | not run |" in text

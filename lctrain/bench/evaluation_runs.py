@@ -1,0 +1,283 @@
+"""The runs of `lctrain-bench evaluation`: perplexity, answers, and the default suite."""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lctrain.batch import PackedBatch
+from lctrain.bench.scale_steps import now
+from lctrain.bench.shapes import ModelShape, build_shape
+from lctrain.config import (
+    AttentionConfig,
+    PasskeyConfig,
+    PathsConfig,
+    PretrainedModelConfig,
+    RulerConfig,
+)
+from lctrain.data import TokenizedDocument
+from lctrain.eval import Run, Subject, Task, computed
+from lctrain.eval.reading import GivenReading
+from lctrain.eval.shipped import SHIPPED, passkey_tokenizer
+from lctrain.eval.tasks.passkey import PasskeyRetrieval
+from lctrain.eval.tasks.perplexity import Perplexity
+from lctrain.eval.tasks.ruler import Ruler
+from lctrain.evaluate import EvalConfig, evaluate
+from lctrain.loss import causal_lm_loss
+from lctrain.schemas import TextData
+
+_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the runs.
+
+    Attributes:
+        lengths: Context lengths of the part `perplexity`, rising. The last one is also the number
+            of tokens in a forward pass.
+        documents: Most documents of a length, each of one window.
+        most_tokens: Most tokens of all documents of a length.
+        rounds: Number of timed rounds of plain forward passes.
+        answered: Context length of the part `answers`.
+        keys: Number of passkeys at each depth.
+        items: Number of prompts of each of RULER's tasks in the part `answers`.
+        haystack: Characters of the text in which the part `answers` hides keys and needles.
+        suite_lengths: Context lengths of the suite, for the 1B model and then for SmolLM2's shape.
+        suite_items: Number of prompts of each of RULER's tasks in the suite.
+        suite_documents: Number of documents of the suite's perplexity.
+        characters: Characters of a document of the suite.
+        ruler_tasks: Names of RULER's tasks; None for all but qa.
+        vocab_size: Vocabulary of a tiny model, which holds that of the tokenizer.
+    """
+
+    lengths: tuple[int, ...] = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
+    documents: int = 64
+    most_tokens: int = 8_388_608
+    rounds: int = 2
+    answered: int = 32_768
+    keys: int = 4
+    items: int = 4
+    haystack: int = 400_000
+    suite_lengths: tuple[tuple[int, ...], ...] = (
+        (4096, 8192, 16_384, 32_768),
+        (4096, 8192),
+    )
+    suite_items: int = 10
+    suite_documents: int = 32
+    characters: int = 120_000
+    ruler_tasks: tuple[str, ...] | None = None
+    vocab_size: int = 8192
+
+    @classmethod
+    def tiny(cls) -> Sizes:
+        """Returns sizes for a trial on a CPU."""
+        return cls(
+            lengths=(256, 512),
+            documents=3,
+            most_tokens=1024,
+            rounds=1,
+            answered=512,
+            keys=1,
+            items=1,
+            haystack=20_000,
+            suite_lengths=((512,),),
+            suite_items=1,
+            suite_documents=2,
+            characters=20_000,
+            ruler_tasks=("niah_single_1",),
+        )
+
+
+def time_perplexity(model: Any, length: int, sizes: Sizes) -> dict[str, Any]:
+    """Times the task perplexity at one length, and plain forward passes over the same documents.
+
+    Args:
+        model: A patched causal LM in eval mode.
+        length: Context length in tokens; each document has one token more.
+        sizes: Sizes of the runs.
+
+    Returns:
+        Documents, tokens that the model reads, seconds of the task, seconds of the plain passes,
+        and the speed of the task over theirs.
+    """
+    device = next(model.parameters()).device
+    count = max(1, min(sizes.documents, sizes.most_tokens // length))
+    draw = np.random.default_rng(length)
+    tokens = [draw.integers(model.config.vocab_size, size=length + 1) for _ in range(count)]
+    documents = [TokenizedDocument(f"document {i}", ids, i) for i, ids in enumerate(tokens)]
+    most = max(sizes.lengths)
+
+    def task() -> None:
+        _compute(Perplexity(), Subject(model, documents=documents), length, most)
+
+    rows = max(1, most // length)
+    packs = [
+        PackedBatch.from_documents(tokens[start : start + rows]).to(device)
+        for start in range(0, count, rows)
+    ]
+
+    def forward() -> None:
+        for pack in packs:
+            causal_lm_loss(model, pack)
+
+    _warm_up(model, task, tokens, min(count, rows), device)
+    with torch.no_grad():
+        plain = statistics.median(_seconds(forward, device) for _ in range(sizes.rounds))
+    seconds = _seconds(task, device)
+    return {
+        "documents": count,
+        "tokens": count * length,
+        "seconds": seconds,
+        "forward_seconds": plain,
+        "speed_ratio": plain / seconds,
+    }
+
+
+def time_answers(model: Any, task: str, sizes: Sizes) -> dict[str, Any]:
+    """Times a task that asks for answers, and forward passes over its prompts without logits.
+
+    Args:
+        model: A patched causal LM in eval mode.
+        task: "passkey" or "ruler".
+        sizes: Sizes of the runs.
+
+    Returns:
+        Prompts, their tokens, seconds of the task and of the passes, and their ratio.
+    """
+    device = next(model.parameters()).device
+    length = sizes.answered
+    made = _answers_task(task, sizes)
+    tokenizer = passkey_tokenizer(SHIPPED)
+    ids = tokenizer(_text(sizes.haystack), verbose=False)["input_ids"]
+    documents = [TokenizedDocument("text", np.array(ids), 0)]
+    subject = Subject(model, tokenizer, documents)
+    run = Run.prepared(made, subject, [GivenReading()], (length,), max_tokens=length)
+    count = made.size(length)
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(256, size=length))
+    pack = PackedBatch.from_documents([prompt]).to(device)
+
+    def prefill() -> None:
+        for _ in range(count):
+            model.model(**pack.model_kwargs())
+
+    with torch.no_grad():
+        model.model(**pack.model_kwargs())  # compiles
+        computed(_first(made, subject, length))
+        passes = _seconds(prefill, device)
+    seconds = _seconds(lambda: computed(run), device)
+    return {
+        "length": length,
+        "prompts": count,
+        "seconds": seconds,
+        "prefill_seconds": passes,
+        "time_ratio": seconds / passes,
+    }
+
+
+def time_suite(
+    shape: ModelShape,
+    task: str,
+    lengths: Sequence[int],
+    sizes: Sizes,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Times one task of the default suite of `lctrain-eval`, with a stored model.
+
+    Args:
+        shape: Shape of the model.
+        task: Name of the task.
+        lengths: Context lengths in tokens.
+        sizes: Sizes of the runs.
+        folder: Folder in which models, texts and results are stored.
+        device: Device of the model.
+        dtype: Dtype of the weights.
+    """
+    stored, texts = folder / shape.name, folder / "texts"
+    if not stored.exists():
+        build_shape(shape, "sdpa", device, dtype).save_pretrained(stored)
+        passkey_tokenizer(SHIPPED).save_pretrained(stored)
+    if not texts.exists():
+        texts.mkdir()
+        text = _text(sizes.suite_documents * sizes.characters)
+        for number in range(sizes.suite_documents):
+            start = number * sizes.characters
+            (texts / f"{number}.txt").write_text(text[start : start + sizes.characters])
+    config = EvalConfig(
+        model=PretrainedModelConfig(name_or_path=str(stored)),
+        data=TextData(files=(str(texts / "*.txt"),), cache_dir=str(folder / "cache")),
+        attention=AttentionConfig(),
+        paths=PathsConfig(output_dir=str(folder / f"{shape.name}_{task}")),
+        split="all",
+        tasks=[task],
+        lengths=list(lengths),
+        documents=sizes.suite_documents,
+        passkey=PasskeyConfig(depths=list(_DEPTHS), keys_per_cell=sizes.keys),
+        ruler=RulerConfig(
+            tasks=None if sizes.ruler_tasks is None else list(sizes.ruler_tasks),
+            items=sizes.suite_items,
+        ),
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+    )
+    return {"seconds": _seconds(lambda: evaluate(config), device)}
+
+
+def _compute(task: Task, subject: Subject, length: int, most: int) -> None:
+    computed(Run.prepared(task, subject, [GivenReading()], (length,), max_tokens=most))
+
+
+def _warm_up(
+    model: Any, task: Callable[[], None], tokens: list[np.ndarray], rows: int, device: torch.device
+) -> None:
+    """Compiles what task and forward need, on one pack."""
+    with torch.no_grad():
+        causal_lm_loss(model, PackedBatch.from_documents(tokens[:rows]).to(device))
+    if device.type == "cuda":
+        documents = [TokenizedDocument("first", tokens[0], 0)]
+        length = len(tokens[0]) - 1
+        _compute(Perplexity(), Subject(model, documents=documents), length, length)
+
+
+def _answers_task(task: str, sizes: Sizes) -> Task:
+    if task == "passkey":
+        return PasskeyRetrieval(depths=_DEPTHS, keys_per_cell=sizes.keys)
+    return Ruler(tasks=sizes.ruler_tasks, items=sizes.items)
+
+
+def _first(task: Task, subject: Subject, length: int) -> Run:
+    """Returns a short run of the same kind, which compiles what the task needs."""
+    short: Task = (
+        PasskeyRetrieval(depths=(0.5,), keys_per_cell=1)
+        if isinstance(task, PasskeyRetrieval)
+        else Ruler(tasks=["niah_single_1"], items=1)
+    )
+    return Run.prepared(short, subject, [GivenReading()], (length,), max_tokens=length)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    start = now(device)
+    run()
+    return now(device) - start
+
+
+@cache
+def _text(characters: int) -> str:
+    """Returns the beginning of the standard library's source files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    text = ""
+    for path in sorted(root.glob("[a-z]*/*.py")):
+        text += path.read_text(errors="replace")
+        if len(text) >= characters:
+            break
+    return text[:characters]
