@@ -23,6 +23,7 @@ from lctrain.recipes.differential.key_loss import passkey_loss
 from lctrain.recipes.differential.largest_logit import largest_logit
 from lctrain.recipes.differential.scale import Scale
 from lctrain.recipes.differential.variant import Variant
+from lctrain.recipes.machine import machine
 from lctrain.train import quiet_lightning, train
 
 
@@ -55,7 +56,7 @@ def train_runs(experiment: Experiment) -> None:
         content = {
             "variant": variant.name,
             "seed": seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            **machine(),
             "steps": report.steps,
             "training_loss": [report.first_loss, report.last_loss],
             "held_out_loss": report.held_out_last,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lctrain.limits import require
+from lctrain.pluralize import pluralize
 from lctrain.recipes.differential.__main__ import share
 from lctrain.recipes.differential.best_rate import as_markdown, summarize_rates
 from lctrain.recipes.differential.experiment import Experiment, write_json
@@ -125,7 +126,21 @@ def tables() -> str:
     """Returns the tables of the recorded sweep as Markdown, between the marks of the README."""
     if not RESULTS.exists():
         return f"{BEGIN}\n\nThe sweep has no record yet.\n\n{END}"
-    return f"{BEGIN}\n\n{as_markdown(json.loads(RESULTS.read_text()))}\n\n{END}"
+    summary = json.loads(RESULTS.read_text())
+    return f"{BEGIN}\n\n{origin(summary)}\n\n{as_markdown(summary)}\n\n{END}"
+
+
+def origin(summary: dict[str, Any]) -> str:
+    """Returns how large the models were, and where and when they were trained, as a sentence."""
+    run, runs = summary["runs"][0], summary["runs"]
+    parameters = sum(one["parameters"] for one in runs) / len(runs)
+    seeds = len({one["seed"] for one in runs})
+    found = (
+        f"Models of {parameters / 1e6:.1f} million parameters, {run['steps']:,} steps, "
+        f"{pluralize(seeds, 'seed')}. {run['device']}, torch {run['torch']}, {run['date']}."
+    )
+    missing = summary["missing"]
+    return f"{found} Not trained: {', '.join(missing)}." if missing else found
 
 
 def write_readme() -> None:

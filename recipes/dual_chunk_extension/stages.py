@@ -9,6 +9,7 @@ from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.eval import METHODS
 from lctrain.evaluate import EvalConfig, PasskeyConfig, evaluate
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment, run_training
+from lctrain.recipes.machine import machine
 
 SHARD = "14MB"
 
@@ -20,6 +21,7 @@ def train_short(experiment: Experiment) -> None:
     experiment.save(
         "train",
         {
+            **machine(),
             "steps": report.steps,
             "training_loss": [report.first_loss, report.last_loss],
             "held_out_loss": [report.held_out_first, report.held_out_last],

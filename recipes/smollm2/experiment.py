@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.eval.cells import CellStore
 from lctrain.evaluate import EvalConfig, Evaluation, evaluate
 from lctrain.limits import require
+from lctrain.recipes.machine import machine
 from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.smollm2.model import FILES
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
@@ -126,17 +124,6 @@ class Experiment:
             tokenizer=str(self.model),
             cache_dir=str(self.output / "cache"),
         )
-
-
-def machine() -> dict[str, str]:
-    """Returns device, versions and day, for the record of a stage."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
 
 
 def rows_of(evaluation: Evaluation, task: str) -> list[dict[str, Any]]:

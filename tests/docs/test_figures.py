@@ -33,10 +33,7 @@ ALLOWED = {
         "80GB": "the name of the GPU",
         "80 GB": "the memory of that GPU",
     },
-    "recipes/dual_chunk_extension/README.md": {
-        "14 MB": "a setting of the stages",
-        "80GB": "the name of the GPU",
-    },
+    "recipes/dual_chunk_extension/README.md": {"14 MB": "a setting of the stages"},
 }
 
 

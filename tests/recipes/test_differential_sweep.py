@@ -162,6 +162,19 @@ def test_bad_input_is_refused(tmp_path):
         run(tmp_path, "--seeds", "0", "--", "a=1")
 
 
+def test_the_table_says_where_and_how_the_models_were_trained(tmp_path, monkeypatch):
+    facts = {"device": "GPU X", "torch": "2.11", "date": "2026-12-01", "steps": 1300}
+    runs = [{**run, **facts, "parameters": 4_123_456} for run in RUNS]
+    summary = {**summarize_rates(runs), "missing": ["v2_2 at 0.001"], "runs": runs}
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(summary))
+    monkeypatch.setattr(sweep, "RESULTS", path)
+    text = sweep.tables()
+    assert "Models of 4.1 million parameters, 1,300 steps, 3 seeds." in text
+    assert "GPU X, torch 2.11, 2026-12-01. Not trained: v2_2 at 0.001." in text
+    assert "| held-out loss | 0.001 | 0.002 | 0.004 |" in text
+
+
 def test_the_readme_has_the_table_of_the_record():
     assert sweep.tables() in sweep.README.read_text()
     assert sweep.PROGRAM in sweep.README.read_text()

@@ -9,6 +9,7 @@ import torch
 
 from lctrain import kernels
 from lctrain.eval import METHODS
+from lctrain.recipes.dual_chunk_extension import table
 from lctrain.recipes.dual_chunk_extension.__main__ import main
 from lctrain.recipes.dual_chunk_extension.continuation import _smooth
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
@@ -25,7 +26,8 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
     main(["--scale", "tiny", "--output", str(tmp_path / "out")])
     out = tmp_path / "out"
-    assert json.loads((out / "train.json").read_text())["steps"] == 4
+    train = json.loads((out / "train.json").read_text())
+    assert (train["steps"], train["device"]) == (4, "CPU")
     perplexity = json.loads((out / "perplexity" / "perplexity_by_method.json").read_text())
     assert perplexity["window"] == 128
     assert {row["length"] for row in perplexity["rows"]} == {128, 256, 512, 1024, 2048}
@@ -100,3 +102,29 @@ def test_smoothing_begins_at_the_first_value():
 def test_the_readme_names_the_command():
     readme = (ROOT / "recipes" / "dual_chunk_extension" / "README.md").read_text()
     assert "python -m lctrain.recipes.dual_chunk_extension" in readme
+
+
+def test_the_readme_has_the_tables_of_the_records():
+    assert table.tables() in table.README.read_text()
+    assert table.PROGRAM in table.README.read_text()
+
+
+def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp_path):
+    record = {"device": "GPU X", "torch": "2.11", "date": "2026-12-01"}
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    losses = ["method,length,perplexity,ratio_to_window,tokens,documents"]
+    keys = ["method,length,depth,found,keys,accuracy"]
+    for method, found in (("plain", 1), ("dual_chunk_yarn", 19)):
+        for length in (1024, 8192):
+            losses.append(f"{method},{length},{length / 100},{length / 1024},5000,3")
+            keys += [f"{method},{length},0.0,20,20,1.0", f"{method},{length},0.5,{found},20,0.5"]
+    (tmp_path / "perplexity_by_method.csv").write_text("\n".join(losses))
+    (tmp_path / "passkey_retrieval.csv").write_text("\n".join(keys))
+    text = table.tables(tmp_path)
+    assert "Measured on one GPU X, torch 2.11, 2026-12-01." in text
+    assert "**Perplexity** of 5,000 tokens of 3 held-out documents" in text
+    assert "| tokens | plain | dual_chunk_yarn |" in text
+    assert "| 8,192 | 81.92 (8.00) | 81.92 (8.00) |" in text
+    assert "| dual_chunk_yarn | 98% | 98% |" in text
+    assert "from most to fewest keys: dual_chunk_yarn 98%, plain 52%." in text
+    assert "At its worst depth, 0.5, dual_chunk_yarn finds 95%." in text

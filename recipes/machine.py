@@ -1,0 +1,20 @@
+"""machine: what a recipe's record says of the machine and the day on which it was made."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+
+import torch
+
+
+def machine() -> dict[str, str]:
+    """Returns device, day and versions."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
