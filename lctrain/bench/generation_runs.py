@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
@@ -23,7 +24,8 @@ FEW = 8
 class TimedBatch(ContinuousBatch):
     """A ContinuousBatch that adds up the seconds of its prefills and of its decode steps.
 
-    Both end with a copy of tokens to the host, so the host's clock is right.
+    A step ends when the host has read its tokens. The next one runs already then, and it counts
+    from there on, so the seconds of all steps add up to those of the run.
 
     Attributes:
         prefill_seconds: Seconds of all prefills.
@@ -34,16 +36,27 @@ class TimedBatch(ContinuousBatch):
         super().__init__(*arguments)
         self.prefill_seconds = 0.0
         self.decode_seconds: list[float] = []
+        self._launched_prefills: deque[bool] = deque()  # of the steps that are not read
+        self._last = time.perf_counter()
 
     def _prefill(self, groups: Any) -> None:
-        start = time.perf_counter()
         super()._prefill(groups)
-        self.prefill_seconds += time.perf_counter() - start
+        self._launched_prefills.append(True)
 
     def _decode(self) -> None:
-        start = time.perf_counter()
+        before = self.steps
         super()._decode()
-        self.decode_seconds.append(time.perf_counter() - start)
+        if self.steps > before:
+            self._launched_prefills.append(False)
+
+    def _read(self) -> None:
+        super()._read()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._launched_prefills.popleft():
+            self.prefill_seconds += seconds
+        else:
+            self.decode_seconds.append(seconds)
 
 
 def run_continuous(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lctrain.generation import prefill
-from lctrain.generation.decode import Capture, DecodeStep, batch_sizes
+from lctrain.generation.decode import BUFFERS, Capture, DecodeStep, batch_sizes
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.options import Completion
@@ -19,20 +20,27 @@ from lctrain.generation.pool_size import longest_pages, pool_pages
 from lctrain.generation.request import Request
 from lctrain.generation.schedule import Schedule
 from lctrain.generation.shared_pages import PrefixBounds, SharedPages, bounds_of
+from lctrain.generation.slot_tokens import SlotTokens
 from lctrain.generation.stops import StopStrings
 from lctrain.generation.task import GenerationTask
 from lctrain.generation.token_choice import TokenChoice, require_distributions
+from lctrain.generation.transfer import Readback, upload
 from lctrain.warn import warn_caller
 
 if TYPE_CHECKING:
     from lctrain_kernels import SharedPrefixes
+
+UNREAD = BUFFERS - 1
+"""Steps whose tokens the host has not read when it launches the next one."""
 
 
 class ContinuousBatch:
     """Completes the prompts of a task.
 
     Requests that are admitted are prefilled in packs. All running requests then decode one token
-    per step, in a batch that is padded to one of a few sizes.
+    per step, in a batch that is padded to one of a few sizes. Chosen tokens stay on the device for
+    the next step. The host reads them while the next step runs: so a request that ends with an end
+    token or a stop string takes part in one step more, whose token is dropped.
 
     Args:
         model: A patched causal LM in eval mode, or a model of PEFT around one.
@@ -68,14 +76,13 @@ class ContinuousBatch:
         self._end = frozenset(task.end)
         slots = min(task.batch_size, task.count)
         self.schedule = Schedule(self._requests(), self._pool, slots, self._width)
+        longest = max(map(len, task.prompts)) + task.max_new_tokens
+        self._tokens = SlotTokens(slots, longest if self._choice.reads_history else None, device)
         self._sizes = batch_sizes(slots)
         self._capture = capture
         self._shared_pages = SharedPages(shared_prefixes, self._pool, device)
         self._decoders: dict[tuple[int, PrefixBounds | None], DecodeStep] = {}
-        self._history: Tensor | None = None
-        if self._choice.reads_history:
-            longest = max(map(len, task.prompts)) + task.max_new_tokens
-            self._history = torch.zeros(slots, longest, dtype=torch.int64, device=device)
+        self._unread: deque[Readback] = deque()
         self._completions: list[Completion | None] = [None] * task.count
         self.steps = self.shared_steps = 0
 
@@ -86,53 +93,59 @@ class ContinuousBatch:
                 self._prefill(groups)
             else:
                 self._decode()
+            while len(self._unread) > UNREAD:
+                self._read()
+        self._settle()
         return [found for found in self._completions if found is not None]
 
     def _requests(self) -> list[Request]:
         """Returns the requests, those of equal prompts one after another."""
-        device = self._forward.device
         first: dict[tuple[int, ...], int] = {}
         found = []
         for index, seed in enumerate(self._task.seeds):
             prompt = self._task.prompts[index // self._task.samples]
             group = first.setdefault(tuple(prompt), index)
             longest = len(prompt) + self._task.max_new_tokens - 1
-            generator = self._choice.generator(seed, device)
-            found.append(Request(index, prompt, group, longest, generator))
+            found.append(Request(index, prompt, group, longest, seed))
         return sorted(found, key=lambda request: request.group)
 
     def _prefill(self, groups: Sequence[list[Request]]) -> None:
+        """Launches the prefill of groups of equal tokens, and the choice of their next tokens."""
         leaders = [(group[0].tokens, group[0].pages, group[0].known) for group in groups]
         logits = prefill.prefill(self._forward, self._pool, leaders)
         rows = [row for row, group in enumerate(groups) for _ in group]
         requests = [request for group in groups for request in group]
-        if self._history is not None:
-            for request in requests:
-                ids = torch.tensor(request.tokens)
-                self._history[request.slot] = ids[0]
-                self._history[request.slot, : len(ids)] = ids.to(self._history.device)
-        self._accept(requests, logits if len(rows) == len(logits) else logits[rows])
+        if len(rows) != len(logits):
+            logits = logits[upload(torch.tensor(rows), logits.device)]
+        seeds = [request.seed for request in requests]
+        keys = self._choice.keys(seeds, [request.stored for request in requests])
+        chosen, log_probs = self._choice(
+            self._tokens.begin(requests), logits.float(), upload(keys, logits.device)
+        )
+        self._tokens.write_last(requests, chosen)
+        self._launched(requests, torch.stack((chosen.double(), log_probs.double())))
 
     def _decode(self) -> None:
-        self.schedule.make_room()
+        """Launches a step of all running requests."""
+        self.schedule.make_room(self._settle)
         requests = list(self.schedule.running)
-        tokens = [request.token_ids[-1] for request in requests]
-        stored = [request.stored for request in requests]
+        if not requests:  # all have ended meanwhile
+            return
         tables = self.schedule.tables()
         shared = self._shared_pages.find(self.schedule.version, requests, tables)
         decoder = self._decoder(len(requests), shared)
         try:
-            logits = decoder(tokens, stored, tables, shared)
+            values = decoder(requests, tables, shared)
         except RuntimeError as error:
             if not decoder.is_capturing:
                 raise
             self._give_capture_up(str(error).partition("\n")[0])
-            logits = decoder(tokens, stored, tables, shared)
+            values = decoder(requests, tables, shared)
         self.steps += 1
         self.shared_steps += shared is not None
         for request in requests:
             request.stored += 1
-        self._accept(requests, logits)
+        self._launched(requests, values)
 
     def _decoder(self, requests: int, shared: SharedPrefixes | None) -> DecodeStep:
         """Returns the decoder of the smallest size that holds a number of requests.
@@ -143,7 +156,14 @@ class ContinuousBatch:
         bounds = None if shared is None else bounds_of(shared, size)
         if (size, bounds) not in self._decoders:
             self._decoders[size, bounds] = DecodeStep(
-                self._forward, self._pool, size, self._width, self._capture, bounds
+                self._forward,
+                self._pool,
+                self._choice,
+                self._tokens,
+                size,
+                self._width,
+                self._capture,
+                bounds,
             )
         return self._decoders[size, bounds]
 
@@ -156,36 +176,55 @@ class ContinuousBatch:
         for decoder in self._decoders.values():
             decoder.capture = None
 
-    def _accept(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """Chooses the next token of each request, and retires those that have ended.
+    def _launched(self, requests: Sequence[Request], values: Tensor) -> None:
+        """Notes the next token of each request, and retires requests of which it is the last one.
+
+        What later kernels do with the pages of such a request comes after this step.
 
         Args:
             requests: Running requests.
-            logits: Logits of each request's next token, [n, V].
+            values: Ids and log-probabilities of the tokens, [2, n] float64.
         """
-        slots = [request.slot for request in requests]
-        history = None if self._history is None else self._history[slots]
-        chosen = self._choice(history, logits.float(), [request.generator for request in requests])
-        if self._history is not None:
-            places = torch.tensor([len(request.tokens) for request in requests])
-            self._history[slots, places.to(chosen[0].device)] = chosen[0]
-        # One copy to the host: ids are exact in float64.
-        ids, log_probs = torch.stack([part.double() for part in chosen]).tolist()
-        for request, token, log_prob in zip(requests, ids, log_probs, strict=True):
-            request.token_ids.append(int(token))
+        self._unread.append(Readback(requests, values))
+        for request in requests:
+            request.launched += 1
+            if request.launched == self._task.max_new_tokens:
+                self.schedule.retire(request)
+
+    def _settle(self) -> bool:
+        """Reads the tokens of all steps that have been launched; returns whether there were any."""
+        unread = bool(self._unread)
+        while self._unread:
+            self._read()
+        return unread
+
+    def _read(self) -> None:
+        """Reads the tokens of the oldest step, and retires the requests that have ended."""
+        step = self._unread.popleft()
+        requests = []
+        for request, token, log_prob in zip(step.requests, *step.read(), strict=True):
+            if request.ended:
+                continue
+            requests.append(request)
+            request.token_ids.append(token)
             request.log_probs.append(log_prob)
             if math.isnan(log_prob):
                 require_distributions(request.log_probs, request.index // self._task.samples)
-        ended = [request.token_ids[-1] in self._end for request in requests]
-        if self._stops is not None:
+        stopped = [request.token_ids[-1] in self._end for request in requests]
+        if self._stops is not None and requests:
             found = self._stops([request.token_ids for request in requests])
-            ended = [one or other for one, other in zip(ended, found, strict=True)]
-        for request, stopped in zip(requests, ended, strict=True):
-            if stopped or len(request.token_ids) == self._task.max_new_tokens:
-                self._completions[request.index] = self._task.completion(
-                    request.index, request.token_ids, request.log_probs, stopped
-                )
-                self.schedule.retire(request)
+            stopped = [one or other for one, other in zip(stopped, found, strict=True)]
+        for request, stop in zip(requests, stopped, strict=True):
+            if stop or len(request.token_ids) == self._task.max_new_tokens:
+                self._end_request(request, stop)
+
+    def _end_request(self, request: Request, stopped: bool) -> None:
+        request.ended = True
+        self._completions[request.index] = self._task.completion(
+            request.index, request.token_ids, request.log_probs, stopped
+        )
+        if request.slot >= 0:
+            self.schedule.retire(request)
 
 
 def complete_continuously(

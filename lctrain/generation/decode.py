@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.generation.forward import CachedForward
+from lctrain.generation.noise import KEYS
 from lctrain.generation.pages import PAGE, PagePool
+from lctrain.generation.request import Request
 from lctrain.generation.shared_pages import PrefixBounds, PrefixBuffers
+from lctrain.generation.slot_tokens import SlotTokens
+from lctrain.generation.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from lctrain_kernels import SharedPrefixes
@@ -18,8 +22,11 @@ if TYPE_CHECKING:
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records a function; returns a function that runs it again, and the tensor with its result."""
 
-WARM_UP = 8
-"""Steps of a size before one is captured. A capture takes as long as many steps."""
+WARM_UP = 2
+"""Steps of a size before one is captured. A capture takes about as long as a step without graph."""
+
+BUFFERS = 2
+"""Sets of inputs on the host. A set is written again when the tokens of its step were read."""
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -31,13 +38,16 @@ def batch_sizes(most: int) -> list[int]:
 
 
 class DecodeStep:
-    """Decodes one token of up to `size` requests. Rows beyond them have no keys.
+    """Decodes and chooses one token of up to `size` requests. Rows beyond them have no keys.
 
     All inputs lie in buffers of a fixed place and size, so that a captured step can be replayed.
+    The step reads and writes the tokens of slots on the device.
 
     Args:
         forward: The model.
         pool: Pages.
+        choice: Chooses the tokens.
+        tokens: Tokens of the slots.
         size: Number of rows B.
         width: Most pages of a request.
         capture: Captures the step after WARM_UP steps; None runs it as it is.
@@ -48,72 +58,81 @@ class DecodeStep:
         self,
         forward: CachedForward,
         pool: PagePool,
+        choice: TokenChoice,
+        tokens: SlotTokens,
         size: int,
         width: int,
         capture: Capture | None = None,
         bounds: PrefixBounds | None = None,
     ) -> None:
-        device = forward.device
-        pinned = device.type == "cuda"
         self._forward_pass = forward
         self._pool = pool
+        self._choice = choice
+        self._tokens = tokens
         self._width = width
         self.capture = capture
-        self._host_tokens = torch.zeros(2, size, dtype=torch.int64, pin_memory=pinned)
-        rows = size * (1 + width)
-        numbers = rows + (0 if bounds is None else PrefixBuffers.numbers(size, bounds))
-        self._host_cache = torch.zeros(numbers, dtype=torch.int32, pin_memory=pinned)
-        self._tokens = torch.empty_like(self._host_tokens, device=device)
-        self._cache = torch.empty_like(self._host_cache, device=device)
-        self._host_lengths, self._host_table = _split(self._host_cache[:rows], size)
-        self._lengths, self._table = _split(self._cache[:rows], size)
-        self._prefixes: PrefixBuffers | None = None
+        device = forward.device
+        rows = size * (2 + KEYS + width)
+        groups = 0 if bounds is None else PrefixBuffers.numbers(size, bounds)
+        numbers = torch.zeros(rows + groups, dtype=torch.int32)
+        self._inputs = _Inputs(torch.empty_like(numbers, device=device), size, width)
+        pinned = device.type == "cuda"
+        self._host = [
+            _Inputs(numbers.pin_memory() if pinned else numbers.clone(), size, width)
+            for _ in range(BUFFERS)
+        ]
+        self._prefixes: list[PrefixBuffers] = []
         if bounds is not None:
-            parts = self._host_cache[rows:], self._cache[rows:]
-            self._prefixes = PrefixBuffers(*parts, size, bounds, width * PAGE)
+            self._prefixes = [
+                PrefixBuffers(host.rest, self._inputs.rest, size, bounds, width * PAGE)
+                for host in self._host
+            ]
+        self._chosen = torch.zeros(size, dtype=torch.int64, device=device)
         self._plan: Any = None
         self._plan_of_windows: Any = None
         self._steps = 0
         self._replay: Callable[[], None] | None = None
-        self._logits: Tensor | None = None
+        self._result: Tensor | None = None
 
     def __call__(
-        self,
-        tokens: Sequence[int],
-        stored: Sequence[int],
-        tables: Tensor,
-        shared: SharedPrefixes | None = None,
+        self, requests: Sequence[Request], tables: Tensor, shared: SharedPrefixes | None = None
     ) -> Tensor:
-        """Returns the logits after one more token of each request, [n, V].
+        """Returns ids and log-probabilities of the next token of each request, [2, n] float64.
+
+        The next call overwrites them. At most BUFFERS - 1 earlier steps may be unfinished.
 
         Args:
-            tokens: Last token of each of n requests.
-            stored: Tokens of each request in the cache, before this one.
+            requests: Running requests, n of them.
             tables: Pages of each request, [n, width] int32, on the CPU.
             shared: Prefixes that requests share, on the CPU; given if the step has bounds for them.
         """
-        count = len(tokens)
-        self._host_tokens.zero_()
-        self._host_tokens[0, :count] = torch.tensor(tokens)
-        lengths = torch.tensor(stored)
-        self._host_tokens[1, :count] = lengths
-        self._host_lengths.fill_(-1)  # one new token: a row of -1 has no key
-        self._host_lengths[:count] = lengths
-        self._host_table[:count] = tables
-        if self._prefixes is not None:
+        count, turn = len(requests), self._steps % BUFFERS
+        host = self._host[turn]
+        stored = [request.stored for request in requests]
+        seeds = [request.seed for request in requests]
+        host.slots.fill_(self._tokens.spare)
+        host.slots[:count] = torch.tensor([request.slot for request in requests])
+        host.lengths.fill_(-1)  # one new token: a row of -1 has no key
+        host.lengths[:count] = torch.tensor(stored)
+        host.keys[:count] = self._choice.keys(seeds, [length + 1 for length in stored])
+        host.table[:count] = tables
+        if self._prefixes:
             assert shared is not None
-            self._prefixes.fill(shared)
-        self._tokens.copy_(self._host_tokens, non_blocking=True)
-        self._cache.copy_(self._host_cache, non_blocking=True)
+            self._prefixes[turn].fill(shared)
+        self._inputs.buffer.copy_(host.buffer, non_blocking=True)
         if self.is_capturing:
             assert self.capture is not None
-            self._replay, self._logits = self.capture(self._run)
+            self._replay, self._result = self.capture(self._run)
         self._steps += 1
         if self._replay is None:
-            return self._run()[:count]
-        self._replay()
-        assert self._logits is not None
-        return self._logits[:count]
+            result = self._run()
+        else:
+            self._replay()
+            assert self._result is not None
+            result = self._result
+        # Not a part of the graph: run twice, a step gives the same result.
+        self._tokens.last.index_copy_(0, self._inputs.slots.long(), self._chosen)
+        return result[:, :count]
 
     @property
     def is_capturing(self) -> bool:
@@ -140,8 +159,8 @@ class DecodeStep:
             values,
             k,
             v,
-            cache_seqlens=self._lengths,
-            block_table=self._table,
+            cache_seqlens=self._inputs.lengths,
+            block_table=self._inputs.table,
             causal=causal,
             plan=self._plan if options["window_size"][0] < 0 else self._windowed(),
             **options,
@@ -150,9 +169,20 @@ class DecodeStep:
         return out.transpose(0, 1)
 
     def _run(self) -> Tensor:
-        self._plan = self._make_plan(None if self._prefixes is None else self._prefixes.prefixes)
-        self._plan_of_windows = self._plan if self._prefixes is None else None
-        return self._forward_pass(self._tokens[:1], self._tokens[1:], self)
+        shared = self._prefixes[0].prefixes if self._prefixes else None
+        self._plan = self._make_plan(shared)
+        self._plan_of_windows = self._plan if shared is None else None
+        slots = self._inputs.slots.long()
+        positions = self._inputs.lengths.clamp(min=0).long()
+        tokens = self._tokens.last[slots]
+        history = self._tokens.history
+        if history is not None:
+            history[slots, positions] = tokens
+            history = history[slots]
+        logits = self._forward_pass(tokens[None], positions[None], self)
+        chosen, log_probs = self._choice(history, logits.float(), self._inputs.keys)
+        self._chosen.copy_(chosen)
+        return torch.stack((chosen.double(), log_probs.double()))
 
     def _windowed(self) -> Any:
         """Returns the plan of layers with a window: they would read a prefix that none sees."""
@@ -165,7 +195,7 @@ class DecodeStep:
 
         shape = self._pool.shape
         return make_decode_plan(
-            self._lengths,
+            self._inputs.lengths,
             self._width * PAGE,
             shape.head_dim,
             shape.dtype,
@@ -173,6 +203,28 @@ class DecodeStep:
         )
 
 
-def _split(buffer: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Returns lengths [size] and page table [size, width], two views of a buffer."""
-    return buffer[:size], buffer[size:].view(size, -1)
+class _Inputs:
+    """Inputs of a step, views of one buffer, so that one copy takes them to the device.
+
+    Args:
+        buffer: int32, contiguous.
+        size: Number of rows B.
+        width: Most pages of a request.
+
+    Attributes:
+        buffer: All inputs.
+        slots: [B] int32, slot of each request.
+        lengths: [B] int32, tokens of each request in the cache; -1 for padding.
+        keys: [B, KEYS] int32, keys of each request's draw.
+        table: [B, width] int32, pages of each request.
+        rest: What follows in the buffer.
+    """
+
+    def __init__(self, buffer: Tensor, size: int, width: int) -> None:
+        self.buffer = buffer
+        rows = [size, size, size * KEYS, size * width]
+        self.slots, self.lengths, keys, table, self.rest = buffer.split(
+            [*rows, len(buffer) - sum(rows)]
+        )
+        self.keys = keys.view(size, KEYS)
+        self.table = table.view(size, width)

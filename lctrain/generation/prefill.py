@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.pages import PAGE, PagePool
+from lctrain.generation.transfer import upload
 
 TOKENS = 8192
 """Most tokens of a pack. Longer prompts are cut, and each piece attends to those before it."""
@@ -54,17 +55,17 @@ class PrefillStep:
 
         self._pool = pool
         slots = [_slots(piece.pages, piece.begin, piece.end) for piece in pieces]
-        self._slots = torch.cat(slots).to(device)
+        self._slots = upload(torch.cat(slots), device)
         self._keys: Tensor | None = None  # None: all keys are those of the pack
         lengths = queries = [piece.end - piece.begin for piece in pieces]
         if any(piece.begin for piece in pieces):
             stored = [_slots(piece.pages, 0, piece.end) for piece in pieces]
-            self._keys = torch.cat(stored).to(device)
+            self._keys = upload(torch.cat(stored), device)
             lengths = [piece.end for piece in pieces]
-        begins = _boundaries(queries).to(device)
+        begins = upload(_boundaries(queries), device)
         self._pack = checked_pack(
             begins,
-            begins if self._keys is None else _boundaries(lengths).to(device),
+            begins if self._keys is None else upload(_boundaries(lengths), device),
             sum(queries),
             sum(lengths),
             device,
@@ -113,11 +114,11 @@ def prefill(
     found = []
     for pieces in packs(requests, most):
         tokens = [token for piece in pieces for token in piece.tokens[piece.begin : piece.end]]
-        ids = torch.tensor([tokens]).to(forward.device)
+        ids = upload(torch.tensor([tokens]), forward.device)
         places = [torch.arange(piece.begin, piece.end) for piece in pieces]
-        positions = torch.cat(places)[None].to(forward.device)
+        positions = upload(torch.cat(places)[None], forward.device)
         ends = _boundaries([piece.end - piece.begin for piece in pieces])[1:].long() - 1
-        keep = ends[[piece.is_last for piece in pieces]].to(forward.device)
+        keep = upload(ends[[piece.is_last for piece in pieces]], forward.device)
         step = PrefillStep(pool, pieces, forward.device)
         logits = forward(ids, positions, step, keep)
         found.append(logits)

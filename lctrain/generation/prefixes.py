@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 from lctrain.generation.pages import PAGE
@@ -16,8 +17,8 @@ class PrefixPages:
     """
 
     def __init__(self) -> None:
-        self._pages: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._pages: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """Returns the pages that hold the first tokens; at least one token is left over.
@@ -54,7 +55,10 @@ class PrefixPages:
                 del self._pages[key]
 
 
-def _key(tokens: Sequence[int], place: int, pages: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Returns the page before a place, -1 at the beginning, and the tokens at the place."""
+def _key(tokens: Sequence[int], place: int, pages: Sequence[int]) -> bytes:
+    """Returns the page before a place, -1 at the beginning, and the tokens at the place.
+
+    Bytes, unlike thousands of tuples, give the garbage collector nothing to look through.
+    """
     before = pages[place - 1] if place else -1
-    return before, tuple(tokens[place * PAGE : (place + 1) * PAGE])
+    return array("q", [before, *tokens[place * PAGE : (place + 1) * PAGE]]).tobytes()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass(eq=False)
 class Request:
@@ -16,30 +14,32 @@ class Request:
         prompt: Token ids of the prompt.
         group: Number that equal prompts share.
         longest: Most tokens that it may store.
-        generator: Generator of its noise; None if nothing is drawn.
-        token_ids: Generated token ids.
+        seed: Seed of its draws.
+        token_ids: Generated token ids that the host has read.
         log_probs: Log-probability of each.
+        launched: Generated tokens, with those that the host has not read yet.
         pages: Pages that hold its keys and values.
         known: Tokens whose keys and values another request has stored, or will before this one.
         stored: Tokens whose keys and values are in the cache.
         slot: Row of the request in tensors per running request; -1 while it waits.
-        stopped: Whether an end token or a stop string ended it.
+        ended: Whether it has a completion. A token that a step made meanwhile is dropped.
     """
 
     index: int
     prompt: list[int]
     group: int
     longest: int
-    generator: torch.Generator | None
+    seed: int
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    launched: int = 0
     pages: list[int] = field(default_factory=list)
     known: int = 0
     stored: int = 0
     slot: int = -1
-    stopped: bool = False
+    ended: bool = False
 
     @property
     def tokens(self) -> list[int]:
-        """Token ids of the prompt and of what has been generated."""
+        """Token ids of the prompt and of what has been read."""
         return self.prompt + self.token_ids

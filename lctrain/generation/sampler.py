@@ -30,7 +30,8 @@ class Sampler:
         self.log_probs: list[Tensor] = []
         self._real = real
         self._choice = TokenChoice(options)
-        self._generators = [self._choice.generator(seed, real.device) for seed in seeds]
+        self._seeds = seeds
+        self._lengths: list[int] = real.sum(-1).tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns scores [B, V] with 0 at the chosen token of each row, and -inf elsewhere.
@@ -39,7 +40,10 @@ class Sampler:
             input_ids: Prompts and completions so far, [B, S + step].
             scores: Logits of the next token, [B, V] float32.
         """
-        tokens, log_probs = self._choice(self._without_padding(input_ids), scores, self._generators)
+        step = len(self.log_probs)
+        keys = self._choice.keys(self._seeds, [length + step for length in self._lengths])
+        history = self._without_padding(input_ids)
+        tokens, log_probs = self._choice(history, scores, keys.to(scores.device))
         self.log_probs.append(log_probs)
         return torch.full_like(scores, float("-inf")).scatter_(-1, tokens[:, None], 0.0)
 

@@ -9,7 +9,7 @@ admitted first always goes on, and the cache holds every request alone: so all o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -74,11 +74,17 @@ class Schedule:
             groups.append(group)
         return groups
 
-    def make_room(self) -> None:
-        """Gives every running request a page of its own for its next token."""
+    def make_room(self, settle: Callable[[], bool]) -> None:
+        """Gives every running request a page of its own for its next token.
+
+        Args:
+            settle: Reads all tokens of earlier steps, and retires requests that have ended. It is
+                called before a request gives its pages up. Returns whether there were any.
+        """
         for request in list(self.running):
             while request.slot >= 0 and not self._extend(request):
-                self._preempt(self.running[-1])
+                if not settle():
+                    self._preempt(self.running[-1])
 
     def tables(self) -> Tensor:
         """Returns the pages of the running requests in their order, [n, width] int32."""

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lctrain.generation.noise import KEYS, add_gumbel, draw_keys, token_numbers
+from lctrain.generation.nucleus import keep_top_p
 from lctrain.generation.options import SamplingOptions
 
 
@@ -19,7 +22,8 @@ class TokenChoice:
     """Chooses a token per row: the most probable one, or one drawn from the softmax.
 
     Adding Gumbel noise to the logits and taking the largest draws from their softmax. The noise of
-    a row comes from a generator of its own, so it depends on the row's seed and step alone.
+    a row is a function of its seed and the position of the token: see `lctrain.generation.noise`.
+    Nothing is read from the device and no generator is used, so a CUDA graph can hold a choice.
 
     Args:
         options: Filters of the logits.
@@ -34,18 +38,21 @@ class TokenChoice:
         self._filters = _filters(options)
         self._penalty = _penalty(options)
         self.reads_history = self._penalty is not None
+        self._numbers: Tensor | None = None
 
-    def generator(self, seed: int, device: torch.device) -> torch.Generator | None:
-        """Returns the generator of a row's noise; None at temperature 0.
+    def keys(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Returns the keys of each row's draw, [B, KEYS] int32 on the CPU; zeros at temperature 0.
 
         Args:
-            seed: Seed of the row.
-            device: Device of the logits.
+            seeds: Seed of each row.
+            positions: Position of the token to be chosen in each row.
         """
-        return torch.Generator(device).manual_seed(seed) if self._draws else None
+        if self._draws:
+            return draw_keys(seeds, positions)
+        return torch.zeros(len(positions), KEYS, dtype=torch.int32)
 
     def __call__(
-        self, history: Tensor | None, scores: Tensor, generators: Sequence[torch.Generator | None]
+        self, history: Tensor | None, scores: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the chosen tokens [B] int64 and their log-probabilities [B] float32.
 
@@ -57,7 +64,7 @@ class TokenChoice:
             history: Tokens that occurred in each row, in any order and number, [B, S] int64; None
                 if the choice does not depend on them.
             scores: Logits of the next token, [B, V] float32.
-            generators: Generator of each row's noise.
+            keys: Keys of each row's draw, on the device of the scores.
         """
         tempered = self._tempered(scores)
         model = torch.log_softmax(tempered, -1)
@@ -68,10 +75,9 @@ class TokenChoice:
         for narrow in self._filters:
             scores = narrow(history, scores)
         if self._draws:
-            noise = torch.empty_like(scores)
-            for row, generator in zip(noise, generators, strict=True):
-                row.exponential_(generator=generator)
-            scores = torch.sub(scores, noise.log_(), out=noise)
+            if self._numbers is None:
+                self._numbers = token_numbers(scores.shape[1], scores.device)
+            scores = add_gumbel(scores, keys, self._numbers)
         tokens = scores.argmax(-1)
         return tokens, model.gather(-1, tokens[:, None])[:, 0]
 
@@ -111,9 +117,13 @@ def _penalty(options: SamplingOptions) -> Any:
     return RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
 
 
+def _top_p(history: Tensor | None, scores: Tensor, top_p: float) -> Tensor:
+    return keep_top_p(scores, top_p)
+
+
 def _filters(options: SamplingOptions) -> list[Any]:
-    """Returns transformers' filters behind the temperature, in their order; none at 0."""
-    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    """Returns the filters behind the temperature, in their order; none at 0."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper
 
     if options.temperature == 0:
         return []
@@ -121,7 +131,7 @@ def _filters(options: SamplingOptions) -> list[Any]:
     if options.top_k:
         found.append(TopKLogitsWarper(int(options.top_k)))
     if options.top_p < 1:
-        found.append(TopPLogitsWarper(float(options.top_p)))
+        found.append(partial(_top_p, top_p=float(options.top_p)))
     if options.min_p:
         found.append(MinPLogitsWarper(float(options.min_p)))
     return found

@@ -12,6 +12,7 @@ from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE, CacheShape, PagePool, pages_of
 from lctrain.generation.pool_size import longest_pages, pool_pages
 from lctrain.generation.prefixes import PrefixPages
+from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 
 # The second one fills a page exactly, the third one begins a page while it is completed.
@@ -103,6 +104,23 @@ def test_a_full_cache_preempts_and_loses_no_token(make_batch):
         assert tokens(full.run()) == tokens(expected)
         assert full.schedule.preempted > 0
         assert full._pool.free == pages
+
+
+def test_a_request_that_has_ended_makes_room_before_one_is_preempted(patched):
+    """Its end is read one step late: its next step would need the page that another one needs."""
+    prompts = [[5] * 62, [6] * 63]
+    shape = find_cache(patched)
+    with torch.no_grad():
+        free = GenerationTask(prompts, [0, 1], SamplingOptions(), 4)
+        expected = continuous.ContinuousBatch(patched, free, shape).run()
+        end = expected[0].token_ids[2]
+        assert end not in expected[0].token_ids[:2] + expected[1].token_ids
+        task = replace(free, end=[end])
+        gib = 3 * shape.page_bytes / 2**30
+        batch = continuous.ContinuousBatch(patched, task, shape, gib)
+        found = batch.run()
+    assert tokens(found) == [expected[0].token_ids[:3], expected[1].token_ids]
+    assert (found[0].finish, batch.schedule.preempted) == ("stop", 0)
 
 
 def test_equal_prompts_share_pages_until_they_write(make_batch, monkeypatch):

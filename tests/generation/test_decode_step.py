@@ -2,17 +2,20 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lctrain
-from lctrain.generation import decode
+from lctrain.generation import continuous, decode
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import batch_sizes
+from lctrain.generation.forward import CachedForward
 from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 
 WARM_UP = 2
+FILTERS = {"top_k": 40, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
 PROMPTS = [[5, 6, 7], [8] * 63, [9, 10], [11, 12, 13, 14], [15]]
 
 
@@ -59,6 +62,43 @@ def test_captured_steps_give_the_same_tokens(make_batch):
     assert (capture.captures, capture.replays) == (1, captured.steps - WARM_UP)
 
 
+def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(make_batch, monkeypatch):
+    order = []
+
+    def watch(owner, name, word):
+        original = getattr(owner, name)
+
+        def watched(*arguments):
+            order.append(word)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(decode.DecodeStep, "__call__", "launch")
+    watch(continuous.Readback, "read", "read")
+    make_batch(PROMPTS, max_new_tokens=5).run()
+    # The tokens of the prefill are read first.
+    assert order == ["launch", "read"] * 4 + ["read"]
+
+
+def test_no_step_waits_for_the_device(make_batch, monkeypatch):
+    """Around the model, it takes no number out of a tensor, nor a size that depends on values."""
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+            return func(*args, **(kwargs or {}))
+
+    for choice in ({"temperature": 0}, FILTERS):
+        batch = make_batch(PROMPTS, max_new_tokens=4, **choice)
+        batch._prefill(batch.schedule.admit())
+        with monkeypatch.context() as patch, Waits():
+            patch.setattr(CachedForward, "__call__", lambda *_: torch.ones(len(PROMPTS), 97))
+            batch._decode()
+        assert len(batch._unread) == 2
+
+
 def test_each_size_is_captured_once(make_batch):
     prompts = [[index + 1] for index in range(9)]  # a batch of 4, another, and one of 1
     capture = Recording()
@@ -87,7 +127,6 @@ def test_an_error_of_a_step_that_is_not_captured_is_raised(make_batch, patched):
     def fail(*_):
         raise RuntimeError("broken")
 
-    batch.schedule.make_room()
     batch._prefill(batch.schedule.admit())
     patched.lm_head.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
@@ -120,10 +159,16 @@ def test_a_refused_capture_warns(patched, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_change_no_bit_and_no_random_state(endless):
+@pytest.mark.parametrize(
+    "choice",
+    [{}, FILTERS],
+    ids=["softmax", "filters"],
+)
+def test_cuda_graphs_change_no_bit_and_no_random_state(endless, choice):
     model = endless(head_dim=64).to("cuda", torch.bfloat16)
     lctrain.patch_model(model, fused=True)
     options = {"max_new_tokens": 80, "seeds": 1, "batch_size": 3, "batching": "continuous"}
+    options |= choice
 
     def complete() -> list:
         return [lctrain.generate(model, PROMPTS, cuda_graphs=x, **options) for x in (True, False)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lctrain
-from lctrain.generation.continuous import ContinuousBatch
+from lctrain.generation.forward import CachedForward
 from lctrain.generation.wide_logits import wide_logits
 from tests.numerics import assert_error_at_most_twice
 
@@ -42,16 +42,16 @@ def test_logits_are_products_in_float32(endless, dtype, bias):
 
 def test_tokens_are_chosen_from_float32_logits(half, monkeypatch):
     seen = []
-    accept = ContinuousBatch._accept
+    forward = CachedForward.__call__
 
-    def watched(batch, requests, logits):
-        seen.append(logits)
-        accept(batch, requests, logits)
+    def watched(*arguments):
+        seen.append(forward(*arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(ContinuousBatch, "_accept", watched)
+    monkeypatch.setattr(CachedForward, "__call__", watched)
     lctrain.generate(half, PROMPTS, max_new_tokens=3, batching="continuous")
-    assert len(seen) == 3
-    for logits in seen:
+    assert len(seen) == 4  # the first one measures the cache
+    for logits in seen[1:]:
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, logits.bfloat16().float())
 
