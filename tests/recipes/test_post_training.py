@@ -60,7 +60,12 @@ def test_all_stages_run(tmp_path, monkeypatch):
         trained.append((model, weights))
         return model
 
+    def different(found, answers):
+        """Rewards that differ within a group whatever was drawn, or no weight would move."""
+        return rewards(found, answers) + torch.arange(len(found)) % 2
+
     monkeypatch.setattr(runs, "build_model", remembered)
+    monkeypatch.setattr(grpo, "rewards", different)
     main(["--scale", "tiny", "--seeds", "0", "--output", str(tmp_path / "out")])
     assert len(trained) == 2
     for model, weights in trained:
