@@ -8,6 +8,7 @@ import torch
 import lctrain
 from lctrain.generation import decode
 from lctrain.generation.continuous import ContinuousBatch
+from lctrain.generation.forward import CachedForward
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE, CacheShape, PagePool
 from lctrain.generation.road import find_cache
@@ -180,14 +181,15 @@ def test_kernels_read_a_prefix_once(endless, make, monkeypatch):
     lctrain.patch_model(model)
     sizes = {"prompts": [PROMPTS[0], PROMPTS[1], PROMPTS[4]], "model": model, "max_new_tokens": 2}
     logits = []
-    accept = ContinuousBatch._accept
+    forward = CachedForward.__call__
 
-    def listened(self, requests, found):
-        logits.append(found)
-        return accept(self, requests, found)
+    def listened(*arguments):
+        logits.append(forward(*arguments))
+        return logits[-1]
 
-    monkeypatch.setattr(ContinuousBatch, "_accept", listened)
-    apart = make("never", **sizes).run()
+    batches = [make(sharing, **sizes) for sharing in ("never", "always")]
+    monkeypatch.setattr(CachedForward, "__call__", listened)
+    apart = batches[0].run()
     monkeypatch.setattr(plan, "select_backend", lambda *_, **__: "triton")
     step = decode.DecodeStep.attend
 
@@ -204,7 +206,7 @@ def test_kernels_read_a_prefix_once(endless, make, monkeypatch):
         return original(kernel, grid)
 
     monkeypatch.setattr(launch, "launch", remembered)
-    shared = make("always", **sizes).run()
+    shared = batches[1].run()
     assert launched.count("decode_prefix_kernel") == 1
     assert tokens(shared) == tokens(apart)
     model.double()
