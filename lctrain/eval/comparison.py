@@ -100,10 +100,10 @@ class MethodComparison:
                 for method, table in self.tables.items()
             ]
             lines.append(f"{row.length:>10,}" + "".join(cells))
-        lines.append(
-            "in brackets: over the same method's perplexity at the window; standard errors over "
-            "documents are in the files"
-        )
+        brackets = "in brackets: over the same method's perplexity at the window; "
+        has_window = first.rows[0].length <= self.window
+        errors = "standard errors over documents are in the files"
+        lines.append(f"{brackets if has_window else ''}{errors}")
         if first.begun:
             lines.append(first.begun)
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,22 @@ class MeasureTable(MeasureRows):
                 lines.append(self._line(measure, method, group, label, means[:, column], width))
             if len(self.groups) > 1:
                 lines.append(self._line(measure, method, None, "mean", means.mean(axis=1), width))
+            elif not measure.is_share and not measure.exponential:
+                lines.append(self._errors(measure, method, width))
         return lines
+
+    def _errors(self, measure: Measure, method: str, width: int) -> str:
+        """Returns the line of the standard errors, of a table without further columns."""
+        errors = {
+            row.length: row.estimates[measure.name].stderr
+            for row in self.rows
+            if row.method == method
+        }
+        texts = [
+            f"±{measure.text(errors[length])}" if math.isfinite(errors[length]) else "-"
+            for length in self.lengths
+        ]
+        return f"  {'error':<{width - 2}}" + "".join(f"{text:>11}" for text in texts)
 
     def _line(
         self,

@@ -153,7 +153,7 @@ def compare_runs(folders: Sequence[str | Path]) -> RunComparison:
         if not found:
             raise ValueError(
                 f"compare must name runs with items in common, got {paths[0]} and {paths[number]}. "
-                "Evaluate both with the same tasks, lengths, data and seeds."
+                "Evaluate both with the same tasks, methods, lengths, data and seeds."
             )
         rows += found
     return RunComparison(tuple(rows))

@@ -101,4 +101,6 @@ def _shown(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.4g}" if math.isfinite(value) else "-"
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:,.1f}" if 1000 <= abs(value) < 1e12 else f"{value:,.4g}"

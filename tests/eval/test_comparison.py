@@ -114,6 +114,7 @@ def test_text_is_a_column_per_method(model, documents):
     assert text.splitlines()[1].split() == ["length", "plain", "yarn"]
     assert text.splitlines()[2].split()[0] == "16"
     assert "(1.000)" in text.splitlines()[2]
+    assert "in brackets: over the same method's perplexity at the window; standard errors" in text
 
 
 def test_without_a_length_inside_the_window_there_is_no_ratio(model, documents, tmp_path):
@@ -122,6 +123,7 @@ def test_without_a_length_inside_the_window_there_is_no_ratio(model, documents, 
     )
     assert math.isnan(comparison.ratio("plain", comparison.tables["plain"].rows[0]))
     assert "(" not in str(comparison).splitlines()[2]
+    assert "in brackets" not in str(comparison)
     assert (
         json.loads(comparison.save(tmp_path)["json"].read_text())["rows"][0]["ratio_to_window"]
         is None

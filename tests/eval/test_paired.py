@@ -112,5 +112,5 @@ def test_runs_that_cannot_be_compared_are_an_error(tmp_path):
         compare_runs([folder])
     with pytest.raises(ValueError, match=r"compare must be a folder of lctrain-eval, got .*none"):
         compare_runs([folder, tmp_path / "none"])
-    with pytest.raises(ValueError, match="compare must name runs with items in common"):
+    with pytest.raises(ValueError, match=r"items in common, .* the same tasks, methods"):
         compare_runs([folder, make_run(tmp_path / "b", prefix="m")])

@@ -83,3 +83,11 @@ def test_a_browser_without_a_network_shows_the_picture_and_runs_nothing(tmp_path
     assert reader.text.count(run) == 14
     pixels = imread(tmp_path / "screen.png")[..., :3]
     assert (pixels == (1.0, 0.0, 1.0)).all(-1).mean() > 0.2
+
+
+def test_large_numbers_are_not_in_powers_of_ten(tmp_path):
+    rows = [{"perplexity": 15915.78, "tokens": 1234567, "loss": 0.000123456, "huge": 1e15}]
+    page = write_report(tmp_path / "r.html", "m", [Section("P", "", rows)], {}).read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.cells == ["15,915.8", "1,234,567", "0.0001235", "1e+15"]

@@ -195,3 +195,15 @@ def test_a_cell_without_items_is_an_error(make_llama):
     task.score = lambda reader, length, made: iter(())
     with pytest.raises(ValueError, match="counting must score at least one number at length 8"):
         computed(run_of(task, make_llama()))
+
+
+def test_the_text_of_losses_has_their_standard_errors():
+    measures = (Measure("gain", "Gain", larger_is_better=True), Measure("found", "", is_share=True))
+    items = tuple(Item(f"{i}", {"gain": gain, "found": 1.0}) for i, gain in enumerate((0.1, 0.3)))
+    results = {"": {8: Result(items, {}), 16: Result(items[:1], {})}}
+    subject = Subject(model=None, name="m")
+    text = str(MeasureTable.of("t", "T", "document", measures, results, subject))
+    lines = [line.split() for line in text.splitlines()]
+    assert ["0.2000", "0.1000"] in lines
+    assert ["error", "±0.1000", "-"] in lines  # one item has no error
+    assert sum(line[0] == "error" for line in lines) == 1  # shares have their counts
