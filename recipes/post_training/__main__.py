@@ -10,6 +10,7 @@ from lctrain.recipes.output import messages, refuse_earlier_runs
 from lctrain.recipes.post_training.dpo import train_dpo
 from lctrain.recipes.post_training.experiment import Experiment
 from lctrain.recipes.post_training.grpo import train_grpo
+from lctrain.recipes.post_training.runs import recorded_runs
 from lctrain.recipes.post_training.scale import SCALES
 from lctrain.recipes.post_training.sft import train_sft
 
@@ -38,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in STAGES:
         if name in chosen.stages:
-            refuse_earlier_runs(name, [experiment.output], record=f"{name}.json")
             experiment.compose(name, experiment.seeds[0])  # refuses overrides before any stage
+            if name == "sft":
+                refuse_earlier_runs(name, [experiment.output], record="sft.json")
+            else:
+                recorded_runs(experiment, name)
     for name, run in STAGES.items():
         if name in chosen.stages:
             print(f"== {name}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lctrain.data.passkey import PasskeyFormat
 from lctrain.memory import ReferenceModel
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
+from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.post_training.experiment import Experiment, read_texts
 from lctrain.recipes.post_training.passkeys import QuestionSets, accuracy
 from lctrain.train import quiet_lightning
@@ -30,7 +32,7 @@ def train_seeds(
     make_batches: Callable[[QuestionSets, Any], Any],
     describe: Callable[[Any], dict[str, Any]],
 ) -> None:
-    """Trains with every seed, and writes the record of the stage.
+    """Trains with every seed that has no run yet, and adds its run to the record of the stage.
 
     Args:
         experiment: The experiment.
@@ -38,18 +40,64 @@ def train_seeds(
         make_module: Called with (model, TrainConfig, Scale); returns the LightningModule.
         make_batches: Called with (questions, patched model); returns the data set of batches.
         describe: Called with the trained module; returns further entries of the run's record.
+
+    Raises:
+        ValueError: as `recorded_runs`.
     """
     quiet_lightning()
-    facts = machine(experiment.compose(stage, experiment.seeds[0]))
-    runs = []
+    runs, header = recorded_runs(experiment, stage), _header(experiment, stage)
     for seed in experiment.seeds:
-        runs.append(_train_seed(experiment, stage, seed, make_module, make_batches, describe))
-        before, after = runs[-1]["accuracy"]
+        if any(run["seed"] == seed for run in runs):
+            print(f"seed {seed}: is in {stage}.json already", flush=True)
+            continue
+        remove_stopped(experiment.folder(stage, seed))
+        run = _train_seed(experiment, stage, seed, make_module, make_batches, describe)
+        before, after = run["accuracy"]
         print(
-            f"seed {seed}: keys found {before:.1%} -> {after:.1%} in {runs[-1]['seconds']} s",
-            flush=True,
+            f"seed {seed}: keys found {before:.1%} -> {after:.1%} in {run['seconds']} s", flush=True
         )
-        experiment.save(stage, {**facts, "length": experiment.scale.length, "runs": runs})
+        runs = sorted([*runs, run], key=lambda run: run["seed"])
+        experiment.save(stage, {**header, "runs": runs})
+
+
+def recorded_runs(experiment: Experiment, stage: str) -> list[dict[str, Any]]:
+    """Returns the runs in the record of a stage that was stopped; none if there is no record.
+
+    Args:
+        experiment: The experiment.
+        stage: "dpo" or "grpo".
+
+    Raises:
+        ValueError: if the record has a run of every seed, or its runs had other settings.
+    """
+    path = experiment.output / f"{stage}.json"
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    runs: list[dict[str, Any]] = record.get("runs", [])
+    if set(experiment.seeds) <= {run["seed"] for run in runs} or not runs:
+        raise ValueError(
+            f"--output must be a folder in which the stage {stage} has not run, got "
+            f"{experiment.output}, which holds {path.name} with these seeds. Choose another "
+            "folder, delete this one, or name other seeds or stages."
+        )
+    for name, value in _header(experiment, stage).items():
+        if record.get(name) != value:
+            raise ValueError(
+                f"--output must be a folder of runs with the same settings, got "
+                f"{experiment.output}, whose runs had {name}={record.get(name)} and not {value}. "
+                "Choose another folder."
+            )
+    return runs
+
+
+def _header(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """Returns what all runs in a record have in common."""
+    return {
+        **machine(experiment.compose(stage, experiment.seeds[0])),
+        "length": experiment.scale.length,
+        "overrides": list(experiment.overrides),
+    }
 
 
 def _train_seed(

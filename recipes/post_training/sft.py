@@ -15,6 +15,7 @@ from lctrain.eval.shipped import passkey_folder
 from lctrain.loss import evaluation_mode
 from lctrain.models import patch_model
 from lctrain.models.pretrained import load_pretrained
+from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.post_training.experiment import Experiment
 from lctrain.recipes.post_training.runs import machine
 from lctrain.train import quiet_lightning, train
@@ -26,6 +27,7 @@ def train_sft(experiment: Experiment) -> None:
     seed = experiment.seeds[0]
     config = experiment.compose("sft", seed)
     started = time.monotonic()
+    remove_stopped(experiment.folder("sft", seed))
     before = right_answers(passkey_folder("shipped"), config)
     report = train(config)
     after = right_answers(str(experiment.folder("sft", seed) / "model"), config)

@@ -91,6 +91,40 @@ def test_an_earlier_record_is_kept(tmp_path, stage):
     assert (tmp_path / f"{stage}.json").read_text() == "{}"
 
 
+def test_a_stopped_stage_goes_on_with_the_seeds_that_are_missing(tmp_path, monkeypatch, capsys):
+    """The seed during which the stage stopped begins again, in a new folder."""
+    command = ["--stages", "grpo", "--seeds", "0", "1", "--output", str(tmp_path)]
+    steps = ["--", "trainer.max_steps=1"]
+    stopped_run = tmp_path / "grpo_1" / "metrics.csv"
+
+    def train_seed(experiment, stage, seed, *arguments):
+        if seed == 1 and not stopped_run.exists():
+            stopped_run.parent.mkdir()
+            stopped_run.write_text("of a stopped run")
+            raise KeyboardInterrupt
+        return {"seed": seed, "accuracy": [0.4, 0.6], "seconds": 1.0}
+
+    monkeypatch.setattr(runs, "_train_seed", train_seed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, *steps])
+    with pytest.raises(ValueError, match=r"the same settings, got .* overrides=\['trainer.max"):
+        main(command)
+    assert [run["seed"] for run in json.loads((tmp_path / "grpo.json").read_text())["runs"]] == [0]
+
+    def train_in_new_folder(experiment, stage, seed, *arguments):
+        assert seed == 1
+        assert not stopped_run.exists()
+        return {"seed": seed, "accuracy": [0.4, 0.7], "seconds": 2.0}
+
+    monkeypatch.setattr(runs, "_train_seed", train_in_new_folder)
+    main([*command, *steps])
+    assert "seed 0: is in grpo.json already" in capsys.readouterr().out
+    found = json.loads((tmp_path / "grpo.json").read_text())["runs"]
+    assert [run["seconds"] for run in found] == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"grpo has not run, got .*grpo.json with these seeds"):
+        main([*command, *steps])
+
+
 def test_questions_are_those_of_their_seed_and_step(questions, shipped):
     one, again = questions[1], questions[1]
     assert torch.equal(one.prompts, again.prompts)
