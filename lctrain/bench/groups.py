@@ -94,28 +94,31 @@ def measure(
         packs: Packs of one step.
         device: The device.
         mixed: Whether to compute in bfloat16 autocast.
-        warmup: Number of steps before the timed ones.
+        warmup: Number of passes over the first pack before the timed steps; all packs are alike.
         steps: Number of timed steps.
     """
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     batches = [pack.to(device) for pack in packs]
 
-    def step() -> torch.Tensor:
+    def step(count: int = len(packs)) -> None:
         model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for batch in batches:
+        for batch in batches[:count]:
             with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
                 loss, _ = causal_lm_loss(model, batch)
             loss.backward()
             total += loss.detach()
-        return total
+        losses.append(total)
 
     for _ in range(warmup):
-        losses.append(float(step()))
+        step(1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     timed = [time_step(step, device)[0] for _ in range(steps)]
-    found: dict[str, Any] = {"step_ms": [round(value, 1) for value in timed], "loss": losses[-1]}
+    found: dict[str, Any] = {
+        "step_ms": [round(value, 1) for value in timed],
+        "loss": float(losses[-1]),
+    }
     if device.type == "cuda":
         found["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return found
@@ -157,7 +160,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=positive, default=16_384, help="tokens of the prompt")
     parser.add_argument("--completion", type=positive, default=512, help="tokens of a completion")
     parser.add_argument("--steps", type=positive, default=3, help="timed steps; default 3")
-    parser.add_argument("--warmup", type=positive, default=1, help="steps before; default 1")
+    parser.add_argument("--warmup", type=positive, default=1, help="packs before; default 1")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers, in both")
     parser.add_argument("--tiny", action="store_true", help="a model that a CPU trains in seconds")
     parser.add_argument("--output", type=Path, default=Path("groups.json"), help="JSON file")
