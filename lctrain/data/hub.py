@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lctrain.data.columns import text_column
 from lctrain.data.faults import report_faults
 from lctrain.data.fields import FieldError, decode, find_field, missing_column
+from lctrain.data.hub_errors import dataset_errors
 from lctrain.data.limits import head
 from lctrain.data.readers import Row, fault, is_saved_dataset
 from lctrain.data.sources import Source, generate
@@ -121,19 +122,24 @@ def load_split(where: dict[str, Any], cache_dir: Path) -> Dataset:
     Args:
         where: Arguments of `load_dataset`: path, name, split and revision.
         cache_dir: Cache folder of the data module.
+
+    Raises:
+        ValueError: if the split cannot be loaded.
     """
     from datasets import load_dataset
 
     if is_saved_dataset(Path(where["path"])):
         return _load_saved(where["path"], where["split"])
-    return load_dataset(**where, cache_dir=str(cache_dir / "datasets"))
+    with dataset_errors(where["path"]):
+        return load_dataset(**where, cache_dir=str(cache_dir / "datasets"))
 
 
 def _load_saved(folder: str, split: str) -> Dataset:
     """Loads a split from a folder of `save_to_disk`, which holds a Dataset or a DatasetDict."""
     from datasets import DatasetDict, ReadInstruction, load_from_disk
 
-    saved = load_from_disk(folder)
+    with dataset_errors(folder):
+        saved = load_from_disk(folder)
     name, bracket, _ = split.partition("[")
     if isinstance(saved, DatasetDict):
         if name not in saved:
@@ -149,7 +155,8 @@ def _load_saved(folder: str, split: str) -> Dataset:
         )
     if not bracket:
         return saved
-    (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(saved)})
+    with dataset_errors(folder):
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(saved)})
     return saved.select(range(part.from_, part.to))
 
 
@@ -164,11 +171,8 @@ def _read_stream(
 
     A single document is yielded even if it is larger than `max_bytes`.
     """
-    from datasets import load_dataset
-
     size = 0
-    records = load_dataset(**where, streaming=True)
-    for number, record in enumerate(records.skip(skip) if skip else records, skip):
+    for number, record in enumerate(_records(where, skip), skip):
         name = f"{where['path']}:{number}"
         try:
             text = decode(find_field(record, field), field)
@@ -182,3 +186,12 @@ def _read_stream(
         if too_large or (max_documents is not None and number >= max_documents):
             return
         yield {"text": text, "name": name, "fault": None}
+
+
+def _records(where: dict[str, Any], skip: int) -> Iterator[dict[str, Any]]:
+    """Yields the records of a hub dataset after the first `skip`."""
+    from datasets import load_dataset
+
+    with dataset_errors(where["path"]):
+        records = load_dataset(**where, streaming=True)
+        yield from records.skip(skip) if skip else records
