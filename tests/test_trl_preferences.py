@@ -87,18 +87,24 @@ def assert_same(found: dict[str, list[float]], expected: dict[str, list[float]])
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dpo_has_the_losses_and_gradients_of_transformers_attention(tmp_path):
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "LoRA"])
+def test_dpo_has_the_losses_and_gradients_of_transformers_attention(tmp_path, adapters):
     from datasets import Dataset
 
     def run(attention):
         model = make_model(attention)
-        reference = make_model(attention)
+        if adapters:  # the reference is the model without them
+            peft = pytest.importorskip("peft")
+            lora = peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+            options = {"peft_config": lora}
+        else:
+            options = {"ref_model": make_model(attention)}
         trainer = trl.DPOTrainer(
             model,
-            ref_model=reference,
             args=trl.DPOConfig(**settings(tmp_path / attention, 3), beta=0.5),
             train_dataset=Dataset.from_list(PAIRS),
             processing_class=make_tokenizer(),
+            **options,
         )
         return logged(trainer, "loss", "grad_norm", "rewards/margins")
 
