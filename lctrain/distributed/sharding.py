@@ -8,6 +8,7 @@ shards from rank 0, one parameter at a time. Buffers are copied from rank 0 and 
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lctrain.distributed.stored import StoredTensor, read_stored, stored_of
 from lctrain.distributed.topology import Topology
 
+_ROOTS: weakref.WeakValueDictionary[int, ShardRoot] = weakref.WeakValueDictionary()
+"""Root of each model that is sharded, by the model's id; a root keeps its model alive."""
 _IS_TO_BE_SHARDED = ContextVar("_IS_TO_BE_SHARDED", default=False)
 
 
@@ -43,10 +46,16 @@ class ShardRoot(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        _ROOTS[id(model)] = self
 
     def forward(self, function: Callable[[], Any]) -> Any:
         """Returns `function()`."""
         return function()
+
+
+def root_of(model: nn.Module) -> ShardRoot | None:
+    """Returns the root with which `shard_model` has divided a model; None if it has not."""
+    return _ROOTS.get(id(model))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.padded import complete_padded
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
+from lctrain.generation.whole_weights import WholeWeights
 from lctrain.loss import evaluation_mode
 from lctrain.models.kept_frequencies import kept_frequencies
 from lctrain.warn import warn_caller
@@ -62,7 +63,11 @@ def generate(
 
     Other models generate in left-padded batches by transformers' loop: those without a patch or
     with another attention, with RoPE frequencies that depend on the length, with layers that share
-    a cache or have keys and values of different widths, and sharded or compiled ones.
+    a cache or have keys and values of different widths, and compiled ones.
+
+    All ranks of a model that FSDP2 shards call this function together. Each has prompts of its own,
+    in any number, or none. The weights are gathered once per call, so each GPU needs the memory of
+    the whole model; a step then communicates nothing. If one rank raises, all of them do.
 
     The model's training mode, torch's random state, the model's generation config and its rotary
     frequencies are as before when the call returns or raises. The cache is freed. Defaults of the
@@ -109,20 +114,20 @@ def generate(
         TypeError: if the model cannot generate, or `tokenizer` is no tokenizer.
         ValueError: if an argument does not fit, a token is outside the vocabulary, a prompt with
             its completion is longer than the model's table of learned positions or does not fit the
-            cache, the model cannot do what `batching` says, or the logits of a token of a
-            completion give no distribution, such as NaN.
+            cache, the model cannot do what `batching` says, the logits of a token of a completion
+            give no distribution, such as NaN, or the weights of a sharded model do not fit a GPU.
     """
     causal_lm = find_causal_lm(model)
-    options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
-    check_batching(batching, cache_gib, cuda_graphs, shared_prefixes)
-    stops = read_stops(stop, tokenizer)
-    rows = read_prompts(prompts, tokenizer)
-    numbers = read_seeds(seeds, len(rows) * samples)
-    end = read_end_tokens(causal_lm, eos_token_id)
-    check_fit(causal_lm, rows, max_new_tokens)
-    if not rows:
-        return []
+    weights = WholeWeights(causal_lm, model)
+    with weights.checked():
+        options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
+        check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
+        check_batching(batching, cache_gib, cuda_graphs, shared_prefixes)
+        stops = read_stops(stop, tokenizer)
+        rows = read_prompts(prompts, tokenizer)
+        numbers = read_seeds(seeds, len(rows) * samples)
+        end = read_end_tokens(causal_lm, eos_token_id)
+        check_fit(causal_lm, rows, max_new_tokens)
     task = GenerationTask(
         rows,
         numbers,
@@ -134,20 +139,35 @@ def generate(
         int(batch_size),
         int(samples),
     )
-    with _as_before(causal_lm), _precision_of(model):
-        shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
-        if not isinstance(shape, str):
-            return complete_continuously(
-                causal_lm, task, shape, cache_gib, cuda_graphs, shared_prefixes
-            )
-        if batching == "continuous":
-            raise ValueError(
-                f"batching must be 'padded' or 'auto' for {type(causal_lm).__name__}, got "
-                f"'continuous': {shape}. Patch the model with attention='flash', or change it."
-            )
-        if cache_gib is not None:
-            warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")
-        return complete_padded(causal_lm, task)
+    with weights.gathered():
+        if not rows:
+            return []
+        with _as_before(causal_lm), _precision_of(model):
+            return _complete(causal_lm, task, batching, cache_gib, cuda_graphs, shared_prefixes)
+
+
+def _complete(
+    causal_lm: Any,
+    task: GenerationTask,
+    batching: str,
+    cache_gib: float | None,
+    cuda_graphs: bool,
+    shared_prefixes: str,
+) -> list[Completion]:
+    """Completes the prompts of a task on one of the two ways; see generate for the arguments."""
+    shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
+    if not isinstance(shape, str):
+        return complete_continuously(
+            causal_lm, task, shape, cache_gib, cuda_graphs, shared_prefixes
+        )
+    if batching == "continuous":
+        raise ValueError(
+            f"batching must be 'padded' or 'auto' for {type(causal_lm).__name__}, got "
+            f"'continuous': {shape}. Patch the model with attention='flash', or change it."
+        )
+    if cache_gib is not None:
+        warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")
+    return complete_padded(causal_lm, task)
 
 
 def _precision_of(model: Any) -> Any:

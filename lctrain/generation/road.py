@@ -46,7 +46,7 @@ def _refusal(model: Any) -> str | None:
     if counts or "position_ids" not in parameters(base):
         return "it counts positions itself"
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        return "its weights are sharded, and ranks may take different numbers of steps"
+        return "its weights are sharded by another way than FSDP2"
     if any(_is_compiled(module) for module in model.modules()):
         return "it is compiled"
     return None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from lctrain.distributed.gather import gathered
 from lctrain.memory.attention import KeptResults
-from lctrain.memory.gather import gathered
 
 
 class LayerInput:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lctrain.batch import PackedBatch
 from lctrain.config import TrainConfig
+from lctrain.distributed import Topology
+from lctrain.distributed.sharding import through_root
 from lctrain.generation import generate
-from lctrain.loss import group_advantages, policy_loss, token_log_probs
+from lctrain.loss import PolicyLoss, group_advantages, policy_loss, token_log_probs
 from lctrain.module import LongContextModule
 from lctrain.recipes.post_training.experiment import Experiment
 from lctrain.recipes.post_training.passkeys import Questions, rewards
@@ -40,6 +42,7 @@ class Grpo(LongContextModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Samples completions of every question, and returns the summed policy loss."""
         questions: Questions = batch
+        ranks = Topology.of(self._trainer)
         samples = self.scale.samples
         count = samples * len(questions.prompts)
         found = generate(
@@ -47,7 +50,7 @@ class Grpo(LongContextModule):
             list(questions.prompts),
             samples=samples,
             max_new_tokens=questions.answers.shape[1],
-            seeds=first_seed(self.seed, batch_idx, count),
+            seeds=first_seed(self.seed, batch_idx * ranks.size + ranks.rank, count),
             batch_size=count,
         )
         completions = [torch.tensor(completion.token_ids) for completion in found]
@@ -59,16 +62,20 @@ class Grpo(LongContextModule):
                 for number, prompt in enumerate(questions.prompts)
             ]
         ).to(self.device)
-        loss = policy_loss(
-            token_log_probs(self.model, pack),
-            old.to(self.device),
-            group_advantages(reward, samples).to(self.device),
-            reference=self.reference.log_probs(pack).log_probs,
-            kl=self.scale.kl,
-        )
+        advantages = group_advantages(reward, samples).to(self.device)
+        loss = through_root(self._trainer, self._loss, pack, old.to(self.device), advantages)
         self._window.add(loss.loss, loss.divisor)
         self.mean_rewards.append(float(reward.mean()))
         return loss.loss
+
+    def _loss(self, pack: PackedBatch, old: Tensor, advantages: Tensor) -> PolicyLoss:
+        return policy_loss(
+            token_log_probs(self.model, pack),
+            old,
+            advantages,
+            reference=self.reference.log_probs(pack).log_probs,
+            kl=self.scale.kl,
+        )
 
 
 def first_seed(run: int, step: int, count: int) -> int:
@@ -76,7 +83,7 @@ def first_seed(run: int, step: int, count: int) -> int:
 
     Args:
         run: Seed of the run.
-        step: Number of the step.
+        step: Number of the step, counted over all ranks.
         count: Number of samples in a step.
     """
     return (run << 32) + step * count
