@@ -63,7 +63,7 @@ def sharded_modules(model: nn.Module, outer: nn.Module | None = None) -> list[An
     root: nn.Module | None = root_of(model)
     if root is None and outer is not model and isinstance(outer, FSDPModule):
         root = outer
-    found = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    found: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not found:
         return [] if root is None else _set_up([root])
     found = found if root is None else [root, *found]

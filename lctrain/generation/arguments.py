@@ -8,6 +8,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
@@ -210,8 +212,16 @@ def find_causal_lm(model: Any) -> nn.Module:
 
     Raises:
         TypeError: if there is none, or it is an encoder-decoder.
+        ValueError: if its weights have no values here, or are divided by another way than FSDP2.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     causal_lm = model if hasattr(model, "generate") else getattr(model, "model", None)
+    if causal_lm is None and hasattr(model, "configure_model"):
+        raise TypeError(
+            f"model must have been built, got a {type(model).__name__} whose model is None. Call "
+            "its configure_model() first, or pass a causal language model."
+        )
     if not hasattr(causal_lm, "generate"):
         raise TypeError(
             f"model must have transformers' generate(), got {type(model).__name__}. Pass the "
@@ -223,4 +233,22 @@ def find_causal_lm(model: Any) -> nn.Module:
             f"model must be a decoder, got the encoder-decoder {type(causal_lm).__name__}. Call "
             "its own generate()."
         )
+    _check_weights(causal_lm)
     return causal_lm
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raises ValueError unless the weights of a model can be read, or FSDP2 can gather them."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model must be whole or sharded by FSDP2, got FullyShardedDataParallel (FSDP1), which "
+            "hides the weights. Use trainer.strategy=fsdp2, or fully_shard."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # accelerate loads weights that are on device meta
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"model must have weights with values, got {name} on device meta. Load the weights "
+                "first."
+            )

@@ -77,7 +77,8 @@ def generate(
     Args:
         model: A causal LM of transformers, a model of PEFT, or a module whose attribute `model` is
             one, such as a LongContextModule. Patched or not. A LightningModule that is attached to
-            a trainer generates in the trainer's precision.
+            a trainer generates in the trainer's precision. DistributedDataParallel around one is
+            ignored: ranks generate on their own.
         prompts: Token ids of each prompt, or texts, if there is a tokenizer.
         max_new_tokens: Most tokens of a completion.
         temperature: Divisor of the logits; 0 chooses the most probable token.

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 import lctrain
+from lctrain.module import LongContextModule
 
 PROMPTS = [[5, 6, 7], [9, 10]]
 
@@ -118,6 +121,41 @@ def test_models_that_cannot_generate():
     )
     with pytest.raises(TypeError, match="must be a decoder, got the encoder-decoder T5For"):
         lctrain.generate(t5, PROMPTS)
+
+
+def test_weights_without_values_are_refused(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to("meta"))
+    match = r"must have weights with values, got lm_head.weight on device meta\. Load the weights"
+    with pytest.raises(ValueError, match=match):
+        lctrain.generate(model, PROMPTS)
+
+
+def test_weights_that_fsdp1_hides_are_refused(model, monkeypatch):
+    """The class is what FSDP1 wraps a module in; it needs a process group."""
+    monkeypatch.setattr(model.lm_head, "__class__", FullyShardedDataParallel)
+    match = (
+        r"must be whole or sharded by FSDP2, got FullyShardedDataParallel \(FSDP1\), which hides"
+    )
+    with pytest.raises(ValueError, match=match):
+        lctrain.generate(model, PROMPTS)
+
+
+def test_a_module_without_its_model_says_how_to_build_it():
+    module = LongContextModule({"model_type": "llama"})
+    match = (
+        r"must have been built, got a LongContextModule whose model is None\. Call its configure"
+    )
+    with pytest.raises(TypeError, match=match):
+        lctrain.generate(module, PROMPTS)
+
+
+def test_the_model_inside_of_distributed_data_parallel_generates(model):
+    """The class is what wraps a model; its constructor needs a process group."""
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    expected = lctrain.generate(model, PROMPTS, max_new_tokens=2)
+    assert lctrain.generate(wrapper, PROMPTS, max_new_tokens=2) == expected
 
 
 def test_completions_fit_a_table_of_positions():
