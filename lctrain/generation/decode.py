@@ -84,8 +84,7 @@ class DecodeStep:
         self._prefixes: list[PrefixBuffers] = []
         if bounds is not None:
             self._prefixes = [
-                PrefixBuffers(host.rest, self._inputs.rest, size, bounds, width * PAGE)
-                for host in self._host
+                PrefixBuffers(host.rest, self._inputs.rest, size, bounds) for host in self._host
             ]
         self._chosen = torch.zeros(size, dtype=torch.int64, device=device)
         self._plan: Any = None

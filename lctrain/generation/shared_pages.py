@@ -27,6 +27,9 @@ help of the L2 cache."""
 MEMBER_SHARE = 0.1
 """Share of the bytes of its prefix that a request costs in a group; it saves all of them."""
 
+LEAST_TOKENS = 1024
+"""Smallest bound of a prefix."""
+
 
 class PrefixBounds(NamedTuple):
     """Sizes of the shared prefixes that a captured step serves.
@@ -34,10 +37,12 @@ class PrefixBounds(NamedTuple):
     Attributes:
         groups: Most groups.
         members: Most requests of a group.
+        tokens: Most tokens of a prefix.
     """
 
     groups: int
     members: int
+    tokens: int
 
 
 class SharedPages:
@@ -100,18 +105,23 @@ def pays(shared: SharedPrefixes, shape: CacheShape) -> bool:
 
 
 def bounds_of(shared: SharedPrefixes, size: int) -> PrefixBounds:
-    """Returns the bounds of a step that serves shared prefixes: powers of 4, so that few differ.
+    """Returns the bounds of a step that serves shared prefixes.
+
+    They are powers, so that few of them differ and few steps are captured. Programs for what is
+    below the bounds end at once; powers of 2 keep their number low.
 
     Args:
         shared: The groups.
         size: Rows of the step.
     """
-    groups = members = 1
+    groups, members, tokens = 1, 1, LEAST_TOKENS
     while groups < len(shared.groups):
-        groups *= 4
+        groups *= 2
     while members < shared.most:
         members *= 4
-    return PrefixBounds(min(groups, size // 2), min(members, size))
+    while tokens < shared.longest:
+        tokens *= 2
+    return PrefixBounds(min(groups, size // 2), min(members, size), tokens)
 
 
 class PrefixBuffers:
@@ -124,15 +134,11 @@ class PrefixBuffers:
         device: Buffer on the device of the cache, in the same shape.
         size: Rows of the step.
         bounds: Sizes of the prefixes that the step serves.
-        capacity: Most tokens of a request.
     """
 
-    def __init__(
-        self, host: Tensor, device: Tensor, size: int, bounds: PrefixBounds, capacity: int
-    ) -> None:
+    def __init__(self, host: Tensor, device: Tensor, size: int, bounds: PrefixBounds) -> None:
         self._size = size
         self._bounds = bounds
-        self._capacity = capacity
         self._host = self._view(host)
         self.prefixes = self._view(device)
         """The prefixes on the device."""
@@ -157,5 +163,5 @@ class PrefixBuffers:
 
         prefix, members, groups = buffer.split([self._size, self._size, 3 * self._bounds.groups])
         return SharedPrefixes(
-            prefix, members, groups.view(-1, 3), self._capacity, self._bounds.members
+            prefix, members, groups.view(-1, 3), self._bounds.tokens, self._bounds.members
         )

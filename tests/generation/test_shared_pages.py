@@ -37,7 +37,8 @@ def tokens(completions) -> list[list[int]]:
 def groups(*sizes):
     """Returns prefixes of groups, each (members, tokens)."""
     table = [(0, members, prefix) for members, prefix in sizes]
-    return SimpleNamespace(groups=torch.tensor(table), most=max(size[0] for size in sizes))
+    most, longest = (max(column) for column in zip(*sizes, strict=True))
+    return SimpleNamespace(groups=torch.tensor(table), most=most, longest=longest)
 
 
 @pytest.fixture
@@ -78,23 +79,23 @@ def test_fewer_bytes_of_a_token_save_less():
 
 
 def test_bounds_are_few():
-    assert bounds_of(groups((2, 64)), 4) == PrefixBounds(1, 4)
-    assert bounds_of(groups((16, 64)), 16) == PrefixBounds(1, 16)
-    assert bounds_of(groups((5, 64), (2, 64)), 64) == PrefixBounds(4, 16)
-    assert bounds_of(groups((2, 64), (2, 64)), 4) == PrefixBounds(2, 4)
-    assert bounds_of(groups((2, 64)), 2) == PrefixBounds(1, 2)
+    assert bounds_of(groups((2, 64)), 4) == PrefixBounds(1, 4, 1024)
+    assert bounds_of(groups((16, 1088)), 16) == PrefixBounds(1, 16, 2048)
+    assert bounds_of(groups(*[(5, 16384)] * 3, (2, 64)), 64) == PrefixBounds(4, 16, 16384)
+    assert bounds_of(groups((2, 64), (2, 64)), 4) == PrefixBounds(2, 4, 1024)
+    assert bounds_of(groups((2, 64)), 2) == PrefixBounds(1, 2, 1024)
 
 
 def test_buffers_hold_the_groups_of_a_batch():
-    bounds, size = PrefixBounds(2, 4), 4
+    bounds, size = PrefixBounds(2, 4, 1024), 4
     host = torch.full((PrefixBuffers.numbers(size, bounds),), 9, dtype=torch.int32)
-    buffers = PrefixBuffers(host, host, size, bounds, 640)
+    buffers = PrefixBuffers(host, host, size, bounds)
     buffers.fill(make_shared_prefixes([[0, 1], [2, 3], [0, 4]], [150] * 3, PAGE))
     found = buffers.prefixes
     assert found.prefix.tolist() == [64, 0, 64, 0]
     assert found.members.tolist() == [0, 2, 0, 0]
     assert found.groups.tolist() == [[0, 2, 64], [0, 0, 0]]
-    assert (found.longest, found.most) == (640, 4)
+    assert (found.longest, found.most) == (1024, 4)
 
 
 def test_auto_shares_on_a_gpu_only():
@@ -142,7 +143,8 @@ def test_captured_steps_read_the_groups_of_their_batch(make, monkeypatch):
     capture = Recording()
     found = make("always", prompts=prompts, batch_size=4, capture=capture)
     assert tokens(found.run()) == expected
-    assert set(found._decoders) == {(4, PrefixBounds(2, 4)), (4, PrefixBounds(1, 4)), (1, None)}
+    two, one = (PrefixBounds(groups, 4, 1024) for groups in (2, 1))
+    assert set(found._decoders) == {(4, two), (4, one), (1, None)}
     assert found.shared_steps < found.steps
     assert capture.replays > 0
 
