@@ -40,6 +40,7 @@ from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
+_RANK = 16  # of the adapters of llama-8b
 
 
 def make_packs(
@@ -135,13 +136,17 @@ def build(shape: ModelShape, device: torch.device, checkpointing: bool) -> tuple
     on_gpu = device.type == "cuda"
     model = build_shape(shape, "sdpa", device, torch.bfloat16 if on_gpu else torch.float32)
     patch_model(model, fused=True)
-    if shape.name == llama_8b.name:
-        model = add_adapter(model, AdapterConfig(rank=16)).train()
+    if _has_adapters(shape):
+        model = add_adapter(model, AdapterConfig(rank=_RANK)).train()
         if on_gpu:
             leave_casts_to_autocast(model)
     if checkpointing:
         apply_config(model, MemoryConfig(name="checkpoint"), None, "true")
-    return model, on_gpu and shape.name == llama_8b.name
+    return model, on_gpu and _has_adapters(shape)
+
+
+def _has_adapters(shape: ModelShape) -> bool:
+    return shape.name == llama_8b.name
 
 
 def _sizes(text: str) -> list[int]:
@@ -188,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shape": shape.title,
         "prompt": options.prompt,
         "completion": options.completion,
+        "trained": f"LoRA of rank {_RANK}" if _has_adapters(shape) else "all weights",
         "checkpointing": options.checkpointing,
         "runs": [],
     }

@@ -5,9 +5,11 @@ import subprocess
 
 import pytest
 
+from lctrain_kernels.bench import report
 from tests.house.typecheck import ROOT
 
 LONGEST = 450  # lines of a module: one noun or verb has room in 60 to 250
+RESULTS = ROOT / "kernels" / "lctrain_kernels" / "bench" / "results"
 HOME_OF_SOMEONE = re.compile(rb"(?<![\w./])/(?:work|root|home|Users)/\w")
 
 
@@ -46,3 +48,14 @@ def test_no_output_of_a_run():
 def test_no_long_module():
     sources = [name for name in FILES if name.endswith(".py")]
     assert not [name for name in sources if len((ROOT / name).read_text().splitlines()) > LONGEST]
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_record_is_ignored():
+    """A record that git ignores would be in the documents, and not in the commit."""
+    folders = [RESULTS / kind for kind in (*report.KINDS, *report.SERIES)]
+    folders += [path / "results" for path in (ROOT / "recipes").iterdir() if path.is_dir()]
+    files = [str((folder / "new.json").relative_to(ROOT)) for folder in folders]
+    command = ["git", "check-ignore", "--no-index", *files]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not ignored.stdout

@@ -16,13 +16,14 @@ def shared_prefix_table(record: Mapping[str, Any]) -> str:
         record: Record that `lctrain-bench groups` wrote.
     """
     checkpointing = "with" if record["checkpointing"] else "without"
+    trained = record.get("trained", "all weights")  # records of 2026-11-30 do not name them
     lines = [
         origin(record),
         "",
-        f"{record['shape']} {checkpointing} checkpointing, a prompt of {record['prompt']:,} tokens "
-        f"and completions of {record['completion']:,}; forward and backward of a group in "
-        "milliseconds, and in brackets tokens and peak memory. The overhead is the time over that "
-        "of the remaining FLOPs at the rate of separate documents:",
+        f"{record['shape']}, {trained} trained, {checkpointing} checkpointing, a prompt of "
+        f"{record['prompt']:,} tokens and completions of {record['completion']:,}; forward and "
+        "backward of a group in milliseconds, and in brackets tokens and peak memory. The overhead "
+        "is the time over that of the remaining FLOPs at the rate of separate documents:",
         "",
         "| completions | prompt shared | separate documents | ratio | ratio of FLOPs | overhead |",
         "|---|---|---|---|---|---|",

@@ -155,7 +155,7 @@ def test_shared_prefixes_have_both_times():
     runs = [{"completions": 8, "shared": shared, "separate": separate, "speedup": 4.0}]
     settings = {"shape": "1B", "prompt": 1024, "completion": 8, "checkpointing": True}
     text = shared_prefix_table({**HEAD, **settings, "runs": runs})
-    assert "1B with checkpointing, a prompt of 1,024 tokens" in text
+    assert "1B, all weights trained, with checkpointing, a prompt of 1,024 tokens" in text
     assert "| 8 | 2.0 (1,100, 1.0 GiB) | 8.0 (9,000) | 4.00 | 5.00 | 1.25 |" in text
 
 
