@@ -2,5 +2,6 @@
 
 from lctrain.generation.generate import generate
 from lctrain.generation.options import Completion, SamplingOptions
+from lctrain.generation.trainer_pass import completion_packs
 
-__all__ = ["Completion", "SamplingOptions", "generate"]
+__all__ = ["Completion", "SamplingOptions", "completion_packs", "generate"]

@@ -16,6 +16,7 @@ from lctrain.models.positions import require_positions
 
 BATCHING = ("auto", "continuous", "padded")
 SHARING = ("auto", "always", "never")
+LOG_PROBS = ("decode", "trainer")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -55,6 +56,15 @@ def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any, shared_prefi
         )
     if not isinstance(cuda_graphs, bool):
         raise ValueError(f"cuda_graphs must be True or False, got {cuda_graphs!r}.")
+
+
+def check_log_probs(log_probs: Any) -> None:
+    """Raises ValueError unless an argument is one of LOG_PROBS."""
+    if log_probs not in LOG_PROBS:
+        raise ValueError(
+            f"log_probs must be one of {', '.join(LOG_PROBS)}, got {log_probs!r}. 'trainer' takes "
+            "one more forward pass, and gives the bits of token_log_probs."
+        )
 
 
 def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:

@@ -14,6 +14,7 @@ from lctrain.generation.arguments import (
     check_batching,
     check_counts,
     check_fit,
+    check_log_probs,
     find_causal_lm,
     read_end_tokens,
     read_prompts,
@@ -25,6 +26,7 @@ from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.padded import complete_padded
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
+from lctrain.generation.trainer_pass import PACK_TOKENS, require_trainer_pass, trainer_log_probs
 from lctrain.generation.whole_weights import WholeWeights
 from lctrain.loss import evaluation_mode
 from lctrain.models.kept_frequencies import kept_frequencies
@@ -51,6 +53,8 @@ def generate(
     cache_gib: float | None = None,
     cuda_graphs: bool = True,
     shared_prefixes: str = "auto",
+    log_probs: str = "decode",
+    pack_tokens: int = PACK_TOKENS,
 ) -> list[Completion]:
     """Completes prompts by continuous batching over a paged cache, or else in padded batches.
 
@@ -107,6 +111,11 @@ def generate(
             "auto" on a GPU, where it takes less time; "always"; or "never". Attention is the same
             up to rounding, which then depends on the group. With "never", the bits of a request's
             attention do not depend on other requests.
+        log_probs: Which log-probabilities the completions have. "decode": those from which the
+            tokens were drawn. "trainer": those that `token_log_probs` computes, bit for bit, on the
+            packs of `completion_packs(completions, samples, pack_tokens)`, in eval mode; the two
+            differ by rounding. This takes one more forward pass, and attention="flash".
+        pack_tokens: Most tokens of a pack with log_probs="trainer".
 
     Returns:
         `samples` Completions per prompt, prompt after prompt, in the order of the prompts.
@@ -122,7 +131,9 @@ def generate(
     weights = WholeWeights(causal_lm, model)
     with weights.checked():
         options = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
-        check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
+        counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "samples": samples}
+        check_counts(**counts, pack_tokens=pack_tokens)
+        check_log_probs(log_probs)
         check_batching(batching, cache_gib, cuda_graphs, shared_prefixes)
         stops = read_stops(stop, tokenizer)
         rows = read_prompts(prompts, tokenizer)
@@ -144,7 +155,13 @@ def generate(
         if not rows:
             return []
         with _as_before(causal_lm), _precision_of(model):
-            return _complete(causal_lm, task, batching, cache_gib, cuda_graphs, shared_prefixes)
+            divisor = float(temperature or 1)
+            if log_probs == "trainer":
+                require_trainer_pass(causal_lm, divisor)
+            found = _complete(causal_lm, task, batching, cache_gib, cuda_graphs, shared_prefixes)
+            if log_probs == "decode":
+                return found
+            return trainer_log_probs(causal_lm, found, task.samples, divisor, int(pack_tokens))
 
 
 def _complete(

@@ -64,7 +64,8 @@ class Completion:
         token_ids: Generated token ids; the end token is the last one if the model chose it.
         log_probs: Log-probability of each generated token, natural logarithm, from the model's
             logits over the temperature, if that is above 0; without penalty and filters. This is
-            what `lctrain.loss.token_log_probs` computes in training.
+            what `lctrain.loss.token_log_probs` computes in training: with log_probs="decode" within
+            rounding, with log_probs="trainer" bit for bit.
         finish: "stop" after an end token or a stop string, "length" at the limit of tokens.
         text: The decoded completion; None without a tokenizer.
     """

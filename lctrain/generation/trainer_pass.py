@@ -1,0 +1,130 @@
+"""completion_packs: completions as packs of groups. trainer_log_probs: the trainer's on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lctrain.attention.spec import ATTENTION_NAMES
+from lctrain.batch import PackedBatch
+from lctrain.generation.options import Completion
+from lctrain.generation.token_choice import require_distributions
+from lctrain.loss import token_log_probs
+
+PACK_TOKENS = 32768
+"""Most tokens of a pack of completions by default."""
+
+_Group = tuple[list[int], list[list[int]]]
+
+
+def completion_packs(
+    completions: Sequence[Completion], samples: int = 1, max_tokens: int = PACK_TOKENS
+) -> list[PackedBatch]:
+    """Returns the completions of a call of `generate` as packs of groups, to train on.
+
+    These are the packs on which `generate(log_probs="trainer")` computes log-probabilities. So
+    `token_log_probs` of the same weights has the same bits on them.
+
+    Args:
+        completions: Completions, `samples` per prompt, prompt after prompt.
+        samples: Completions of each prompt.
+        max_tokens: Most tokens of a pack. The group of a prompt is not divided: one that is longer
+            is a pack of its own.
+
+    Returns:
+        Packs on the CPU, with the completions in their order; see PackedBatch.from_groups.
+
+    Raises:
+        ValueError: if the completions are not `samples` per prompt.
+    """
+    if samples < 1 or len(completions) % samples:
+        raise ValueError(
+            f"completions must be samples={samples} per prompt, got {len(completions)}. Pass all "
+            "completions of a call of generate, and its samples."
+        )
+    packs = _divide([*_groups(completions, samples)], max_tokens)
+    return [PackedBatch.from_groups(groups) for groups in packs]
+
+
+def require_trainer_pass(model: Any, temperature: float) -> None:
+    """Raises a ValueError unless `trainer_log_probs` works on a model, before tokens are generated.
+
+    Args:
+        model: A causal LM of transformers, in eval mode, or a model of PEFT around one.
+        temperature: Divisor of the logits.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = getattr(base.config, "_attn_implementation", None)
+    if attention != ATTENTION_NAMES["flash"]:
+        raise ValueError(
+            "log_probs must be 'decode' unless the model is patched with attention='flash', got "
+            f"'trainer' and the attention {attention!r}. Pass log_probs='decode', or call "
+            "token_log_probs on packs of your own."
+        )
+    device = next(model.parameters()).device
+    token_log_probs(
+        model, PackedBatch.from_groups([([0], [[0]])]).to(device), temperature=temperature
+    )
+
+
+def trainer_log_probs(
+    model: Any,
+    completions: Sequence[Completion],
+    samples: int,
+    temperature: float,
+    max_tokens: int,
+) -> list[Completion]:
+    """Returns completions with the log-probabilities of a training forward in place of their own.
+
+    Args:
+        model: A model that require_trainer_pass accepts, in eval mode, without gradients.
+        completions: Completions, `samples` per prompt.
+        samples: Completions of each prompt.
+        temperature: Divisor of the logits.
+        max_tokens: Most tokens of a pack.
+
+    Raises:
+        ValueError: if the logits of a token give no distribution.
+    """
+    device = next(model.parameters()).device
+    found = [
+        token_log_probs(model, pack.to(device), temperature=temperature).log_probs
+        for pack in completion_packs(completions, samples, max_tokens)
+    ]
+    values = iter(torch.cat(found).tolist())
+    results = []
+    for index, completion in enumerate(completions):
+        log_probs = [next(values) for _ in completion.token_ids]
+        require_distributions(log_probs, index // samples)
+        results.append(replace(completion, log_probs=log_probs))
+    return results
+
+
+def _groups(completions: Sequence[Completion], samples: int) -> Iterator[_Group]:
+    """Yields each prompt with its completions."""
+    for first in range(0, len(completions), samples):
+        group = completions[first : first + samples]
+        if any(one.prompt_ids != group[0].prompt_ids for one in group):
+            raise ValueError(
+                f"completions must be samples={samples} per prompt, got different prompts in "
+                f"completions {first} to {first + samples - 1}. Pass the samples of the call."
+            )
+        yield group[0].prompt_ids, [one.token_ids for one in group]
+
+
+def _divide(groups: Sequence[_Group], most: int) -> Iterator[list[_Group]]:
+    """Yields consecutive groups of at most `most` tokens together, at least one."""
+    found: list[_Group] = []
+    room = most
+    for prompt, completions in groups:
+        tokens = len(prompt) - 1 + sum(1 + len(completion) for completion in completions)
+        if found and tokens > room:
+            yield found
+            found, room = [], most
+        found.append((prompt, completions))
+        room -= tokens
+    if found:
+        yield found
