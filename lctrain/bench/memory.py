@@ -31,7 +31,13 @@ import torch
 from lctrain.allocator import has_expandable_segments
 from lctrain.bench.contenders import CONTENDERS, OURS
 from lctrain.bench.layer_progress import Report
-from lctrain.bench.memory_estimate import extrapolate, joined, refusal, two_numbers
+from lctrain.bench.memory_estimate import (
+    ATTENTION_COUNTS,
+    extrapolate,
+    joined,
+    refusal,
+    two_numbers,
+)
 from lctrain.bench.memory_peer import POLICIES as PEER_POLICIES
 from lctrain.bench.memory_run import MemoryBench, Steps
 from lctrain.bench.shapes import SHAPES, ModelShape, llama_8b, tiny
@@ -156,9 +162,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--progress", action="store_true", help="report when the GPU reaches each layer"
     )
-    parser.add_argument("--keep-attention", type=int, default=0, help="as memory.keep_attention")
+    for name in ("keep-attention", "host-attention", "reuse-attention", "keep-inputs"):
+        zero = None if name == "keep-inputs" else 0
+        shown = f"as memory.{name.replace('-', '_')}"
+        parser.add_argument(f"--{name}", type=int, default=zero, help=shown)
     parser.add_argument(
         "--segment-layers", type=positive, default=1, help="as the option of memory"
+    )
+    parser.add_argument(
+        "--backward-by-head", action="store_true", help="as memory.backward_by_head=true"
     )
     parser.add_argument("--mlp-tokens", type=positive, help="as memory.mlp_tokens")
     parser.add_argument("--device-gib", type=float, help="as memory.device_gib")
@@ -264,7 +276,8 @@ def _estimate(
     for count in options.estimate_layers:
         bench = _build(options, with_layers(shape, count), device)
         for (tokens, run, config, plan), found in zip(runs, measured, strict=True):
-            fewer = replace(config, keep_attention=min(config.keep_attention, count))
+            counts = {name: min(getattr(config, name), count) for name in ATTENTION_COUNTS}
+            fewer = replace(config, **counts)
             report = _reporter(record, run) if options.progress else None
             found[count] = bench.measured(fewer, tokens, plan, report)
             record.update(run, measured=list(found.values()))
@@ -306,14 +319,21 @@ def _start(
     Returns:
         (the run, the settings of the policy, its plan or None for a peer)
     """
-    chosen = policy in ("checkpoint", "offload")
+    given: dict[str, Any] = {}
+    if policy in ("checkpoint", "offload"):  # the other policies choose for themselves
+        given["keep_attention"] = options.keep_attention
+        given["segment_layers"] = options.segment_layers
+        given["reuse_attention"] = options.reuse_attention
+        given["backward_by_head"] = options.backward_by_head
+    if policy == "offload":
+        given["host_attention"] = options.host_attention
+        given["keep_inputs"] = options.keep_inputs
     config = MemoryConfig(
         name=policy,
-        keep_attention=options.keep_attention if chosen else 0,
-        segment_layers=options.segment_layers if chosen else 1,
         mlp_tokens=None if policy == "none" else options.mlp_tokens,
         host_gib=options.host_gib if policy in WITH_HOST else None,
         device_gib=options.device_gib,
+        **given,
     )
     (name,) = options.contenders
     run: dict[str, Any] = {"contender": name, "policy": policy, "tokens": tokens}

@@ -9,6 +9,8 @@ from typing import Any
 
 from lctrain_kernels.bench.__main__ import positive
 
+ATTENTION_COUNTS = ("keep_attention", "host_attention", "reuse_attention")
+"""Settings of memory that count layers; in an estimate they hold for all layers or for none."""
 _GIB = ("peak_gib", "reserved_gib", "host_gib")
 
 
@@ -97,11 +99,12 @@ def refusal(options: argparse.Namespace, layers: int, is_ours: bool) -> str | No
             f"--estimate-layers must be multiples of --segment-layers ({segment}), got {few},{more}"
             ": a cut segment has another cost. Choose other numbers."
         )
-    if options.keep_attention not in (0, layers):
-        return (
-            f"--keep-attention must be 0 or {layers} with --estimate-layers, got "
-            f"{options.keep_attention}: all layers must have the same policy."
-        )
+    for name in ATTENTION_COUNTS:
+        if (found := getattr(options, name)) not in (0, layers):
+            return (
+                f"--{name.replace('_', '-')} must be 0 or {layers} with --estimate-layers, got "
+                f"{found}: all layers must have the same policy."
+            )
     if is_ours and "auto" in options.policies:
         return (
             "--policies must be none, checkpoint or offload with --estimate-layers, got auto, "

@@ -29,6 +29,9 @@ class MemoryConfig:
             first layer is kept. The backward computes the other inputs again: it runs the layers
             before them once more, and reuses attention outputs that are kept (checkpoint and
             offload).
+        reuse_attention: Number of layers, counted from the first, that run once more to rebuild an
+            input, and whose attention outputs then stay on the GPU until the layer's own backward.
+            Their attention is recomputed once, not twice.
         backward_by_head: Whether attention's backward computes one key/value head at a time, which
             takes less memory (checkpoint and offload). Differential attention computes all at once.
         mlp_tokens: Number of tokens that an MLP computes at a time in training; None computes all
@@ -49,6 +52,7 @@ class MemoryConfig:
     host_attention: int = 0
     keep_inputs: int | None = None
     segment_layers: int = 1
+    reuse_attention: int = 0
     backward_by_head: bool = False
     mlp_tokens: int | None = None
     device_gib: float | None = None
@@ -63,7 +67,7 @@ class MemoryConfig:
             f"memory.name must be one of {', '.join(POLICIES)}, got {self.name!r}. Choose "
             "memory=auto if in doubt.",
         )
-        for option in ("keep_attention", "host_attention", "keep_inputs"):
+        for option in ("keep_attention", "host_attention", "reuse_attention", "keep_inputs"):
             value = getattr(self, option)
             require(
                 value is None or value >= 0,
@@ -88,6 +92,11 @@ class MemoryConfig:
             self.segment_layers == 1 or self.name in ("checkpoint", "offload"),
             f"memory.segment_layers must be 1 for memory={self.name}, got {self.segment_layers}. "
             "Choose memory=checkpoint or memory=offload.",
+        )
+        require(
+            self.reuse_attention == 0 or self.segment_layers > 1,
+            f"memory.reuse_attention must be 0 without segments, got {self.reuse_attention}: no "
+            "layer runs twice in the backward. Set memory.segment_layers above 1.",
         )
         require(
             not self.backward_by_head or self.name in ("checkpoint", "offload"),

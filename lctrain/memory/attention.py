@@ -8,7 +8,7 @@ attentions are operators of torch.library, so a TorchDispatchMode sees their cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -44,9 +44,48 @@ class KeptResults:
         finally:
             self.suspended = False
 
-    def contexts(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    def contexts(self) -> tuple[Any, Any]:
         """Returns (context of the forward, context of the recomputation)."""
         return _Recording(self), _Replaying(self)
+
+    def rebuilding(self) -> Any:
+        """Returns the context of the run that rebuilds the next layer's input."""
+        return _Replaying(self)
+
+    def take(self, position: int) -> tuple[Any, ...] | None:
+        """Returns the results of an attention call; None if the call must be computed.
+
+        Args:
+            position: Number of the call in the layer, from 0.
+        """
+        return tuple(kept.get() for kept in self.calls[position])
+
+
+class RebuiltResults(KeptResults):
+    """Outputs and lse of the attention calls in the run that rebuilds the next layer's input.
+
+    The forward keeps nothing. The layer's recomputation takes the results, and drops them. If that
+    run did not happen, attention is computed.
+
+    Args:
+        keep: As of KeptResults.
+    """
+
+    def contexts(self) -> tuple[Any, Any]:
+        """Returns (context of the forward, context of the recomputation)."""
+        return nullcontext(), _Replaying(self)
+
+    def rebuilding(self) -> Any:
+        """Returns the context of the run that rebuilds the next layer's input."""
+        self.calls.clear()
+        return _Recording(self)
+
+    def take(self, position: int) -> tuple[Any, ...] | None:
+        """Returns the results of an attention call, and drops them; None if there are none."""
+        if position >= len(self.calls):
+            return None
+        found, self.calls[position] = self.calls[position], ()
+        return tuple(kept.get() for kept in found) or None
 
 
 class _Recording(TorchDispatchMode):
@@ -82,9 +121,9 @@ class _Replaying(TorchDispatchMode):
     ) -> Any:
         if self.results.suspended or not _is_attention(func):
             return func(*args, **(kwargs or {}))
-        call = self.results.calls[self.position]
+        found = self.results.take(self.position)
         self.position += 1
-        return tuple(kept.get() for kept in call)
+        return func(*args, **(kwargs or {})) if found is None else found
 
 
 def _is_attention(func: Any) -> bool:

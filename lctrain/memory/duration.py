@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lctrain.memory.layers import RECOMPUTE, LayerPolicy
+from lctrain.memory.layers import REBUILT, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import Profile
 
 _BACKWARD_PRODUCTS = 2.5  # products of attention's backward for each product of its forward
@@ -41,7 +41,7 @@ def repeated(measured: Profile, policies: Sequence[LayerPolicy]) -> tuple[float,
         measured: Operations of a step, from `profile`.
         policies: LayerPolicy of every layer; empty if no layer is checkpointed.
     """
-    attention = sum(policy.attention == RECOMPUTE for policy in policies)
+    attention = sum(policy.attention in (RECOMPUTE, REBUILT) for policy in policies)
     rebuilt = [
         before for before, policy in pairwise(policies) if policy.inputs == RECOMPUTE
     ]  # these layers run once more

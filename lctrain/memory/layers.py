@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.attention import is_patched
-from lctrain.memory.attention import KeptResults
+from lctrain.memory.attention import KeptResults, RebuiltResults
 from lctrain.memory.segments import LayerCall, LayerInput
 from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.warn import warn_caller
 from lctrain_kernels.by_head import backward_by_head
 
-DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
+DEVICE, HOST, RECOMPUTE, REBUILT = "device", "host", "recompute", "rebuilt"
 INPUT, ATTENTION = "input", "attention"
 _HANDLE = "_lctrain_memory"  # attribute of a model: the handle of its policy
 
@@ -36,7 +36,9 @@ class LayerPolicy:
         inputs: Storage of the layer's input, its hidden states: "device" or "host"; or "recompute"
             if the backward runs the layer before it once more, whose output this input is.
         attention: Storage of the outputs and the lse of the layer's attention: "device" or "host";
-            or "recompute" if the backward computes attention again.
+            "recompute" if every run of the layer in the backward computes attention; or "rebuilt"
+            if the run that rebuilds the next layer's input does, and keeps them on the GPU until
+            this layer's backward.
     """
 
     inputs: str = DEVICE
@@ -133,7 +135,8 @@ class LayerCheckpoints:
         results = None
         if policy.attention != RECOMPUTE:
             tokens = x.shape[:-1].numel()
-            results = KeptResults(partial(self._keep_result, policy.attention, group, tokens))
+            made = RebuiltResults if policy.attention == REBUILT else KeptResults
+            results = made(partial(self._keep_result, policy.attention, group, tokens))
             contexts["context_fn"] = results.contexts
         if policy.inputs == DEVICE and not repeats:
             self._before = None
@@ -198,13 +201,14 @@ class LayerCheckpoints:
         if not any(map(is_patched, self._model.modules())):
             raise ValueError(
                 "memory must recompute the attention of a model that is not patched, got "
-                "keep_attention or host_attention above 0: only lctrain's attention can be kept. "
-                "Choose attention=flash (lctrain.patch_model), or set both to 0."
+                "keep_attention, host_attention or reuse_attention above 0: only lctrain's "
+                "attention can be kept. Choose attention=flash (lctrain.patch_model), or set them "
+                "to 0."
             )
         self._has_operators = True
 
     def _keep_result(self, place: str, group: Any, tokens: int, x: Tensor) -> Any:
-        if place == DEVICE or self.store is None:
+        if place != HOST or self.store is None:
             return OnDevice(x)
         return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
 

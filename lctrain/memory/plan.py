@@ -12,9 +12,9 @@ from lctrain.allocator import EXPANDABLE, VARIABLES, has_expandable_segments
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
 from lctrain.memory.arena import aligned
-from lctrain.memory.candidates import candidates, policies_of
+from lctrain.memory.candidates import fastest, policies_of
 from lctrain.memory.duration import step_seconds
-from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
+from lctrain.memory.layers import DEVICE, HOST, REBUILT, RECOMPUTE, LayerPolicy
 from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.memory.reserved import CONTEXT, allocator_bytes, held_bytes
@@ -30,6 +30,7 @@ FRAGMENTS = (
 )
 LARGEST = 2**27
 """Most tokens of a pack for which a context length is searched."""
+_ATTENTION = {RECOMPUTE: "recomputed", REBUILT: "recomputed once, for both runs"}
 _STEP = 1024  # tokens; the longest context is given in multiples of it
 
 
@@ -146,7 +147,7 @@ def _layer_lines(plan: Plan) -> list[str]:
         if policy is not None:
             kept = "input rebuilt" if policy.inputs == RECOMPUTE else f"input on {policy.inputs}"
             kept += ", attention "
-            kept += "recomputed" if policy.attention == RECOMPUTE else f"on {policy.attention}"
+            kept += _ATTENTION.get(policy.attention, f"on {policy.attention}")
         rows = [plan.rows[index] for index in layers]
         sizes = {
             "input": max(row.inputs for row in rows),
@@ -218,23 +219,26 @@ def plan_of(
 
     Args:
         measured: Bytes of the step, from `profile`.
-        config: Settings of the policy; "auto" takes the first policy that fits.
+        config: Settings of the policy; "auto" takes the fastest policy that fits.
         device_limit: Memory of the GPU in bytes; None if unknown.
         host_limit: Host memory in bytes that the step may use; None for no limit.
     """
     if config.name != "auto":
         return _plan(measured, config, device_limit, host_limit)
-    tried = []
+    tried: list[tuple[int, int, MemoryConfig]] = []
     bytes_of = {False: measured, True: measured.by_head()}
-    for candidate in candidates(config, measured, host_limit):
+
+    def fits(candidate: MemoryConfig) -> bool:
         step = bytes_of[candidate.backward_by_head]
         _, device, host = _needed(step, policies_of(candidate, len(measured.layers)))
         excess = 0 if host_limit is None else max(host - host_limit, 0)
         tried.append((excess, device, candidate))
-        if excess == 0 and (device_limit is None or device <= device_limit):
-            return _plan(measured, candidate, device_limit, host_limit)
-    least = min(tried, key=lambda one: one[:2])  # host first: a process without memory is killed
-    return _plan(measured, least[-1], device_limit, host_limit)
+        return excess == 0 and (device_limit is None or device <= device_limit)
+
+    chosen = fastest(config, measured, host_limit, fits)
+    if chosen is None:  # host first: a process without memory is killed
+        *_, chosen = min(tried, key=lambda one: one[:2])
+    return _plan(measured, chosen, device_limit, host_limit)
 
 
 def _plan(
@@ -316,7 +320,7 @@ def _checkpointed(
         (bytes that all layers together keep on the GPU, peak minus these bytes, bytes on the host)
     """
     kept, host, most = 0, 0, 0
-    rebuilt = first = 0  # bytes of a segment's rebuilt inputs, and of its first layer's input
+    rebuilt = first = 0  # bytes of a segment's rebuilt tensors, and of its first layer's input
     for layer, policy in zip(layers, policies, strict=True):
         kept += layer.inputs if policy.inputs == DEVICE else 0
         kept += layer.attention if policy.attention == DEVICE else 0
@@ -326,12 +330,13 @@ def _checkpointed(
         # Forward: two tensors wait on the GPU for their copies to the host.
         fetched = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
         fetched += MOST_WAITING * layer.attention if policy.attention == HOST else 0
-        if policy.inputs == RECOMPUTE:  # the inputs of the segment's layers up to this one
+        if policy.inputs == RECOMPUTE:  # rebuilt tensors of the segment's layers up to this one
             rebuilt += layer.inputs
             fetched += first
         else:
             rebuilt = 0
             first = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
+        rebuilt += layer.attention if policy.attention == REBUILT else 0
         again = layer.attention if policy.attention != RECOMPUTE else 0
         backward = layer.backward - again + layer.inputs  # + the gradient of the layer's output
         most = max(most, kept + fetched + rebuilt + max(backward, layer.forward))

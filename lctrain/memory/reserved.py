@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lctrain.memory.layers import DEVICE, HOST, RECOMPUTE, LayerPolicy
+from lctrain.memory.layers import DEVICE, HOST, REBUILT, RECOMPUTE, LayerPolicy
 from lctrain.memory.profile import LayerBytes
 from lctrain.memory.store import MOST_WAITING
 
@@ -56,6 +56,8 @@ def allocator_bytes(
     sizes += [layers[0].inputs] * min(2 * MOST_WAITING, on_host)
     if any(policy.inputs == RECOMPUTE for policy in policies):
         sizes += [layers[0].inputs] * MOST_WAITING
+    if any(policy.attention == REBUILT for policy in policies):
+        sizes += [layers[0].attention] * MOST_WAITING
     if expandable:  # the last page of a tensor may hold nothing else; small tensors share pages
         return PAGE * sum(scale * size >= PAGE for size in sizes)
     return int(FIXED_LOSS * scale * sum(sizes))

@@ -1,10 +1,10 @@
 """Segments: groups of consecutive layers of which only the first layer's input is kept.
 
 Before the backward of a segment, all its layers except the last run once more, and autograd saves
-nothing. Their outputs are the inputs of the segment's other layers. If a layer's attention outputs
-are kept, this run reuses them and does not compute attention. The backward then goes through the
-segment from its last layer to its first. A layer that FSDP2 shards gathers its parameters for this
-run too.
+nothing. Their outputs are the inputs of the segment's other layers. This run computes no attention
+whose outputs are kept; others it may keep until the layer's own backward. The backward then goes
+through the segment from its last layer to its first. A layer that FSDP2 shards gathers its
+parameters for this run too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class LayerCall:
         given: Further positional arguments of the layer.
         options: Keyword arguments of the layer.
         inputs: LayerInput that returns the hidden states in the backward.
-        results: Kept outputs of the layer's attention; None if attention is recomputed.
+        results: Kept outputs of the layer's attention, or the place for those of this run; None if
+            attention is computed in every run.
         module: The layer itself, whose parameters may be sharded.
     """
 
@@ -99,12 +100,12 @@ class LayerCall:
 
     def get(self) -> Tensor:
         """Runs the layer again, and returns its output, with the same bits."""
-        replay = nullcontext() if self._results is None else self._results.contexts()[1]
+        results = nullcontext() if self._results is None else self._results.rebuilding()
         x = self._inputs.peek().detach().requires_grad_(self._requires_grad)
         # Autograd is on but saves nothing, so operations choose the kernels of the forward.
         nothing: Any = lambda saved: None  # noqa: E731
         hooks = saved_tensors_hooks(nothing, nothing)
-        with gathered(self._module), self._same_random(), torch.enable_grad(), hooks, replay:
+        with gathered(self._module), self._same_random(), torch.enable_grad(), hooks, results:
             return _first(self._layer(x, *self._given, **self._options)).detach()
 
     @contextmanager

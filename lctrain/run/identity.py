@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "memory.host_attention",
     "memory.keep_inputs",
     "memory.segment_layers",
+    "memory.reuse_attention",
     "memory.backward_by_head",
     "memory.device_gib",
     "memory.host_gib",

@@ -102,6 +102,30 @@ def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, 
     assert "estimated" in capsys.readouterr().out
 
 
+def test_the_settings_of_a_policy_are_those_of_the_command(tmp_path):
+    options = ("--tiny", "--layers", "6", "--tokens", "64", "--plan-only")
+    settings = ("--segment-layers", "3", "--keep-attention", "1", "--reuse-attention", "1")
+    further = ("--host-attention", "1", "--keep-inputs", "0", "--backward-by-head")
+    record = run(tmp_path, *options, *settings, *further, "--policies", "checkpoint,offload,auto")
+    kept, away, chosen = record["runs"]
+    shared = ["recompute/recompute", "recompute/recompute"]
+    assert kept["layers"] == [
+        *("device/rebuilt", *shared, "device/recompute"),
+        *("recompute/recompute", "recompute/device"),
+    ]
+    assert away["layers"] == [
+        *("host/rebuilt", *shared, "host/recompute"),
+        *("recompute/host", "recompute/device"),
+    ]
+    assert kept["backward_by_head"] is away["backward_by_head"] is True
+    assert chosen["backward_by_head"] is False  # auto chooses for itself
+    by_head = ("--backward-by-head", "--steps", "1", "--policies", "none,checkpoint")
+    whole, found = run(tmp_path, *options[:-1], *by_head)["runs"]
+    assert (whole["backward_by_head"], found["backward_by_head"]) == (False, True)
+    assert whole["status"] == found["status"] == "ok"
+    assert whole["loss"] == found["loss"]
+
+
 def test_a_failed_run_is_no_estimate():
     failed = {"status": "out_of_memory", "reason": "full"}
     fits = {"status": "ok", "step_ms": [1.0], "peak_gib": 1.0}
@@ -117,9 +141,13 @@ def test_a_failed_run_is_no_estimate():
         (("few",), "must be an integer of at least 1, got 'few'"),
         (("2,4",), "must be none, checkpoint or offload with --estimate-layers, got auto"),
         (("2,4", "--policies", "offload", "--keep-attention", "3"), "must be 0 or 32 with"),
+        (
+            ("2,4", "--policies", "offload", "--reuse-attention", "3"),
+            "reuse-attention must be 0 or",
+        ),
         (("2,4", "--segment-layers", "3"), "must be multiples of --segment-layers (3), got 2,4"),
     ],
-    ids=["deep", "falling", "text", "auto", "some", "segment"],
+    ids=["deep", "falling", "text", "auto", "some", "reused", "segment"],
 )
 def test_estimates_that_mean_nothing_are_refused(options, message, capsys):
     with pytest.raises(SystemExit):

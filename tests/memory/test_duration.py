@@ -61,6 +61,8 @@ def test_a_layer_that_rebuilds_an_input_computes_its_attention_once_more():
     assert repeated(measured, [again, kept]) == (1, 200)
     assert repeated(measured, [again, rebuilt, kept]) == (3, 400)
     assert repeated(measured, [kept, rebuilt, kept]) == (1, 400)
+    reused, last = LayerPolicy("device", "rebuilt"), LayerPolicy("recompute", "recompute")
+    assert repeated(measured, [reused, last]) == (2, 300)
 
 
 def test_the_plan_says_the_time_of_a_model_that_it_knows():

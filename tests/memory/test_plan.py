@@ -12,6 +12,7 @@ from lctrain.config import AdapterConfig, MemoryConfig
 from lctrain.config.optim import HOST_ADAMW
 from lctrain.loss import causal_lm_loss
 from lctrain.memory import candidates, plan, use_policy
+from lctrain.memory.duration import repeated
 from lctrain.memory.plan import ALLOCATOR, CUDA, GIB, plan_of
 from lctrain.memory.profile import profile
 from lctrain.memory.reserved import CONTEXT
@@ -76,6 +77,14 @@ POLICIES = {
     "offload-attention": {"policy": "offload", "keep_attention": 2, "host_attention": 4},
     "segment": {"policy": "checkpoint", "segment_layers": 3},
     "segment-attention": {"policy": "checkpoint", "segment_layers": 2, "keep_attention": LAYERS},
+    "segment-reused": {"policy": "checkpoint", "segment_layers": 3, "reuse_attention": LAYERS},
+    "segment-reused-host": {
+        "policy": "offload",
+        "segment_layers": 3,
+        "keep_inputs": 0,
+        "host_attention": 2,
+        "reuse_attention": 2,
+    },
     "segment-offload": {
         "policy": "offload",
         "segment_layers": 3,
@@ -171,6 +180,33 @@ def test_auto_recomputes_what_takes_fewer_operations(model, attention, expected)
         "attention": any(layer.attention == "recompute" for layer in found.policies),
     }
     assert {name for name, is_recomputed in recomputed.items() if is_recomputed} == {expected}
+
+
+def test_auto_reuses_the_attention_of_as_many_rebuilt_layers_as_fit(model):
+    bytes_of = profile(model, TOKENS)
+    bytes_of = replace(bytes_of, attention_operations=1e3 * bytes_of.other_operations)
+    auto = MemoryConfig(name="auto")
+    in_threes = {"segment_layers": 3, "keep_attention": 1}
+    least = plan_of(bytes_of, MemoryConfig(name="checkpoint", **in_threes), None, None)
+    found = plan_of(bytes_of, auto, least.device_bytes, 0)
+    computed = [sum(layer.attention == "rebuilt" for layer in found.policies)]
+    assert "attention recomputed once, for both runs" in str(found)
+    assert computed[0] > 0
+    some = [
+        plan_of(bytes_of, MemoryConfig(name="checkpoint", **options), None, None)
+        for segment in range(2, 6)
+        for kept in range(LAYERS + 1)
+        for reused in range(LAYERS)
+        for options in [
+            {"segment_layers": segment, "keep_attention": kept, "reuse_attention": reused}
+        ]
+    ]
+    costs = [
+        sum(repeated(bytes_of, one.policies))
+        for one in some
+        if one.device_bytes <= least.device_bytes
+    ]
+    assert sum(repeated(bytes_of, found.policies)) <= min(costs)
 
 
 def test_auto_runs_the_backward_by_heads_only_where_it_is_needed(model, monkeypatch):

@@ -26,6 +26,7 @@ POLICIES = {
     "by-head": ("checkpoint", {"backward_by_head": True}),
     "segment": ("checkpoint", {"segment_layers": 2}),
     "segment-attention": ("checkpoint", {"segment_layers": 2, "keep_attention": 2}),
+    "segment-reused": ("checkpoint", {"segment_layers": 2, "reuse_attention": 2}),
     "segment-host": ("offload", {"segment_layers": 2, "keep_inputs": 0, "host_attention": 2}),
     "segment-by-head": (
         "offload",
@@ -266,6 +267,13 @@ def test_which_layer_does_what():
     ]
     kept = MemoryConfig(name="checkpoint", keep_attention=1)
     assert policies_of(kept, 2) == [LayerPolicy(), LayerPolicy("device", "device")]
+    reused = MemoryConfig(name="checkpoint", segment_layers=3, keep_attention=2, reuse_attention=3)
+    again, rebuilt = LayerPolicy("device", "rebuilt"), LayerPolicy("recompute", "rebuilt")
+    last = LayerPolicy("recompute", "recompute")
+    kept = [LayerPolicy("recompute", "device")] * 2
+    assert policies_of(reused, 6) == [again, rebuilt, last, again, *kept]
+    fewer = MemoryConfig(name="checkpoint", segment_layers=3, reuse_attention=1)
+    assert policies_of(fewer, 3) == [again, last, last]
 
 
 def test_a_module_gets_its_policy(make_llama):
@@ -307,6 +315,11 @@ def test_a_model_without_such_layers_is_refused():
         ),
         (("memory=offload", "memory.tokens=1"), r"memory\.tokens must be at least 2, got 1"),
         (("memory=checkpoint", "memory.segment_layers=0"), r"segment_layers must be at least 1"),
+        (("memory=offload", "memory.reuse_attention=-1"), r"reuse_attention must be at least 0"),
+        (
+            ("memory=checkpoint", "memory.reuse_attention=1"),
+            r"memory\.reuse_attention must be 0 without segments, got 1",
+        ),
         (("memory.segment_layers=2",), r"memory\.segment_layers must be 1 for memory=none, got 2"),
         (
             ("memory=auto", "memory.backward_by_head=true"),
@@ -334,6 +347,11 @@ def test_settings_that_are_refused(overrides, message):
             "checkpoint",
             {"segment_layers": 3},
             r"memory\.segment_layers must be at most .* 2 layers",
+        ),
+        (
+            "checkpoint",
+            {"segment_layers": 2, "reuse_attention": 3},
+            r"memory\.reuse_attention must be at most .* 2 layers, got 3",
         ),
         ("offload", {"keep_inputs": 3}, r"memory\.keep_inputs must be at most .* 2 layers, got 3"),
         (

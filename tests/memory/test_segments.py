@@ -2,10 +2,12 @@
 
 import gc
 import warnings
+import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lctrain
 from lctrain.memory import LayerCheckpoints, use_policy
@@ -14,9 +16,27 @@ from tests.memory.test_policy import packs, same, step  # noqa: F401 (packs is a
 from tests.models.families import make_model
 
 LAYERS = 5
+
+
+class counted(TorchDispatchMode):
+    """Context manager that returns weak references to the results of every attention call."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.calls = []
+        return self.calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.name().startswith("lctrain::varlen_forward"):
+            self.calls.append([weakref.ref(x) for x in found])
+        return found
+
+
 POLICIES = {
     "checkpoint": ("checkpoint", {"keep_attention": 2}),
     "offload": ("offload", {"keep_inputs": 0}),
+    "reused": ("checkpoint", {"keep_attention": 1, "reuse_attention": LAYERS}),
     "mixed": ("offload", {"keep_inputs": 1, "keep_attention": 1, "host_attention": 3}),
 }
 
@@ -43,6 +63,25 @@ def test_rebuilt_inputs_are_those_of_the_forward(segment, packs):  # noqa: F811
             assert runs == [2 if index in last else 3 for index in range(LAYERS)]
             if handle.store is not None:
                 assert handle.store.stored_bytes == 0
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "offload"])
+def test_reused_attention_is_computed_once_in_the_backward(policy, packs):  # noqa: F811
+    """It is freed with its layer: the first segment has nothing of the last one's."""
+    model = make_model("llama", num_hidden_layers=6).train()
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**packs[0])
+        use_policy(model, "checkpoint")
+        expected = step(model, packs[:1])
+        counts = {}
+        for reused in (0, 1, 6):
+            use_policy(model, policy, segment_layers=3, reuse_attention=reused)
+            with counted() as calls:
+                assert same(step(model, packs[:1]), expected)
+            counts[reused] = len(calls)
+            held = [x for call in calls for x in call if x() is not None]
+            assert held == []
+        assert counts == {0: 6 + 10, 1: 6 + 9, 6: 6 + 6}
 
 
 def test_hidden_dropout_is_that_of_the_forward():
@@ -87,7 +126,7 @@ def test_a_graph_of_segments_can_be_read_twice(packs):  # noqa: F811
     model = make_model("llama", num_hidden_layers=4).train()
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**packs[0])
-        use_policy(model, "offload", segment_layers=3, keep_inputs=0, keep_attention=2)
+        use_policy(model, "offload", segment_layers=3, keep_inputs=0, reuse_attention=1)
         expected = step(model, packs[:1])
         model.zero_grad()
         loss = model(**packs[0]).loss
