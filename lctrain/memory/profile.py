@@ -6,7 +6,8 @@ needed.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,7 +71,8 @@ class Profile:
         attention_operations: Floating-point operations of a layer's attention in the forward.
         other_operations: Floating-point operations of a layer's matrix products in the forward.
         trained_operations: Those of a layer's weight gradients.
-        tile_operations: Those of a layer's MLP, if tiles compute it once more in the backward.
+        tile_operations: Those of a layer's MLP, if its tiles run twice in the backward: in the
+            layer's recomputation, and one by one.
         head_operations: Those of the output projection in the loss.
         head_dim: Columns of a head of the attention's outputs; 0 if it is not lctrain's.
         in_bfloat16: Whether matrix products are in bfloat16.
@@ -149,7 +151,7 @@ def profile(
             "before it is planned."
         ) from error
     tiled = 0
-    if mlp_tokens is not None and mlp_tokens < tokens:
+    if mlp_tokens is not None and mlp_tokens < tokens and run.repeats_mlps:
         tiled = sum(_matrix_elements(layer.mlp) for layer in layers if hasattr(layer, "mlp"))
     head = _head_weight(inner)
     dtype = next(layers[0].parameters()).dtype
@@ -207,6 +209,7 @@ class _Run:
         layers: Measured bytes of each layer.
         around: Bytes of live tensors before the first layer, without the layer's input.
         head: Peak bytes between the last layer's forward and its backward.
+        repeats_mlps: Whether the recomputation of a layer runs its MLP to the end.
     """
 
     def __init__(
@@ -215,6 +218,8 @@ class _Run:
         self.tracker = Tracker()
         self.layers: list[_Layer] = []
         self.around = self.head = 0
+        self.repeats_mlps = False
+        self._modules = checkpointed_layers(decoder)
         self._checkpointed = checkpointed
         self._number_of_last = last
         self._mixed = precision == "bf16-mixed"
@@ -230,7 +235,7 @@ class _Run:
                         vars(module)["forward"] = partial(self._linear, module)
         self._last: tuple[str, int, int] | None = None  # phase, layer, live bytes at its start
         decoder._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
-        for layer in checkpointed_layers(decoder):
+        for layer in self._modules:
             layer._gradient_checkpointing_func = self._layer
         pack = PackedBatch.from_documents([torch.zeros(tokens, dtype=torch.int64)])
         batch = pack.to("meta").model_kwargs()
@@ -289,7 +294,7 @@ class _Run:
                     return layer(*args, **named)
             self._casts = {}
             self._open("backward", index)
-            with self._precision():
+            with self._precision(), self._watched(self._modules[index]):
                 return layer(*args, **named)
 
         found = checkpoint(call, *given, use_reentrant=False, **options)
@@ -299,6 +304,22 @@ class _Run:
         measured.head_dim = max((columns for *_, columns in sizes), default=0)
         self._open("head", index)
         return found
+
+    @contextmanager
+    def _watched(self, layer: nn.Module) -> Iterator[None]:
+        """Context manager of a layer's recomputation, which sees whether its MLP is computed.
+
+        A recomputation that does not need a tiled MLP's output ends before, by an exception.
+        """
+        if "forward" not in vars(getattr(layer, "mlp", layer)):  # no tiles
+            yield
+            return
+        mlp: Any = layer.mlp
+        hook = mlp.register_forward_hook(lambda *_: setattr(self, "repeats_mlps", True))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _precision(self) -> Any:
         return Bfloat16Products(self._casts) if self._mixed else nullcontext()

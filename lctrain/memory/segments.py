@@ -10,17 +10,17 @@ parameters for this run too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lctrain.distributed.gather import gathered
 from lctrain.memory.attention import KeptResults
+from lctrain.memory.randomness import RandomState
 
 
 class LayerInput:
@@ -78,8 +78,7 @@ class LayerCall:
         self._inputs = inputs
         self._results = results
         self._requires_grad = x.requires_grad
-        self._random = torch.get_rng_state(), *get_device_states(x)
-        self._device = x.device.type
+        self._random = RandomState(x)
         self._output: tuple[weakref.ref[Tensor], int] | None = None
 
     def returned(self, found: Any) -> None:
@@ -105,17 +104,8 @@ class LayerCall:
         # Autograd is on but saves nothing, so operations choose the kernels of the forward.
         nothing: Any = lambda saved: None  # noqa: E731
         hooks = saved_tensors_hooks(nothing, nothing)
-        with gathered(self._module), self._same_random(), torch.enable_grad(), hooks, results:
+        with gathered(self._module), self._random.again(), torch.enable_grad(), hooks, results:
             return _first(self._layer(x, *self._given, **self._options)).detach()
-
-    @contextmanager
-    def _same_random(self) -> Iterator[None]:
-        """Context manager in which torch's generators have their states before the forward."""
-        state, devices, states = self._random
-        with torch.random.fork_rng(devices, device_type=_fork_device(self._device)):
-            torch.set_rng_state(state)
-            set_device_states(devices, states)
-            yield
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
@@ -124,8 +114,3 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 def _first(found: Any) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
-
-
-def _fork_device(device: str) -> str:
-    """Returns the device type for torch.random.fork_rng, which accepts no "cpu"."""
-    return "cuda" if device == "cpu" else device

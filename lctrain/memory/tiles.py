@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lctrain.memory.tiles_on_meta import forward_on_meta
+from lctrain.memory.tiled_function import tiled
 from lctrain.models.fused import CALLS_CLASS
 from lctrain_kernels.autocast import autocast_dtype
 
@@ -20,7 +22,7 @@ _LOW = (torch.bfloat16, torch.float16)
 class TiledMLPs:
     """Makes the MLPs of a model's layers compute a few tokens (a tile) at a time in training.
 
-    Each tile runs under activation checkpointing, so only one tile's activations exist at a time.
+    Nothing of a tile is kept, so only one tile's activations exist at a time.
     The gradient of a weight is summed over the tiles in the weight's dtype, which must be float32.
     Outputs and gradients equal those without tiles within rounding.
 
@@ -65,10 +67,18 @@ def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
     own = partial(_uncached, mlp)
     if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
-    if x.device.type == "meta":
-        return forward_on_meta(own, x, tokens)
-    tiles = x.split(tokens, dim=-2)
-    return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
+    if torch.compiler.is_compiling():  # it cannot trace the saved input of `tiled`
+        tiles = x.split(tokens, dim=-2)
+        return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
+    return tiled(mlp, own, x, tokens, _same_autocast(x.device.type))
+
+
+def _same_autocast(device: str) -> Callable[[], Any]:
+    """Returns a function that returns a context with autocast as it is now."""
+    if device == "meta":
+        return nullcontext
+    dtype = autocast_dtype(device)
+    return partial(torch.autocast, device, dtype, enabled=dtype is not None)
 
 
 def _uncached(mlp: Any, x: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Tests that the plan measures layers and tiles that are alike once, with the same bytes."""
 
 import pytest
-import torch
-from torch.utils.checkpoint import checkpoint
 
 import lctrain
 from lctrain.config import AdapterConfig
 from lctrain.memory import profile as profiles
-from lctrain.memory import tiles
+from lctrain.memory import tiled_function, tiles
 from lctrain.memory.alike import structure
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.models.low_rank import add_adapter
@@ -17,17 +15,11 @@ FAMILIES = ("phi3", "gemma2", "modernbert")  # the last two have layers of two k
 TOKENS = 100
 
 
-def all_tiles(mlp, x, tokens):
-    """Computes every tile, as on a GPU."""
-    parts = x.split(tokens, dim=-2)
-    return torch.cat([checkpoint(mlp, part, use_reentrant=False) for part in parts], dim=-2)
-
-
 def in_full(monkeypatch, *arguments):
     """Returns the profile in which every layer and every tile runs."""
     with monkeypatch.context() as patch:
         patch.setattr(profiles, "structure", lambda value: object())
-        patch.setattr(tiles, "forward_on_meta", all_tiles)
+        patch.setattr(tiled_function, "_computed", lambda x, count: range(count))
         return profiles.profile(*arguments)
 
 
@@ -53,6 +45,16 @@ def test_tiles_that_are_alike_are_measured_once(precision, trained, tile, monkey
         model = add_adapter(model, AdapterConfig(rank=2)).train()
     arguments = model, TOKENS, precision, tile
     assert profiles.profile(*arguments) == in_full(monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_recomputation_runs_an_mlp_only_where_its_output_is_read(family):
+    """Gemma 2 has a norm after the MLP, which reads the MLP's output in the backward."""
+    model = make_model(family).train()
+    lctrain.patch_model(model, fused=True)
+    found = profiles.profile(model, TOKENS, mlp_tokens=16)
+    assert (found.tile_operations > 0) == (family == "gemma2")
+    assert profiles.profile(model, TOKENS).tile_operations == 0
 
 
 def test_the_work_does_not_grow_with_layers_and_tiles(monkeypatch):

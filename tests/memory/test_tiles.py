@@ -1,5 +1,6 @@
 """Tests MLPs that compute tile by tile: gradients, memory, and the models that are refused."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import lctrain
 from lctrain.memory import plan, use_policy
 from lctrain.memory.layers import checkpointed_layers
+from lctrain.memory.tiled_function import tiled
 from lctrain.memory.tiles import TiledMLPs, _forward
 from lctrain.module import LongContextModule
 from tests.float64 import float64_throughout
@@ -151,3 +153,88 @@ def test_a_module_refuses_tiles_in_bf16_true(tmp_path, make_llama):
 def test_a_model_of_experts_is_refused():
     with pytest.raises(ValueError, match=r"must be null for a model without dense MLPs, got 4"):
         TiledMLPs(checkpointed_layers(make_model("gpt_oss")), 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_tile_runs_once_in_the_backward_unless_its_output_is_read(family, arguments):
+    """Gemma 2 has a norm after the MLP, so the recomputation of its layers runs the MLP too."""
+    model = make_model(family).train()
+    seen = []
+    with lctrain.patch_model(model, fused=True, loss=True):
+        model(**arguments)
+        use_policy(model, "checkpoint", mlp_tokens=7)
+        model.model.layers[0].mlp.down_proj.register_forward_hook(
+            lambda module, given, out: seen.append(out.shape[-2])
+        )
+        gradients(model, arguments)
+    runs = 2 if family == "llama" else 3
+    assert sum(seen) == runs * arguments["input_ids"].shape[-1]
+
+
+class Shared(torch.nn.Module):
+    """A module with dropout, a shared weight, a frozen one and one that is not read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8, bias=False)
+        self.second = torch.nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+        self.frozen = torch.nn.Linear(8, 6).requires_grad_(False)
+        self.unread = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        hidden = torch.nn.functional.dropout(self.first(x), 0.5, self.training)
+        return self.frozen(hidden + self.second(x))
+
+
+def run_tiled(module, x, tokens=3):
+    return tiled(module, type(module).forward.__get__(module), x, tokens, nullcontext)
+
+
+@pytest.mark.parametrize("input_trained", [True, False], ids=["", "input-frozen"])
+def test_tiles_draw_the_same_numbers_again_and_sum_a_shared_weight(input_trained):
+    found = []
+    for compute in (
+        run_tiled,
+        lambda m, x: torch.cat([m(tile) for tile in x.split(3, dim=-2)], -2),
+    ):
+        with float64_throughout():
+            module = Shared().double()
+            arrived = []
+            module.first.weight.register_hook(arrived.append)
+            x = torch.linspace(-1, 1, 80, dtype=torch.float64).reshape(1, 10, 8)
+            x.requires_grad_(input_trained)
+            torch.manual_seed(5)
+            out = compute(module, x)
+            after = torch.rand(1, dtype=torch.float64)
+            torch.manual_seed(6)  # another state in the backward
+            out.square().sum().backward()
+            assert len(arrived) == 1
+            assert module.unread.grad is None
+            found.append([out.detach(), after, module.first.weight.grad])
+            if input_trained:
+                found[-1].append(x.grad)
+    for one, other in zip(*found, strict=True):
+        assert_equal_in_float64(one, other)
+
+
+def test_tiles_of_what_is_frozen_have_no_history():
+    with float64_throughout():
+        module = Shared().double().requires_grad_(False).eval()
+        x = torch.randn(1, 10, 8, dtype=torch.float64)
+        assert not run_tiled(module, x).requires_grad
+        run_tiled(module, x.requires_grad_()).sum().backward()
+        found, x.grad = x.grad, None
+        module(x).sum().backward()
+    assert_equal_in_float64(found, x.grad)
+
+
+def test_a_graph_of_tiles_can_be_read_twice():
+    module = Shared()
+    x = torch.randn(1, 10, 8, requires_grad=True)
+    loss = run_tiled(module, x).square().sum()
+    loss.backward(retain_graph=True)
+    first, module.first.weight.grad = module.first.weight.grad, None
+    loss.backward()
+    assert torch.equal(module.first.weight.grad, first)
