@@ -43,7 +43,7 @@ from lctrain.bench.memory_run import MemoryBench, Steps
 from lctrain.bench.shapes import SHAPES, ModelShape, llama_8b, tiny
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import POLICIES, WITH_HOST
-from lctrain.memory.plan import Plan
+from lctrain.memory.plan import GIB, Plan
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
@@ -352,7 +352,10 @@ def _reporter(record: Record, run: dict[str, Any]) -> Report:
     def report(phase: str, layer: int, seconds: float) -> None:
         print(f"{seconds:7.1f} s  {phase} reached layer {layer}", flush=True)
         reached = [*run.get("progress", ()), [phase, layer, round(seconds, 1)]]
-        record.update(run, progress=reached)
+        peak = {}
+        if torch.cuda.is_available():  # a step that is stopped keeps the peak until there
+            peak = {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3)}
+        record.update(run, progress=reached, **peak)
 
     return report
 

@@ -159,7 +159,10 @@ def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch):
     output = tmp_path / "memory.json"
 
     def cut(bench, config, tokens, plan, report):
-        report("forward", 3, 12.5)
+        with monkeypatch.context() as gpu:
+            gpu.setattr("torch.cuda.is_available", lambda: True)
+            gpu.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
+            report("forward", 3, 12.5)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(memory.MemoryBench, "measured", cut)
@@ -170,6 +173,7 @@ def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch):
     assert found["status"] == "unfinished"
     assert found["planned_gib"] >= 0
     assert found["progress"] == [["forward", 3, 12.5]]
+    assert found["peak_gib"] == 3.0
 
 
 def test_all_weights_of_another_shape_on_several_documents(tmp_path):

@@ -12,7 +12,14 @@ from lctrain_kernels.bench.newest import RESULTS, origin, records_of
 from lctrain_kernels.bench.peers import OURS
 
 PICTURE = "long_context.png"
+SEVERAL = ", packs of "
+"""Part of the name of a contender whose packs hold several documents."""
 _ALT = "Peak memory and tokens per second against context length"
+_PLACES = (
+    ("device", "on the GPU"),
+    ("host", "on the host"),
+    ("rebuilt", "from the run that rebuilds the next input"),
+)
 Points = dict[str, dict[int, Mapping[str, Any]]]
 
 
@@ -38,10 +45,11 @@ def memory_tables(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
-    """Returns the fastest measured run of every contender at every length, of one document.
+    """Returns the fastest run of every contender at every length.
 
-    The records of the model with most measured lengths are taken. The later of two records with the
-    same setting counts.
+    The records of the model with most measured lengths of one document are taken. A measured run
+    counts before an estimate, and the later of two records with the same setting before the other.
+    Packs of several documents are contenders of their own.
 
     Args:
         records: Records that `lctrain-bench memory` wrote, in the order of their dates.
@@ -51,24 +59,45 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
     """
     groups: dict[Any, Points] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        if record.get("documents", 1) > 1:
-            continue
         points = groups[record["shape"], record["layers"], record["rank"], record["precision"]]
+        count = record.get("documents", 1)
+        packs = f"{SEVERAL}{count} documents" if count > 1 else ""
         fastest: Points = defaultdict(dict)
         for run in record["runs"]:
-            if run["status"] == "ok" and "peak_gib" in run and "estimated_from" not in run:
-                found = fastest[run.get("contender", OURS)]
+            if run["status"] == "ok" and "peak_gib" in run:
+                found = fastest[run.get("contender", OURS) + packs]
                 known = found.get(run["tokens"])
-                if known is None or known["tokens_per_s"] < run["tokens_per_s"]:
+                if known is None or _rank(known) < _rank(run):
                     found[run["tokens"]] = run
         for contender, runs in fastest.items():
-            points[contender].update(runs)
+            for tokens, run in runs.items():
+                known = points[contender].get(tokens)
+                if known is None or is_estimate(known) or not is_estimate(run):
+                    points[contender][tokens] = run
     most = max(groups.values(), key=_lengths, default={})
     return most if _lengths(most) > 1 else {}
 
 
+def is_estimate(run: Mapping[str, Any]) -> bool:
+    """Returns whether the figures of a run were estimated from models with fewer layers."""
+    return "estimated_from" in run
+
+
+def _rank(run: Mapping[str, Any]) -> tuple[bool, float]:
+    """Returns a key that is larger for measured runs, and among these for faster ones."""
+    return not is_estimate(run), run["tokens_per_s"]
+
+
 def _lengths(points: Points) -> int:
-    return len({tokens for runs in points.values() for tokens in runs})
+    """Returns the number of lengths of one document that were measured."""
+    return len(
+        {
+            tokens
+            for contender, runs in points.items()
+            for tokens, run in runs.items()
+            if SEVERAL not in contender and not is_estimate(run)
+        }
+    )
 
 
 def memory_table(record: Mapping[str, Any]) -> str:
@@ -105,11 +134,20 @@ def _row(run: Mapping[str, Any]) -> str:
     if run["status"] == "ok":
         cells += [_gib(run.get("peak_gib")), _gib(run.get("reserved_gib"))]
     else:
-        cells += [run["status"].replace("_", " "), "-"]
+        cells += [_stopped(run), "-"]
     cells.append(f"{_gib(run.get('planned_host_gib'))} / {_gib(run.get('host_gib'))}")
     speed = run.get("tokens_per_s")
     cells += ["-" if speed is None else f"{speed:,.0f}", _timed(run)]
     return f"| {' | '.join(cells)} |"
+
+
+def _stopped(run: Mapping[str, Any]) -> str:
+    """Returns why a run has no figures; of a step that was stopped, the peak until then."""
+    status = str(run["status"]).replace("_", " ")
+    if run["status"] != "unfinished" or "peak_gib" not in run or not run.get("progress"):
+        return status
+    phase, layer, seconds = run["progress"][-1]
+    return f"{_gib(run['peak_gib'])} until layer {layer} of the {phase}, {seconds:,.0f} s; {status}"
 
 
 def _timed(run: Mapping[str, Any]) -> str:
@@ -129,7 +167,7 @@ def _kept(layers: list[str]) -> str:
     places = [layer.split("/") for layer in layers]
     parts = []
     for index, title in enumerate(("inputs", "attention")):
-        for place, text in (("device", "on the GPU"), ("host", "on the host")):
+        for place, text in _PLACES:
             if count := sum(place == kept[index] for kept in places):
                 parts.append(f"{title} of {count} {text}")
     return ", ".join(parts) or "nothing"

@@ -101,6 +101,9 @@ def test_memory_names_peers_documents_and_runs_that_were_cut():
     assert "8 documents of equal length" in text
     assert "| 8 | fa4_liger | offload | - | - | 4.00 | 5.00 | - / - | 2,000 | 1 |" in text
     assert "| 1.00 | unfinished | - | 0.00 / - | - | 0 |" in text
+    reached = {"progress": [["forward", 0, 1.0], ["backward", 30, 612.4]], "peak_gib": 136.5}
+    text = memory_table({**HEAD, **settings, "documents": 1, "runs": [{**cut, **reached}]})
+    assert "| 1.00 | 136.50 until layer 30 of the backward, 612 s; unfinished | - |" in text
 
 
 def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_path):
@@ -114,6 +117,7 @@ def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_pa
     failed = {**slow, "status": "out_of_memory", "tokens": 8192}
     later = {**record, "date": "2026-12-01", "runs": [{**slow, "tokens": 4096}, peer, failed]}
     later["runs"].append({**slow, "tokens": 16_384, "estimated_from": [2, 4]})
+    later["runs"].append({**peer, "tokens": 32_768, "estimated_from": [2, 4]})
     packs = {**record, "date": "2026-12-02", "documents": 8, "runs": [{**slow, "tokens": 9}]}
     (tmp_path / "memory").mkdir()
     for name, one in (("c", record), ("b", later), ("a", packs)):
@@ -122,9 +126,16 @@ def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_pa
     assert [one["date"][:10] for one in records] == ["2026-11-30", "2026-12-01", "2026-12-02"]
     points = curve_of(records)
     assert {name: sorted(runs) for name, runs in points.items()} == {
-        "lctrain": [2048, 4096],
-        "fa4": [4096],
+        "lctrain": [2048, 4096, 16_384],
+        "fa4": [4096, 32_768],
+        "lctrain, packs of 8 documents": [9],
     }
+    measured = {"tokens_per_s": 1.0, "tokens": 16_384}
+    again = {**record, "date": "2026-12-03", "runs": [{**slow, **measured}]}
+    assert curve_of([*records, again])["lctrain"][16_384]["tokens_per_s"] == 1.0
+    assert curve_of([again, *records])["lctrain"][16_384]["tokens_per_s"] == 1.0
+    guess = {**record, "runs": [{**slow, "tokens": 32_768, "estimated_from": [2, 4]}]}
+    assert curve_of([record, guess]) == {}  # one length was measured
     assert points["lctrain"][2048]["peak_gib"] == 4.0  # of the faster policy
     text = memory_tables(records)
     assert text.count("| tokens | contender |") == 3
