@@ -15,10 +15,7 @@ import csv
 import os
 import random
 import re
-import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from pathlib import Path
 import torch
 
 from lctrain.train import train
+from tests.forked import Forked
 from tests.train.runs import config
 
 STEPS = 12
@@ -70,21 +68,18 @@ def write_corpus(base: Path) -> None:
         (base / "corpus" / f"{i}.txt").write_text(f"{i} " + " ".join(words))
 
 
-def start(base: Path, folder: Path, file_limit: int | None = None) -> subprocess.Popen:
+def errors_of(folder: Path) -> Path:
+    """Returns the file of what the interrupted run of a folder writes to stderr."""
+    return folder.with_suffix(".txt")
+
+
+def start(base: Path, folder: Path, file_limit: int | None = None) -> Forked:
     """Starts the run in a process. A limit of bytes per file simulates a full disk."""
-
-    def limit() -> None:
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "lctrain.train", *overrides(base), f"hydra.run.dir={folder}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=limit,
-    )
+    arguments = [*overrides(base), f"hydra.run.dir={folder}"]
+    with errors_of(folder).open("w") as errors, open(os.devnull, "w") as output:
+        return Forked(
+            *("lctrain.train", *arguments), stdout=output, stderr=errors, file_limit=file_limit
+        )
 
 
 def finish(base: Path, folder: Path, *more: str) -> None:
@@ -107,7 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for_step(process: Forked, folder: Path, step: int) -> None:
     """Waits until the step is logged or the process ends."""
     before = time.monotonic()
     while process.poll() is None and time.monotonic() - before < LONGEST_S:
@@ -129,9 +124,9 @@ def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> st
         AssertionError: if the run does not end as the interruption demands.
     """
     if kind == "disk":
-        process = start(base, folder, file_limit=100_000)
-        _, errors = process.communicate(timeout=LONGEST_S)
-        assert process.returncode == 2, errors
+        status = start(base, folder, file_limit=100_000).wait(LONGEST_S)
+        errors = errors_of(folder).read_text()
+        assert status == 2, errors
         assert "could not be written" in errors, errors
         assert "File too large" in errors, errors
         assert len(errors.strip().splitlines()) <= 10, errors
@@ -143,13 +138,14 @@ def interrupt(kind: str, base: Path, folder: Path, numbers: random.Random) -> st
     number = numbers.choice(SIGNALS) if kind == "signal" else signal.SIGKILL
     time.sleep(numbers.random() * 0.2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=LONGEST_S)
+    status = process.wait(LONGEST_S)
+    errors = errors_of(folder).read_text()
     name = signal.Signals(number).name
     if kind == "signal":
         if (folder / "report.json").exists():  # it had ended already, with nothing to stop
-            assert process.returncode in (128 + number, 0, -number), (process.returncode, errors)
+            assert status in (128 + number, 0, -number), (status, errors)
         else:
-            assert process.returncode == 128 + number, (process.returncode, errors)
+            assert status == 128 + number, (status, errors)
             assert f"Stopped by {name}" in errors, errors
         return f"{name} after step {step}"
     if kind == "damage":

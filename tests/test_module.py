@@ -2,12 +2,8 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from lctrain.attention import is_patched
 from lctrain.config import AttentionConfig, OptimConfig
 from lctrain.module import LongContextModule
 from lctrain.optim import build_optimizer
+from tests.forked import run_forked
 from tests.numerics import (
     as_float32,
     assert_equal_in_float64,
@@ -334,13 +331,7 @@ def test_two_ranks_equal_one_big_batch(tmp_path):
     """With DDP, unequal packs, accumulation, clipping, and a group divided over both ranks."""
     from tests import train_two_ranks as ranks
 
-    subprocess.run(
-        [sys.executable, "-m", "tests.train_two_ranks", str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"},
-        check=True,
-        capture_output=True,
-    )
+    run_forked("tests.train_two_ranks", str(tmp_path), env={"NODE_RANK": "0"})
     result = torch.load(tmp_path / "found.pt")
     documents = one_batch([batch for rank in (0, 1) for batch in ranks.batches(rank)[:2]])
     windows = [documents, ranks.whole_groups()]

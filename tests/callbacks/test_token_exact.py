@@ -1,10 +1,5 @@
 """Tests TokenExactLoss: a user's module gets bit for bit the gradients of LongContextModule."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,6 +7,7 @@ from lctrain.callbacks import TokenExactLoss
 from lctrain.config import OptimConfig
 from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule
+from tests.forked import run_forked
 from tests.numerics import as_float32, assert_equal_in_float64, assert_far_apart, near
 from tests.test_module import RecordingModule
 from tests.training import loader, make_batch, make_trainer
@@ -290,13 +286,7 @@ def test_a_sharding_strategy_is_refused(make_llama):
 
 def test_two_ranks_equal_the_module(tmp_path):
     """Two gloo ranks with unequal packs, accumulation and clipping equal LongContextModule."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.train_two_ranks", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"},
-        check=True,
-        capture_output=True,
-    )
+    run_forked("tests.callbacks.train_two_ranks", str(tmp_path), env={"NODE_RANK": "0"})
     module, callback = (torch.load(tmp_path / f"{name}.pt") for name in ("module", "callback"))
     assert [loss for loss, _ in module["records"]] == [loss for (loss,) in callback["records"]]
     for name, weight in module["weights"].items():

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -103,6 +104,17 @@ def test_every_config_composes_and_builds(choice, tmp_path):
     )
     assert trainer.max_steps == config.trainer.max_steps
     assert learning_rate_factor(config.optim, 1000)(999) <= 1.0
+
+
+def test_schemas_are_registered_once_in_a_store(monkeypatch):
+    """Storing them takes longer than composing a configuration."""
+    composed()
+    store = ConfigStore.instance().repo
+    before = dict(store)
+    composed()
+    assert all(store[name] is stored for name, stored in before.items())
+    monkeypatch.setattr(ConfigStore.instance(), "repo", {"hydra": before["hydra"]})
+    assert composed("experiment=first_run").trainer.max_steps
 
 
 def test_a_run_may_end_by_time(tmp_path):

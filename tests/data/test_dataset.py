@@ -1,10 +1,6 @@
 """Tests pack and RowOrder: a user's dataset in a plain DataLoader, resumable at any batch."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from lctrain.data import PackCollator, PackedDataModule, RowOrder, pack
 from lctrain.module import LongContextModule
 from tests.callbacks.own_module import OwnModule
 from tests.data import order_two_ranks
+from tests.forked import run_forked
 from tests.training import make_trainer
 
 DOCUMENTS = [list(range(3, 3 + length)) for length in (9, 2, 14, 5, 5, 7, 3, 11, 4, 6)]
@@ -243,11 +240,7 @@ def test_a_plain_loader_resumes_to_the_batch(tmp_path, make_llama, settings):
 
 def test_two_ranks_share_the_order_and_resume(tmp_path):
     """Lightning keeps the sampler: each rank has its own rows, and the same ones after a resume."""
-    script = [sys.executable, "-m", "tests.data.order_two_ranks", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    ran = subprocess.run(script, cwd=root, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    run_forked("tests.data.order_two_ranks", str(tmp_path))
     rows = order_two_ranks.make_rows()
     steps = len(rows) // 2
     for rank in (0, 1):

@@ -1,23 +1,19 @@
 """Tests resuming: a killed run gives the losses of an uninterrupted run, bit by bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lctrain.data import SourceMix
 from tests.data.train_recorded import Recorder, finished_batches, main, make_trainer, recorded
+from tests.forked import run_forked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
-
-SCRIPT = Path(__file__).with_name("train_recorded.py")
 
 
 class DiedError(Exception):
@@ -183,19 +179,6 @@ def test_batches_pass_through_every_precision(make_data, tmp_path, precision):
     assert trainer.global_step == 2
 
 
-def in_own_process(*command: str, output: Path) -> subprocess.CompletedProcess:
-    """Runs a script or module of the tests, whose output goes to a file."""
-    folders = filter(None, (str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    with output.open("w") as file:  # a pipe would end with the last worker of a killed process
-        return subprocess.run(
-            [sys.executable, *command],
-            env=environment | {"NODE_RANK": "0"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-
-
 def check_killed(folder: Path, start: int, dead: dict[str, list[str]], ranks: int) -> None:
     """Checks the lines of a run that was killed at batch 13 and has resumed."""
     assert start == 8  # four optimizer steps of two batches
@@ -216,9 +199,8 @@ def test_a_killed_process_resumes_bit_equal(corpus, tmp_path):
     flags = ("--corpus", str(corpus), "--workers", "2")
     dead = ("--folder", str(tmp_path / "dead"))
     main((*flags, "--folder", str(tmp_path / "whole")))
-    output = tmp_path / "output.txt"
-    done = in_own_process(str(SCRIPT), *flags, *dead, "--dies-at", "13", output=output)
-    assert done.returncode == -signal.SIGKILL, output.read_text()[-2000:]
+    done = run_forked("tests.data.train_recorded", *flags, *dead, "--dies-at", "13", check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     start = finished_batches(tmp_path / "dead" / "checkpoints" / "last.ckpt")
     lines = recorded(tmp_path / "dead")
     main((*flags, *dead, "--resume"))
@@ -227,8 +209,5 @@ def test_a_killed_process_resumes_bit_equal(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_killed_ranks_resume_bit_equal(corpus, tmp_path):
-    output = tmp_path / "output.txt"
-    module = "tests.data.killed_ranks"
-    done = in_own_process("-m", module, str(corpus), str(tmp_path), output=output)
-    assert done.returncode == 0, output.read_text()[-2000:]
+    run_forked("tests.data.killed_ranks", str(corpus), str(tmp_path), env={"NODE_RANK": "0"})
     check_killed(tmp_path, **json.loads((tmp_path / "found.json").read_text()), ranks=2)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lctrain.process_group import leave_at_exit
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900  # ranks that wait for each other for ever end after it
@@ -34,16 +35,15 @@ def run_ranks(module: str, size: int, folder: Path, *arguments: str) -> None:
         folder: Folder of the ranks' files.
         *arguments: Further arguments of every rank.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.ranks"]
     output = folder / "ranks.txt"
     with output.open("w") as file:
-        started = subprocess.Popen(
-            [*command, module, str(size), str(folder), *arguments],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"},
+        started = Forked(
+            "tests.distributed.ranks",
+            *(module, str(size), str(folder), *arguments),
+            env={"NODE_RANK": "0"},
+            ignored=True,
             stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            stderr=file,
         )
     try:
         status = started.wait(LIMIT_S)

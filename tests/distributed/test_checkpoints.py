@@ -3,18 +3,14 @@
 All checks read the results of one process and its forks, since each import of torch takes seconds.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lctrain.run.seal import damage_of
 from tests.distributed.checkpoint_ranks import PACKS, RUNS, SAVED, STEPS
-from tests.distributed.ranks import ROOT
 from tests.distributed.unread_models import MODELS
+from tests.forked import run_forked
 from tests.numerics import near_roundings
 
 LOSS_ROUNDINGS = 16  # of float32: 1e-6 of a loss
@@ -23,17 +19,8 @@ LOSS_ROUNDINGS = 16  # of float32: 1e-6 of a loss
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.distributed.checkpoint_ranks",
-        str(folder),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = "tests.distributed.checkpoint_ranks"
+    run_forked(ranks, str(folder), env={"NODE_RANK": "0"}, ignored=True)
     return folder
 
 

@@ -3,15 +3,11 @@
 All checks read the results of one group of processes, since each of them imports torch for seconds.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-from tests.distributed.ranks import ROOT
 from tests.distributed.shared_packs import (
     ACCUMULATED,
     CASES,
@@ -22,16 +18,15 @@ from tests.distributed.shared_packs import (
     packs,
 )
 from tests.float64 import built_in_float64
+from tests.forked import run_forked
 from tests.numerics import assert_equal_in_float64, near
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.shared_packs", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = "tests.distributed.shared_packs"
+    run_forked(ranks, str(folder), env={"NODE_RANK": "0"}, ignored=True)
     return torch.load(folder / "found.pt", weights_only=False)
 
 

@@ -2,20 +2,22 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from lctrain.train import train
+from tests.forked import run_forked
 from tests.run.test_life import SHORT, at, command
 from tests.train.runs import PYTHONPATH, assert_same_run, config, rows, train_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 LAUNCHERS = {
-    "lightning": [],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "lightning": ["lctrain.train"],
+    "torchrun": [
+        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("-m", "lctrain.train"),
+    ],
 }
 STOPS = (  # launcher, signal, its number, and which processes get it
     ("lightning", "SIGINT", 2, "group"),
@@ -36,15 +38,9 @@ FALSE_WARNING = "It is recommended to use `self.log("
 
 
 def start(overrides, folder, launcher="lightning"):
-    """Starts the command in a process group of its own, as a terminal does."""
-    command = [*LAUNCHERS[launcher], "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"]
-    return subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
+    """Runs the command in a process group of its own, as a terminal does."""
+    command = [*LAUNCHERS[launcher], *overrides, f"hydra.run.dir={folder}"]
+    return run_forked(*command, env={"PYTHONPATH": PYTHONPATH}, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +63,11 @@ def whole(two_ranks, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_signals_stop_all_ranks_once(two_ranks, whole, tmp_path):
-    """Each signal gives one message and one checkpoint, from which the other launcher resumes."""
+def test_interrupted_ranks_resume_bit_equal(two_ranks, whole, tmp_path):
+    """Each signal gives one message and one checkpoint, from which the other launcher resumes.
+
+    Then SIGKILL ends both processes, two steps after a checkpoint.
+    """
     folder = tmp_path / "1"
     last = []
     for step, (launcher, name, number, to) in enumerate(STOPS, start=1):
@@ -85,25 +84,15 @@ def test_signals_stop_all_ranks_once(two_ranks, whole, tmp_path):
         last = ["ckpt_path=last"]
         saved = {path.name for path in (folder / "checkpoints").glob("step-*")}
         assert saved == {f"step-{kept:08d}.ckpt" for kept in (step - 1, step) if kept}
+    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 6}"
+    assert start([*two_ranks, *last, kill], folder).returncode != 0
+    assert (folder / "checkpoints" / "last.ckpt").resolve().name == "step-00000004.ckpt"
     done = start([*two_ranks, *last], folder)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, folder)
     assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(whole)]
-
-
-@pytest.mark.slow
-def test_killed_ranks_resume_bit_equal(two_ranks, whole, tmp_path):
-    """SIGKILL ends both processes of a run, a step after a checkpoint."""
-    assert 1.0 <= json.loads((whole / "report.json").read_text())["imbalance"] < 2.0
-    folder = tmp_path / "1"
-    kill = "+callbacks.kill={_target_: tests.training.KillAt, step: 5}"
-    killed = [*two_ranks, "data.num_workers=0"]
-    assert start([*killed, kill], folder).returncode != 0
-    assert (folder / "checkpoints" / "last.ckpt").resolve().name == "step-00000004.ckpt"
-    done = start([*killed, "ckpt_path=last"], folder)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(whole, folder)
     assert len(train_losses(folder)) == 9
+    assert 1.0 <= json.loads((whole / "report.json").read_text())["imbalance"] < 2.0
 
 
 def test_slurm_queues_the_job_again_once(tiny, tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from lctrain.config import (
     to_dataclass,
 )
 from tests.configs.composed import composed
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,14 +26,8 @@ def config(*overrides, output_dir) -> TrainConfig:
 
 def run_command(overrides, folder, check=True):
     """Runs lctrain-train in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lctrain.train", *overrides, f"hydra.run.dir={folder}"],
-        cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+    arguments = [*overrides, f"hydra.run.dir={folder}"]
+    return run_forked("lctrain.train", *arguments, cwd=folder.parent, check=check)
 
 
 def rows(folder):

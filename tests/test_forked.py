@@ -1,0 +1,84 @@
+"""Tests that a forked process does what `python -m MODULE` does, and runs itself as one of them."""
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.forked import IMPORTED, Forked, run_forked
+
+NAME = "tests.test_forked"
+
+
+def main(what: str) -> None:
+    """Runs in the forked process."""
+    if what == "see":
+        import lightning.pytorch  # noqa: F401 - it is there already
+
+        atexit.register(print, "at exit")
+        threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+        print(Path.cwd(), os.environ["COLOUR"], os.environ.get("LEFT_OUT"), sys.argv[2:])
+        print(sys.modules["__main__"].__spec__.name, os.getsid(0) == os.getpid() == os.getpgid(0))
+    elif what == "modules":
+        print(*sys.modules)
+    elif what == "write":
+        Path("file").write_bytes(bytes(2000))
+    elif what == "fail":
+        raise ValueError("it failed")
+    elif what == "wait":
+        time.sleep(3600)
+    else:
+        sys.exit(7)
+
+
+def test_it_has_its_own_arguments_environment_folder_and_session(tmp_path, monkeypatch):
+    run_forked(NAME, "exit", check=False)  # the process that forks has started
+    monkeypatch.setenv("LEFT_OUT", "as at the time of the call")
+    done = run_forked(NAME, "see", "a b", cwd=tmp_path, env={"COLOUR": "red"})
+    assert done.stdout.splitlines() == [
+        f"{tmp_path} red as at the time of the call ['a b']",
+        f"{NAME} True",
+        "thread",
+        "at exit",
+    ]
+    assert done.stderr == ""
+
+
+def test_its_status_is_returned(tmp_path):
+    assert run_forked(NAME, "exit", check=False).returncode == 7
+    done = run_forked(NAME, "fail", check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: it failed\n")
+    with pytest.raises(AssertionError, match="ValueError: it failed"):
+        run_forked(NAME, "fail")
+    done = run_forked(NAME, "write", cwd=tmp_path, file_limit=1000, check=False)
+    assert "File too large" in done.stderr
+    assert (tmp_path / "file").stat().st_size == 1000
+
+
+def test_it_gets_signals():
+    with open(os.devnull, "w") as output:
+        process = Forked(NAME, "wait", stdout=output, stderr=output)
+    assert process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == process.poll() == -signal.SIGTERM
+    process.send_signal(signal.SIGTERM)  # it has ended, so nobody gets it
+
+
+def test_no_command_is_imported_before_it_runs():
+    """A module that runs as `__main__` after it was imported would exist twice."""
+    done = run_forked(NAME, "modules")
+    assert set(IMPORTED) <= set(done.stdout.split())
+    assert not {"lctrain.train", "lctrain.evaluate"} & set(done.stdout.split())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
