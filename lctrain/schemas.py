@@ -111,11 +111,17 @@ SCHEMAS: dict[str, Any] = {
 
 
 def register_schemas() -> None:
-    """Registers all schemas and recipes in Hydra's ConfigStore. It is idempotent."""
+    """Registers all schemas and recipes in Hydra's ConfigStore, unless it holds them already."""
+    from hydra.core.config_store import ConfigStore
+
     register_new_run_folder()
+    last, schema = list(SCHEMAS.items())[-1]
+    stored = ConfigStore.instance().repo.get(f"{last}_schema.yaml")
+    if stored is not None and OmegaConf.get_type(stored.node) is schema:
+        return  # storing them takes longer than composing a configuration
+    register_recipes()
     for name, schema in SCHEMAS.items():
         store_schema(name, schema)
-    register_recipes()
 
 
 def register_recipes() -> None:
