@@ -59,7 +59,7 @@ class PackagesSource(Source):
         roots = package_folders()
         for root in roots:
             for path in python_files(root):
-                named.setdefault(path.relative_to(root).as_posix(), path)
+                named.setdefault(path.as_posix().removeprefix(f"{root.as_posix()}/"), path)
         if self.with_stdlib:
             root = standard_library()
             for path in python_files(root, without=NOT_STANDARD):

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from lctrain.data import HubSource, JsonlSource, ParquetSource, StdlibSource, TextSource
 from lctrain.data.documents import read_documents
+from lctrain.data.sources import python_files
 
 
 @pytest.fixture
@@ -227,3 +229,21 @@ def test_limits_keep_the_first_documents(tmp_path, write, limits, expected):
 
 def test_a_first_document_beyond_max_bytes_is_used_anyway(tmp_path, write):
     assert texts(TextSource(files=write("a.txt", "long"), max_bytes=1), tmp_path) == ["long"]
+
+
+def test_python_files_below_a_folder(tmp_path, monkeypatch):
+    """They are sorted by folder, as paths are; links to files count, and broken ones do not."""
+    for name in ("a/b.py", "a-b/c.py", "a.py", "left/out.py", "a/left/d.py", "x.py/y.py", "z.pyi"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "link.py").symlink_to("a.py")
+    (tmp_path / "broken.py").symlink_to("none.py")
+    found = python_files(tmp_path, without={"left"})
+    assert found == sorted(found)
+    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    assert names == ["a/b.py", "a-b/c.py", "a.py", "link.py", "x.py/y.py"]
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    python_files(tmp_path, without={"left"})
+    assert not [path for path in listed if "left" in path]
