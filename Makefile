@@ -1,4 +1,4 @@
-# make train | test | test-versions | test-versions-sample | test-cpus | lint | bench | clean
+# make train | test | pytest | lint | test-versions | test-cpus | setup | bench | clean
 #
 # `train` and `test` create .venv with the pinned packages of constraints.txt when it is missing or
 # when the pins changed. Settings, as `make train PYTHON=python3.12 ARGS="trainer.max_steps=20"`:
@@ -34,26 +34,35 @@ endif
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-versions test-versions-sample test-cpus lint bench clean system-python check-python
+.PHONY: train test pytest setup test-versions test-versions-oldest test-versions-newest \
+	test-versions-sample test-cpus lint bench clean system-python check-python
 
 train: $(SETUP)
 	$(PY) -m lctrain.train $(if $(findstring experiment=,$(ARGS)),,experiment=first_run) $(ARGS)
 
-test: lint $(TRITONS)
+test: lint pytest
+
+pytest: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+setup: $(SETUP) $(TRITONS)
 
 # The tests of what touches transformers and Lightning, on both ends of their ranges. The newest
 # transformers needs Python 3.11.
-test-versions: $(SETUP)
-	@for ends in "transformers==$(OLDEST_TRANSFORMERS) huggingface_hub<2 lightning==$(OLDEST_LIGHTNING) \
-	    pytorch-lightning==$(OLDEST_LIGHTNING)" "transformers==$(NEWEST_TRANSFORMERS)"; do \
-	  rm -rf "$(VERSION_FOLDER)"; \
-	  $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
-	    --target "$(VERSION_FOLDER)" $$ends || exit 1; \
-	  echo "Testing with $$ends"; \
-	  PYTHONPATH="$(VERSION_FOLDER)" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(VERSION_TESTS) \
-	    || exit 1; \
-	done; rm -rf "$(VERSION_FOLDER)"
+test-versions: test-versions-oldest test-versions-newest
+
+test-versions-oldest: PACKAGES := "transformers==$(OLDEST_TRANSFORMERS)" "huggingface_hub<2" \
+	"lightning==$(OLDEST_LIGHTNING)" "pytorch-lightning==$(OLDEST_LIGHTNING)"
+test-versions-newest: PACKAGES := "transformers==$(NEWEST_TRANSFORMERS)"
+
+test-versions-oldest test-versions-newest: $(SETUP)
+	@rm -rf "$(VERSION_FOLDER)/$@"
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
+	  --target "$(VERSION_FOLDER)/$@" $(PACKAGES)
+	@echo "Testing with $(subst ",,$(PACKAGES))"
+	@PYTHONPATH="$(VERSION_FOLDER)/$@" OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) \
+	  -m "not slow" $(VERSION_TESTS)
+	@rm -rf "$(VERSION_FOLDER)/$@"
 
 # The tests of numbers on other instruction sets, without oneDNN, and with other thread counts: a
 # verdict must not depend on the CPU. CI runs a sample (.ci/run).
@@ -69,7 +78,7 @@ CPU_TESTS ?= tests --ignore=tests/docs --ignore=tests/house --ignore-glob='*aot*
 
 VERSION_TESTS := tests/attention tests/models tests/train tests/test_module.py
 
-# What CI runs of it: about a minute per end on two cores.
+# What CI runs of it: less than a minute per end.
 test-versions-sample:
 	@$(MAKE) test-versions VERSION_TESTS="$(VERSION_SAMPLE)"
 
@@ -108,11 +117,13 @@ system-python: check-python
 	  assert lctrain.__file__.startswith("$(CURDIR)/")' 2>/dev/null || \
 	  $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation $(PIP_ARGS) -e "$(CURDIR)"
 else
-$(SETUP): constraints.txt pyproject.toml | check-python
-	@echo "Installing the pinned packages into $(VENV)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+$(PY): | check-python
+	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) could not create $(VENV). Install its venv module (Debian: python3-venv)" >&2; \
 	  rm -rf $(VENV); exit 1; }
+
+$(SETUP): constraints.txt pyproject.toml | $(PY)
+	@echo "Installing the pinned packages into $(VENV)"
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
 	  setuptools wheel
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
@@ -121,7 +132,7 @@ $(SETUP): constraints.txt pyproject.toml | check-python
 
 # The two ends of the supported Triton range and what neither they nor constraints.txt have of it,
 # for the ahead-of-time compilation tests.
-$(VENV)/triton-%: $(SETUP)
+$(VENV)/triton-%: | $(PY)
 	@rm -rf $@
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-compile \
 	  --target $@.part triton==$*
