@@ -85,7 +85,9 @@ class Forked:
         finally:
             os.close(write)
         self._status = os.fdopen(read)
-        self.pid = int(self._status.readline())
+        started = self._status.readline()
+        assert started, "The process that forks has ended: its error is on stderr."
+        self.pid = int(started)
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
