@@ -19,7 +19,7 @@ PICTURES: dict[str, list[list[tuple[str, str]]]] = {
         [("lctrain.recipes", "experiments")],
         [("lctrain.train", "lctrain-train"), ("lctrain.evaluate", "lctrain-eval")],
         [("lctrain.callbacks", "each on its own")],
-        [("lctrain.module", "LongContextModule"), ("lctrain.eval", "perplexity, passkeys")],
+        [("lctrain.module", "LongContextModule"), ("lctrain.eval", "tasks, tables, report")],
         [("lctrain.models", "patches")],
         [
             ("lctrain.attention", "for transformers"),
@@ -61,10 +61,16 @@ PICTURES: dict[str, list[list[tuple[str, str]]]] = {
         [("token window", "one division per step"), ("StepCheckpoint", "sealed files")],
     ],
     "evaluation": [
-        [("lctrain-eval", "any causal LM"), ("LengthPerplexity", "during training")],
-        [("methods", "plain, RoPE, dual chunk")],
-        [("windows", "each token once"), ("passkeys", "by depth and length")],
-        [("tables, plots", "errors over documents")],
+        [("lctrain-eval", "a stored model"), ("LongContextEval", "during training")],
+        [("Task", "documents or prompts, scores")],
+        [("Reading", "as it is, or a method"), ("Run", "cells, shared by ranks")],
+        [("score_windows", "each token once"), ("score_prompts", "answers, or likelihood")],
+        [("CellStore", "goes on after a kill")],
+        [
+            ("tables, plots", "errors over items"),
+            ("report.html", "needs no network"),
+            ("compare", "paired differences"),
+        ],
     ],
     "kernels": [
         [("api.py", "checks, backend")],
