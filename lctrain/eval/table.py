@@ -76,6 +76,20 @@ class PerplexityTable:
         plot_perplexity(self, paths["png"])
         return paths
 
+    def short(self) -> list[str]:
+        """Returns a line in a list that counts documents of fewer tokens than a length."""
+        counts = [
+            f"{row.short_documents} of {row.documents} at {row.length:,}"
+            for row in self.rows
+            if row.short_documents
+        ]
+        if not counts:
+            return []
+        return [
+            "documents shorter than a length, scored with the context that they have: "
+            f"{', '.join(counts)}"
+        ]
+
     def unreached(self) -> list[str]:
         """Returns a warning in a list if the documents are too short for the longest length.
 
@@ -116,7 +130,7 @@ class PerplexityTable:
                 for row in self.rows
             )
             lines.append(f"95 % intervals of the perplexity, bootstrap over documents: {ends}")
-        lines += self.unreached()
+        lines += [*self.short(), *self.unreached()]
         if self.begun:
             lines.append(self.begun)
         return "\n".join(lines)

@@ -120,3 +120,9 @@ def test_the_band_of_the_plot_is_paired():
     low, high = paired_interval(PerplexityTable((first, second)))
     assert low[0] == high[0] == 10.0
     assert (low[1], high[1]) == near((8.0 * math.exp(-0.1), 8.0 * math.exp(0.1)))
+
+
+def test_the_text_counts_documents_that_are_shorter_than_a_length(table) -> None:
+    assert "shorter than a length" not in str(table)
+    rows = (table.rows[0], make_row(1024, 2.5, short_documents=5))
+    assert "that they have: 5 of 12 at 1,024" in str(PerplexityTable(rows, name="a model"))
