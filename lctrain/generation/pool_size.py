@@ -63,7 +63,8 @@ def cache_tokens(model: Any) -> int | None:
         model: A causal LM of transformers, in any mode.
 
     Returns:
-        Tokens of prompts and completions; None if the model generates in padded batches.
+        Tokens of prompts and completions; None if the model generates in padded batches, or is
+        sharded: its ranks must make the same calls, whatever memory each of them has.
     """
     with evaluation_mode(model), kept_frequencies(model):
         shape = find_cache(model)

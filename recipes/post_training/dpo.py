@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lctrain.batch import PackedBatch
 from lctrain.config import TrainConfig
+from lctrain.distributed.sharding import through_root
 from lctrain.generation import generate
 from lctrain.loss import preference_loss, token_log_probs
 from lctrain.module import LongContextModule
@@ -39,6 +40,13 @@ class Dpo(LongContextModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of the pairs in a pack."""
+        loss, pairs, ranked = through_root(self._trainer, self._loss, batch)
+        self._window.add(loss, pairs)
+        self.ranked.append(float(ranked))
+        return loss
+
+    def _loss(self, batch: PackedBatch) -> tuple[Tensor, int, Tensor]:
+        """Returns the summed loss, the number of pairs, and the share ranked correctly."""
         reference = self.reference.log_probs(batch).sums()
         found = token_log_probs(self.model, batch)
         pairs = preference_loss(found, reference, beta=self.scale.beta)
@@ -46,9 +54,7 @@ class Dpo(LongContextModule):
         # Without this term, DPO also lowers the probability of the chosen answers.
         likelihood = (chosen / found.counts().view(-1, 2)[:, 0]).sum()
         loss = pairs.loss - self.scale.nll * likelihood
-        self._window.add(loss, pairs.pairs)
-        self.ranked.append(float((chosen > rejected).float().mean()))
-        return loss
+        return loss, pairs.pairs, (chosen > rejected).float().mean()
 
 
 def make_pairs(questions: QuestionSets, model: Any) -> list[PackedBatch]:

@@ -95,6 +95,11 @@ def _served(config: TrainConfig) -> TrainConfig:
         f"and {trainer.num_nodes}. Leave them out.",
     )
     require(
+        trainer.strategy in ("auto", "single_device"),
+        f"trainer.strategy must be auto or single_device in this recipe, got {trainer.strategy}: "
+        "one device divides nothing. Leave it out.",
+    )
+    require(
         trainer.max_steps >= 1,
         f"trainer.max_steps must be at least 1 in this recipe, got {trainer.max_steps}. Questions "
         "are made for so many steps.",

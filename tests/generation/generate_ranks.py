@@ -13,19 +13,22 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import lctrain
+from lctrain.batch import PackedBatch
 from lctrain.config import AttentionConfig, MemoryConfig, OptimConfig
 from lctrain.distributed.gather import gathered_bytes, sharded_modules
 from lctrain.distributed.sharding import through_root, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.generation import whole_weights
+from lctrain.module import LongContextModule
 from lctrain.recipes.post_training import grpo
+from lctrain.recipes.post_training.dpo import Dpo
 from lctrain.recipes.post_training.grpo import Grpo
 from lctrain.recipes.post_training.passkeys import Questions
 from lctrain.recipes.post_training.scale import SCALES
 from tests.distributed.ranks import join
 from tests.float64 import built_in_float64
 from tests.train_two_ranks import CLIP, WINDOW, Recorder, make_model
-from tests.training import make_trainer
+from tests.training import loader, make_trainer
 
 PROMPTS = [[[5, 6, 7], [8] * 70, [5, 6, 7]], [[9, 10]]]  # by rank
 NEW_TOKENS = [6, 2]
@@ -82,38 +85,52 @@ def fit(folder, kind, strategy):
     return module
 
 
-class Policy(Grpo):
-    """The recipe's GRPO on random questions, other ones on each rank."""
+SETTINGS = SimpleNamespace(
+    optim=OptimConfig(), attention=AttentionConfig(fused=False), memory=MemoryConfig(), seed=0
+)
 
-    def __init__(self):
-        config = SimpleNamespace(
-            optim=OptimConfig(),
-            attention=AttentionConfig(fused=False),
-            memory=MemoryConfig(),
-            seed=0,
-        )
-        scale = replace(SCALES["tiny"], samples=4)
-        super().__init__(make_model(), config, scale)
-        self.losses = []
+
+def random_ids(rank, *size):
+    """Returns two tensors of token ids, other ones on each rank."""
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randint(3, 97, size, generator=generator) for _ in range(2)]
+
+
+class Losses(LongContextModule):
+    """Notes the loss of each step, and trains with plain SGD."""
 
     def configure_optimizers(self):
+        self.losses = []
         return torch.optim.SGD(self.parameters(), lr=0.5)
-
-    def train_dataloader(self):
-        generator = torch.Generator().manual_seed(self.global_rank)
-        sizes = {"size": (2, 70), "generator": generator}
-        prompts = [torch.randint(3, 97, **sizes) for _ in range(2)]
-        return DataLoader([Questions(one[:, :-3], one[:, -3:]) for one in prompts], batch_size=None)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.losses.append(float(self.last_loss))
 
 
-def trained_policy(folder, strategy):
-    """Returns the losses of GRPO on both ranks, with rewards that are not all alike."""
+class Policy(Losses, Grpo):
+    """The recipe's GRPO on random questions."""
+
+    def train_dataloader(self):
+        rows = random_ids(self.global_rank, 2, 70)
+        return DataLoader([Questions(one[:, :-3], one[:, -3:]) for one in rows], batch_size=None)
+
+
+class Preference(Losses, Dpo):
+    """The recipe's DPO on random pairs."""
+
+    def train_dataloader(self):
+        rows = random_ids(self.global_rank, 30)
+        return loader(
+            [PackedBatch.from_groups([(row[:20], [row[20:24], row[24:]])]) for row in rows]
+        )
+
+
+def losses_of(folder, kind, strategy):
+    """Returns the losses of GRPO or DPO on both ranks."""
+    # Rewards that differ within a group whatever is drawn.
     grpo.rewards = lambda given, answers: torch.arange(len(given)).double()
     with built_in_float64():
-        module = Policy()
+        module = kind(make_model(), SETTINGS, replace(SCALES["tiny"], samples=4))
         make_trainer(folder, strategy=strategy, devices=2).fit(module)
     return module.losses
 
@@ -184,7 +201,8 @@ def main() -> None:
             "records": (plain.records, rollouts.records),
             "completions": rollouts.found,
             "sharded": rollouts.sharded,
-            "grpo": trained_policy(folder, strategy()),
+            "grpo": losses_of(folder, Policy, strategy()),
+            "dpo": losses_of(folder, Preference, strategy()),
         }
     found = [None] * size
     dist.all_gather_object(found, mine)

@@ -38,10 +38,11 @@ def test_completions_are_those_of_the_whole_model(found, strategy):
         assert len({tuple(mine[0].log_probs) for mine, _ in pairs}) == 3
 
 
-def test_grpo_with_sharded_weights_equals_copied_ones(found):
-    """Both ranks sample from the whole weights, and train on what they sampled."""
+@pytest.mark.parametrize("stage", ["grpo", "dpo"])
+def test_recipes_with_sharded_weights_equal_copied_ones(found, stage):
+    """In GRPO, both ranks sample from the whole weights, and train on what they sampled."""
     for rank in RANKS:
-        sharded, copied = (found[rank][name]["grpo"] for name in ("fsdp2", "ddp"))
+        sharded, copied = (found[rank][name][stage] for name in ("fsdp2", "ddp"))
         assert len(sharded) == 2
         assert sharded[0] != sharded[1]
         assert sharded == near(copied)

@@ -249,6 +249,7 @@ def test_the_measured_texts_and_keys_are_no_training_ones(shipped, tmp_path, mon
         ("attention=dual_chunk", "attention must be flash"),
         ("attention=none", "attention must be flash"),
         ("trainer.devices=2", "trainer.devices and trainer.num_nodes must be 1"),
+        ("trainer.strategy=fsdp2", "trainer.strategy must be auto or single_device"),
         ("trainer.max_steps=0", "trainer.max_steps must be at least 1"),
         ("trainer.budget_s=5", "trainer.budget_s must be null"),
         ("ckpt_path=last", "ckpt_path must be null"),
