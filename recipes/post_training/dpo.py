@@ -45,7 +45,7 @@ class Dpo(LongContextModule):
         self.ranked.append(float(ranked))
         return loss
 
-    def _loss(self, batch: PackedBatch) -> tuple[Tensor, int, Tensor]:
+    def _loss(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the summed loss, the number of pairs, and the share ranked correctly."""
         reference = self.reference.log_probs(batch).sums()
         found = token_log_probs(self.model, batch)
