@@ -126,28 +126,18 @@ class _Tiles(torch.autograd.Function):
         tiles = x.split(work.tokens, dim=-2)
         gradients = gradient.split(work.tokens, dim=-2)
         same: Any = lambda saved: saved  # noqa: E731
-        with work.random.again(), work.parameters() as parameters, work.again():
-            sums: list[Tensor | None] = [None] * len(parameters)
+        with work.random.again(), work.parameters() as leaves, work.again():
             for index in _computed(x, len(tiles)):
                 tile = tiles[index].detach().requires_grad_(work.needs_gradient)
                 # Hooks, as of a checkpoint: operations choose the kernels of the forward.
                 with torch.enable_grad(), saved_tensors_hooks(same, same):
                     out = work.run(tile)
-                inputs = [tile, *parameters] if work.needs_gradient else parameters
-                found = list(torch.autograd.grad(out, inputs, gradients[index], allow_unused=True))
+                torch.autograd.backward(out, gradients[index])  # adds up the leaves' gradients
                 del out
                 if of_x is not None:
-                    of_x.narrow(-2, index * work.tokens, tile.shape[-2]).copy_(found.pop(0))
-                sums = [_sum(*pair) for pair in zip(sums, found, strict=True)]
-                del found
-        return None, of_x, *_in_order(work.places, sums)
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Returns the sum of two gradients, of which each may be None, for zero."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other
+                    of_x.narrow(-2, index * work.tokens, tile.shape[-2]).copy_(tile.grad)
+                del tile
+        return None, of_x, *_in_order(work.places, [leaf.grad for leaf in leaves])
 
 
 def _outputs(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
