@@ -3,12 +3,14 @@
     lctrain-bench generation --requests 64 --shortest 1024 --longest 8192 --new-tokens 512
     lctrain-bench generation --tiny --requests 4 --shortest 20 --longest 90 --new-tokens 12
 
-The weights are random. The contenders are lctrain's continuous batching with and without CUDA
-graphs, and, on an unpatched model with SDPA, transformers' generate on a padded batch and its
-generate_batch. Contenders of transformers complete --peer-tokens tokens; their time for all tokens
-is projected with the median step. The floor is the time to read the weights and the keys and values
-of all steps at --bandwidth. A further case has one request and a model of 135M parameters. The
-record is saved after every result.
+The weights are random. The contenders are lctrain's continuous batching with CUDA graphs, the same
+with tokens that are drawn by temperature and top-p, the same with a host that reads the tokens of a
+step before it launches the next one, and without graphs; and, on an unpatched model with SDPA,
+transformers' generate on a padded batch and its generate_batch. Contenders of transformers complete
+--peer-tokens tokens; their time for all tokens is projected with the median step. The floor is the
+time to read the weights and the keys and values of all steps at --bandwidth; that of prefills is
+the time of their products at --flops. A further case has one request and a model of 135M
+parameters. The record is saved after every result.
 """
 
 from __future__ import annotations
@@ -26,8 +28,19 @@ from typing import Any
 
 import torch
 
-from lctrain.bench.generation_runs import FEW, run_continuous, run_generate_batch, run_padded
-from lctrain.bench.generation_yardsticks import floor_seconds, log_prob_difference, make_prompts
+from lctrain.bench.generation_runs import (
+    FEW,
+    SAMPLED,
+    run_continuous,
+    run_generate_batch,
+    run_padded,
+)
+from lctrain.bench.generation_yardsticks import (
+    floor_seconds,
+    log_prob_difference,
+    make_prompts,
+    prefill_flops,
+)
 from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_8b, llama_135m, tiny
 from lctrain.models import patch_model
 from lctrain_kernels.bench.__main__ import names_of, positive
@@ -35,7 +48,7 @@ from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
-CONTENDERS = ("graphs", "eager", "padded", "generate_batch")
+CONTENDERS = ("graphs", "sampled", "waiting", "eager", "padded", "generate_batch")
 COMPARED = 8
 """Completions whose log-probabilities are compared with a training forward."""
 
@@ -59,6 +72,7 @@ class Bench:
             "date": header.date,
             "versions": {**header.versions, "transformers": installed_version("transformers")},
             "bandwidth": options.bandwidth,
+            "flops": options.flops,
             "cases": {},
         }
 
@@ -77,6 +91,12 @@ class Bench:
         for case, model, prompts in cases:
             with patch_model(model, fused=True):
                 self._measure(case, "graphs", partial(self._compared, case, model, prompts))
+                self._measure(
+                    case, "sampled", partial(self._varied, case, model, prompts, "sampled")
+                )
+                self._measure(
+                    case, "waiting", partial(self._varied, case, model, prompts, "waiting")
+                )
                 self._measure(case, "eager", partial(self._repeated, case, model, prompts))
         peer = min(options.peer_tokens, options.new_tokens)
         for case, model, prompts in cases:
@@ -101,6 +121,7 @@ class Bench:
             "floor_seconds": floor_seconds(
                 model, shape, prompts, options.new_tokens, options.bandwidth
             ),
+            "prefill_floor_seconds": prefill_flops(model, shape, prompts) / options.flops,
             "results": {},
         }
         return case, model, prompts
@@ -115,6 +136,14 @@ class Bench:
         case["log_prob_difference"] = log_prob_difference(model, found[:COMPARED])
         self._tokens = [one.token_ids for one in found]
         return figures
+
+    def _varied(
+        self, case: dict[str, Any], model: Any, prompts: list[list[int]], contender: str
+    ) -> dict[str, Any]:
+        """Runs lctrain with CUDA graphs and drawn tokens, or with a host that waits."""
+        change: dict[str, Any] = {"options": SAMPLED} if contender == "sampled" else {"waits": True}
+        run_continuous(model, prompts, min(FEW, case["new_tokens"]), True, **change)
+        return run_continuous(model, prompts, case["new_tokens"], True, **change)[0]
 
     def _repeated(
         self, case: dict[str, Any], model: Any, prompts: list[list[int]]
@@ -144,6 +173,9 @@ class Bench:
                     "all_seconds": round(seconds, 4),
                     "tokens_per_s": round(made / seconds, 2),
                     "share_of_floor": round(case["floor_seconds"] / seconds, 4),
+                    "share_of_floors": round(
+                        (case["floor_seconds"] + case["prefill_floor_seconds"]) / seconds, 4
+                    ),
                     "decode_share": round(
                         case["floor_seconds"] / max(1e-9, seconds - result["prefill_seconds"]), 4
                     ),
@@ -179,6 +211,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"separated by commas; default: {','.join(CONTENDERS)}",
     )
     parser.add_argument("--bandwidth", type=float, default=4.2e12, help="bytes/s of the floor")
+    parser.add_argument(
+        "--flops", type=float, default=9.89e14, help="FLOP/s of the prefills' floor"
+    )
     parser.add_argument(
         "--seconds", type=positive, default=140, help="no contender begins later; default 140"
     )

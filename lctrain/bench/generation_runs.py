@@ -21,6 +21,10 @@ FEW = 8
 """Tokens of the short run from which the time of a step of `generate_batch` is found."""
 
 
+GREEDY = SamplingOptions(temperature=0)
+SAMPLED = SamplingOptions(temperature=0.7, top_p=0.95)
+
+
 class TimedBatch(ContinuousBatch):
     """A ContinuousBatch that adds up the seconds of its prefills and of its decode steps.
 
@@ -65,6 +69,8 @@ def run_continuous(
     new_tokens: int,
     graphs: bool,
     shared_prefixes: str = "auto",
+    options: SamplingOptions = GREEDY,
+    waits: bool = False,
 ) -> tuple[dict[str, Any], list[Completion]]:
     """Times lctrain's continuous batching; returns the figures and the completions.
 
@@ -74,8 +80,9 @@ def run_continuous(
         new_tokens: Tokens of each completion.
         graphs: Whether decode steps are captured; not on a CPU.
         shared_prefixes: "auto", "always" or "never"; see lctrain.generate.
+        options: How tokens are chosen.
+        waits: Whether the host reads the tokens of a step before it launches the next one.
     """
-    options = SamplingOptions(temperature=0)
     task = GenerationTask(
         prompts, range(len(prompts)), options, new_tokens, batch_size=len(prompts)
     )
@@ -87,6 +94,7 @@ def run_continuous(
             raise ValueError(f"the model must have a paged cache, got: {shape}.")
         start = time.perf_counter()
         batch = TimedBatch(model, task, shape, None, capture, shared_prefixes)
+        batch.most_unread = 0 if waits else batch.most_unread
         found = batch.run()
         seconds = time.perf_counter() - start
     figures = _figures(seconds, batch.prefill_seconds, batch.decode_seconds, new_tokens)

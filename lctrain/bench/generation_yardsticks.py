@@ -44,6 +44,24 @@ def floor_seconds(
     return size * (steps * weights + stored * per_token) / bandwidth
 
 
+def prefill_flops(model: Any, shape: ModelShape, prompts: Sequence[list[int]]) -> int:
+    """Returns the operations of the matrix products and of causal attention to read the prompts.
+
+    Args:
+        model: The model. Its embeddings take no product, and its head one per prompt.
+        shape: Shape of the model.
+        prompts: Token ids of each prompt.
+    """
+    settings = shape.settings
+    table = settings["vocab_size"] * settings["hidden_size"]
+    weights = sum(weight.numel() for weight in model.parameters())
+    weights -= table * (1 if settings["tie_word_embeddings"] else 2)
+    width = settings["num_attention_heads"] * settings["head_dim"]
+    pairs = sum(len(prompt) * (len(prompt) + 1) // 2 for prompt in prompts)
+    attention = 4 * settings["num_hidden_layers"] * width * pairs
+    return 2 * (weights * sum(map(len, prompts)) + table * len(prompts)) + attention
+
+
 def log_prob_difference(model: Any, completions: Sequence[Completion]) -> dict[str, float]:
     """Returns how far rollouts are from a packed training forward of the same tokens, in nats.
 

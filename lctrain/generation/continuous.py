@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lctrain_kernels import SharedPrefixes
 
 UNREAD = BUFFERS - 1
-"""Steps whose tokens the host has not read when it launches the next one."""
+"""Steps whose tokens the host may leave unread: their inputs are not overwritten yet."""
 
 
 class ContinuousBatch:
@@ -55,6 +55,8 @@ class ContinuousBatch:
         schedule: The requests and their pages.
         steps: Number of decode steps.
         shared_steps: Number of decode steps that read shared pages once.
+        most_unread: Steps whose tokens the host has not read when it launches the next one, at most
+            UNREAD.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ContinuousBatch:
         self._unread: deque[Readback] = deque()
         self._completions: list[Completion | None] = [None] * task.count
         self.steps = self.shared_steps = 0
+        self.most_unread = UNREAD
 
     def run(self) -> list[Completion]:
         """Returns the completions of each prompt, in the order of the prompts."""
@@ -93,7 +96,7 @@ class ContinuousBatch:
                 self._prefill(groups)
             else:
                 self._decode()
-            while len(self._unread) > UNREAD:
+            while len(self._unread) > self.most_unread:
                 self._read()
         self._settle()
         return [found for found in self._completions if found is not None]

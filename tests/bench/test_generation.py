@@ -10,10 +10,16 @@ import torch
 import lctrain
 from lctrain.bench.__main__ import main
 from lctrain.bench.generation_runs import _figures
-from lctrain.bench.generation_yardsticks import floor_seconds, log_prob_difference, make_prompts
+from lctrain.bench.generation_yardsticks import (
+    floor_seconds,
+    log_prob_difference,
+    make_prompts,
+    prefill_flops,
+)
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from tests.numerics import near
 
+NAMES = "graphs,sampled,waiting,eager,padded"
 SIZES = ["--requests", "3", "--shortest", "20", "--longest", "70", "--new-tokens", "10"]
 
 
@@ -28,13 +34,16 @@ def patched_tiny():
 def test_a_trial_measures_every_case(tmp_path):
     """generate_batch is left out: on a CPU it takes minutes."""
     output = tmp_path / "generation.json"
-    options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", "graphs,eager,padded"]
+    options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", NAMES]
     assert main(["generation", *options, "--output", str(output)]) == 0
     cases = json.loads(output.read_text())["cases"]
     assert [case["requests"] for case in cases.values()] == [3, 1]
     for case in cases.values():
-        assert list(case["results"]) == ["graphs", "eager", "padded"]
-        assert [one["new_tokens"] for one in case["results"].values()] == [10, 10, 9]
+        assert list(case["results"]) == NAMES.split(",")
+        assert [one["new_tokens"] for one in case["results"].values()] == [10, 10, 10, 10, 9]
+        assert all(
+            one["share_of_floors"] >= one["share_of_floor"] for one in case["results"].values()
+        )
         assert all(one["tokens_per_s"] > 0 for one in case["results"].values())
         assert case["log_prob_difference"]["tokens"] == 10 * case["requests"]
         assert case["equal_completions"] == case["requests"]
@@ -67,6 +76,20 @@ def test_the_floor_counts_weights_and_caches():
     stored = (6 + 8) + (7 + 9)  # two steps, each with its new token
     values = 2 * weights + stored * 2 * 2 * 2 * 16  # keys and values, layers, heads, head dim
     assert floor_seconds(model, shape, prompts, 3, 4.0) == near(values)
+
+
+def test_the_floor_of_prefills_counts_products_and_pairs():
+    shape = tiny(SHAPES["llama-1b"])
+    model = build_shape(shape, "sdpa", torch.device("cpu"), torch.float32)
+    flops = [prefill_flops(model, shape, prompts) for prompts in ([[1]], [[1, 2]], [[1], [2]])]
+    one, pair, apart = flops
+    table = 2 * model.lm_head.weight.numel()
+    attention = 4 * len(model.model.layers) * model.config.num_attention_heads * 16
+    layers = sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name)
+    layers -= 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
+    assert one == 2 * layers + table + attention
+    assert pair == 2 * one - table + attention  # one token is the head's, and sees the other one
+    assert apart == 2 * one
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

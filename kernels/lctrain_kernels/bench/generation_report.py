@@ -9,6 +9,8 @@ from lctrain_kernels.bench.newest import origin
 
 TITLES = {
     "graphs": "`lctrain.generate`, CUDA graphs",
+    "sampled": "the same, temperature and top-p",
+    "waiting": "the same, greedy, the host waits for every token",
     "eager": "`lctrain.generate`, no graphs",
     "padded": "transformers' `generate`, a padded batch, SDPA",
     "generate_batch": "transformers' `generate_batch`, SDPA",
@@ -50,6 +52,19 @@ def generation_table(record: Mapping[str, Any]) -> str:
                 f"| {result['tokens_per_s']:,.0f}{star} "
                 f"| {result['share_of_floor']:.2f} ({result['decode_share']:.2f}) |"
             )
+        if "prefill_floor_seconds" in case:
+            floors = case["floor_seconds"] + case["prefill_floor_seconds"]
+            shares = [
+                f"{TITLES[name]}: {result['share_of_floors']:.2f}"
+                for name, result in case["results"].items()
+                if "share_of_floors" in result
+            ]
+            lines += [
+                "",
+                f"The products of the prefills take at least {case['prefill_floor_seconds']:.2f} s "
+                f"at {record['flops'] / 1e12:,.0f} TFLOP/s. Share of both floors, "
+                f"{floors:.2f} s, in the whole time: {'; '.join(shares)}.",
+            ]
         if difference := case.get("log_prob_difference"):
             lines += [
                 "",

@@ -278,6 +278,12 @@ def test_generation_marks_projected_times():
     assert "`generate_batch`, SDPA | not run | - | - | - |" in generation_table(record)
     assert "4,096 generated tokens" in text
     assert "1.5e-04 nats on average" in text
+    assert "Share of both floors" not in text
+    case |= {"floor_seconds": 1.5, "prefill_floor_seconds": 0.7}
+    case["results"] = {"graphs": {**done, "share_of_floors": 0.55}, "padded": {"error": "none"}}
+    text = generation_table({**record, "flops": 9.89e14, "cases": {"batch": case}})
+    assert "take at least 0.70 s at 989 TFLOP/s. Share of both floors, 2.20 s" in text
+    assert "in the whole time: `lctrain.generate`, CUDA graphs: 0.55." in text
 
 
 def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
