@@ -11,13 +11,13 @@ differently:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
-from lctrain.attention.cached import cache_arguments
+from lctrain.attention.cached import cache_arguments, is_cached_rows
 from lctrain.attention.forward import (
     attend,
     backend_of,
@@ -30,9 +30,13 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
+from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.prefixes import refuse_groups
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import DifferentialSpec
+
+if TYPE_CHECKING:
+    from lctrain_kernels.pack import Pack
 
 
 def differential_attention_forward(
@@ -50,6 +54,7 @@ def differential_attention_forward(
     lctrain_lambda: Tensor | None = None,
     lctrain_halves: bool = False,
     lctrain_boundaries: Boundaries | None = None,
+    lctrain_paged: PagedForward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes differential attention within documents; one kernel launch does both branches.
@@ -73,6 +78,7 @@ def differential_attention_forward(
         lctrain_halves: True pairs query heads h and h + H / 2 (version 1), False 2 h and 2 h + 1
             (version 2).
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
+        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k` and `position_ids`; further arguments of the
             model are checked and not used.
 
@@ -87,24 +93,45 @@ def differential_attention_forward(
     from lctrain_kernels import diff_attn_with_kvcache
     from lctrain_kernels.differential.api import diff_attn_pack_func
 
-    refuse_unknown(kwargs)
     _refuse_for_differential(module, softcap=softcap, s_aux=s_aux, lam=lctrain_lambda)
     assert lctrain_lambda is not None
     lam = lctrain_lambda
     spec = spec_of(module, DifferentialSpec)
     causal = is_causal_layer(module, is_causal)
-    cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
-    if cached and causal and (spec is None or spec.backend != "hopper"):
-        operands, places = cache_arguments(query, key, value, rows, True)
-        found = diff_attn_with_kvcache(
-            *(*operands, lam),
-            softmax_scale=scale_of(query, scaling),
-            window_size=window_of(sliding_window, True),
-            halves=lctrain_halves,
-            backend="auto" if spec is None else spec.backend,
-            **places,
+    backend = "auto" if spec is None else spec.backend
+    cached_options: dict[str, Any] = {
+        "softmax_scale": scale_of(query, scaling),
+        "window_size": window_of(sliding_window, True),
+        "backend": backend,
+    }
+
+    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if lctrain_halves:
+            return q.chunk(2, 1), (*k.chunk(2, 1), torch.cat(v.chunk(2, 1), -1))
+        return (q[:, 0::2], q[:, 1::2]), (k, k, v)
+
+    def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
+        rows = lam if lam.dim() == 0 or lctrain_paged is None else lam.transpose(0, 1)[: len(q)]
+        return diff_attn_with_kvcache(
+            q, k_cache, v_cache, rows, halves=lctrain_halves, **places, **cached_options
         )
-        return found, None
+
+    if lctrain_paged is not None:
+
+        def packed(q: Tensor, k: Tensor, v: Tensor, pack: "Pack") -> Tensor:
+            (q1, q2), (k1, k2, v) = split(q, k, v)
+            per_query = lam.flatten(0, 1) if lam.dim() > 0 else lam
+            return diff_attn_pack_func(q1, q2, k1, k2, v, per_query, pack, **cached_options)[0]
+
+        states = (query, key, value)
+        return attend_paged(module, states, kwargs, lctrain_paged, packed, stored), None
+    refuse_unknown(kwargs)
+    fixed = is_cached_rows(attention_mask)
+    cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
+    if (cached or fixed) and causal and backend != "hopper":
+        rows = attention_mask if fixed else rows
+        operands, places = cache_arguments(query, key, value, rows, not fixed)
+        return stored(*operands, **places), None
     drop = causal or sliding_window is not None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop
@@ -119,11 +146,6 @@ def differential_attention_forward(
     per_query = (lam,) if lam.dim() > 0 else ()
     dropout_p = dropout_of(module, spec, dropout)
 
-    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        if lctrain_halves:
-            return q.chunk(2, 1), (*k.chunk(2, 1), torch.cat(v.chunk(2, 1), -1))
-        return (q[:, 0::2], q[:, 1::2]), (k, k, v)
-
     def kernel(part: Part, q1: Tensor, q2: Tensor, *others: Tensor) -> Tensor:
         *lams, k1, k2, v = others
         out, _, _ = diff_attn_pack_func(
@@ -137,9 +159,9 @@ def differential_attention_forward(
             dropout_p=dropout_p,
             dropout_seed=part.dropout_seed,
             first_head=part.first_head(q1.shape[1]),
-            softmax_scale=scale_of(query, scaling),
             causal=causal,
             window_size=window_of(sliding_window, causal),
+            softmax_scale=scale_of(query, scaling),
             backend=backend_of(spec, q1.device, q1.dtype),
         )
         # `attend` expects heads of width D, so a head of version 1, 2 D wide, becomes two heads.

@@ -7,26 +7,31 @@ the queries further, to the relative positions of dual chunk attention. Keys nee
 rotation, so a key/value cache can hold them as they are.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, find_positions
-from lctrain.attention.cached import cache_arguments
+from lctrain.attention.cached import MOST_QUERIES, cache_arguments, is_cached_rows
 from lctrain.attention.forward import (
     attend,
     backend_of,
     dropout_of,
     lost_boundaries,
     read_documents,
+    refuse_fixed_size,
     refuse_unknown,
     rows_in_cache,
     scale_of,
     spec_of,
 )
+from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import DualChunkSpec
+
+if TYPE_CHECKING:
+    from lctrain_kernels.pack import Pack
 
 DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
 
@@ -68,11 +73,20 @@ def dual_chunk_logit_scale(spec: DualChunkSpec, boundaries: Boundaries) -> Tenso
     The factor is (scale_coefficient * ln(n / window) + 1)^2 for a document of n > window keys, and
     1 for a shorter one. Keys in a cache count. Does not synchronise with the device.
     """
+    return length_logit_scale(spec, boundaries.pack.cu_seqlens_k.diff())
+
+
+def length_logit_scale(spec: DualChunkSpec, lengths: Tensor) -> Tensor | None:
+    """Returns `dual_chunk_logit_scale` of documents of the given lengths.
+
+    Args:
+        spec: Options with all sizes set.
+        lengths: Number of keys of each document, [N] integers.
+    """
     if spec.scale == "none":
         return None
     assert spec.window is not None
-    lengths = boundaries.pack.cu_seqlens_k.diff().float()
-    growth = (lengths / spec.window).clamp(min=1.0).log()
+    growth = (lengths.float() / spec.window).clamp(min=1.0).log()
     return (spec.scale_coefficient * growth + 1.0).square()
 
 
@@ -90,6 +104,7 @@ def dual_chunk_attention_forward(
     s_aux: Tensor | None = None,
     lctrain_boundaries: Boundaries | None = None,
     lctrain_dual_chunk: DualChunkInputs | None = None,
+    lctrain_paged: PagedForward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes causal attention within documents, with relative positions of at most chunk_size.
@@ -99,7 +114,8 @@ def dual_chunk_attention_forward(
         query: [B, H, S, D], rotated at `dual_chunk_positions`.
         key: [B, Hk, Sk, D], rotated in the same way; keys of a cache come first.
         value: [B, Hk, Sk, D].
-        attention_mask: Ignored, since the boundaries say which keys are visible.
+        attention_mask: The result of flash_attention_mask. Boundaries say which keys are visible,
+            or in a cache of fixed size, the mask.
         dropout: Probability of dropping an attention weight, 0.0 in eval mode.
             DualChunkSpec.dropout overrides it.
         scaling: Factor of q.k; None means D^-0.5.
@@ -109,6 +125,7 @@ def dual_chunk_attention_forward(
         s_aux: Must be None.
         lctrain_boundaries: Boundaries that the input hook found.
         lctrain_dual_chunk: Inputs that the input hook prepared.
+        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
         **kwargs: Further arguments of the model, which are checked and not used.
 
     Returns:
@@ -118,38 +135,36 @@ def dual_chunk_attention_forward(
         ValueError: if an argument asks for something that the kernels do not have, or the layer was
             called without the input hook.
     """
-    from lctrain_kernels import dual_chunk_attn_with_kvcache
-    from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
-
-    refuse_unknown(kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     refuse_for_dual_chunk(
         module, causal=causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
     )
-    spec = spec_of(module, DualChunkSpec)
-    if lctrain_boundaries is None or lctrain_dual_chunk is None or spec is None:
+    spec, fixed = spec_of(module, DualChunkSpec), is_cached_rows(attention_mask)
+    known = lctrain_boundaries is not None or fixed or lctrain_paged is not None
+    if spec is None or lctrain_dual_chunk is None or not known:
         raise lost_boundaries(module)
-    chunk_size, local_size = spec.chunk_size, spec.local_size
-    assert chunk_size is not None
-    assert local_size is not None
-    inv_freq = lctrain_dual_chunk.inv_freq()
+    inv_freq = lctrain_dual_chunk.inv_freq().to(device=query.device, dtype=torch.float32)
+    chunks = _Chunks(spec, inv_freq, scale_of(query, scaling))
     logit_scale = lctrain_dual_chunk.logit_scale
+    if lctrain_paged is not None:
+        states = (query, key, value)
+        paged = attend_paged(module, states, kwargs, lctrain_paged, chunks.packed, chunks.stored)
+        return paged, None
+    refuse_unknown(kwargs)
     cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
+    if attention_mask is not None and fixed:
+        if spec.backend == "hopper":
+            refuse_fixed_size(attention_mask)
+        if lctrain_boundaries is None or query.shape[2] <= MOST_QUERIES:
+            cached, rows = True, attention_mask
+            logit_scale = length_logit_scale(spec, (rows[1] - rows[0]).flatten())
+        else:
+            key, value = (x[:, :, : lctrain_boundaries.keys[1]] for x in (key, value))
+            attention_mask = None
     per_row = logit_scale is None or logit_scale.shape[0] == query.shape[0]
     if cached and per_row and spec.backend != "hopper":
-        operands, places = cache_arguments(query, key, value, rows, True)
-        found = dual_chunk_attn_with_kvcache(
-            *operands,
-            inv_freq=inv_freq.to(device=query.device, dtype=torch.float32),
-            chunk_size=chunk_size,
-            local_size=local_size,
-            logit_scale=None if logit_scale is None else logit_scale.to(query.device),
-            softmax_scale=scale_of(query, scaling),
-            backend=spec.backend,
-            **places,
-        )
-        assert isinstance(found, Tensor)
-        return found, None
+        operands, places = cache_arguments(query, key, value, rows, not fixed)
+        return chunks.stored(*operands, logit_scale=logit_scale, **places), None
     boundaries = read_documents(
         module, spec, lctrain_boundaries, query, key, attention_mask, kwargs, drop_queries=True
     )
@@ -157,25 +172,82 @@ def dual_chunk_attention_forward(
     dropout_p = dropout_of(module, spec, dropout)
 
     def kernel(part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = part.of_documents(logit_scale)
-        out, _ = dual_chunk_attn_pack_func(
+        return chunks.packed(
             q,
             k,
             v,
             part.pack,
-            inv_freq=inv_freq.to(device=q.device, dtype=torch.float32),
-            chunk_size=chunk_size,
-            local_size=local_size,
-            logit_scale=None if scale is None else scale.to(q.device),
+            logit_scale=part.of_documents(logit_scale),
+            backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
             dropout_p=dropout_p,
             dropout_seed=part.dropout_seed,
             first_head=part.first_head(q.shape[1]),
-            softmax_scale=scale_of(query, scaling),
-            backend=backend_of(spec, q.device, q.dtype, q.shape[-1]),
         )
-        return out
 
     return attend(kernel, query, key, value, boundaries, dropout_p=dropout_p), None
+
+
+class _Chunks(NamedTuple):
+    """The dual chunk kernels with the options of one layer.
+
+    Attributes:
+        spec: Options with all sizes set.
+        inv_freq: Rotary frequencies, [D / 2] float32.
+        softmax_scale: Factor of q.k.
+    """
+
+    spec: DualChunkSpec
+    inv_freq: Tensor
+    softmax_scale: float
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, pack: "Pack", **options: Any) -> Tensor:
+        """Returns the attention of packed tokens, [T, H, D].
+
+        Args:
+            q: [T, H, D].
+            k: [Tk, Hk, D].
+            v: [Tk, Hk, D].
+            pack: The documents.
+            **options: Options of dual_chunk_attn_pack_func. Without `logit_scale`, the factors are
+                those of the documents' lengths.
+        """
+        from lctrain_kernels.dual_chunk.api import dual_chunk_attn_pack_func
+
+        if "logit_scale" not in options:
+            options["logit_scale"] = length_logit_scale(self.spec, pack.cu_seqlens_k.diff())
+        return dual_chunk_attn_pack_func(q, k, v, pack, **self._options(options))[0]
+
+    def stored(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Tensor:
+        """Returns the attention of queries over a cache, [B, S, H, D].
+
+        Args:
+            q: [B, S, H, D].
+            k_cache: Keys of the cache.
+            v_cache: Values of the cache.
+            **options: Further arguments of dual_chunk_attn_with_kvcache. Without `logit_scale`,
+                the factors are those of `cache_seqlens` and one new token.
+        """
+        from lctrain_kernels import dual_chunk_attn_with_kvcache
+
+        if "logit_scale" not in options:
+            lengths = options["cache_seqlens"] + 1
+            options["logit_scale"] = length_logit_scale(self.spec, lengths)
+        out = dual_chunk_attn_with_kvcache(q, k_cache, v_cache, **self._options(options))
+        assert isinstance(out, Tensor)
+        return out
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns all options of a call; the factors are moved to the frequencies' device."""
+        scale = given["logit_scale"]
+        return {
+            "inv_freq": self.inv_freq,
+            "chunk_size": self.spec.chunk_size,
+            "local_size": self.spec.local_size,
+            "softmax_scale": self.softmax_scale,
+            "backend": self.spec.backend,
+            **given,
+            "logit_scale": None if scale is None else scale.to(self.inv_freq.device),
+        }
 
 
 def refuse_for_dual_chunk(

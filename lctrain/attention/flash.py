@@ -1,6 +1,6 @@
 """The attention function that transformers calls for attn_implementation="lctrain_flash"."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,10 +18,13 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
-from lctrain.attention.paged import attend_paged, paged_cache
+from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.prefixes import add_prefixes, require_whole_groups
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import FlashSpec
+
+if TYPE_CHECKING:
+    from lctrain_kernels.pack import Pack
 
 
 def flash_attention_forward(
@@ -39,6 +42,7 @@ def flash_attention_forward(
     deterministic: bool | None = None,
     lctrain_boundaries: Boundaries | None = None,
     lctrain_step: CacheStep | None = None,
+    lctrain_paged: PagedForward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes softmax attention within documents, on lctrain's kernels.
@@ -62,6 +66,7 @@ def flash_attention_forward(
             AttentionSpec.deterministic is enough.
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
         lctrain_step: Cache of the caller, which computes the attention.
+        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule` and
             `position_ids`; further arguments of the model are checked and not used.
 
@@ -71,6 +76,7 @@ def flash_attention_forward(
     Raises:
         ValueError: if an argument asks for something that the kernels do not have.
     """
+    from lctrain_kernels import flash_attn_with_kvcache
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
     spec = spec_of(module, FlashSpec)
@@ -82,8 +88,18 @@ def flash_attention_forward(
         "learnable_sink": s_aux,
         "backend": "auto" if spec is None else spec.backend,
     }
-    if paged_cache(kwargs) is not None:
-        return attend_paged(module, query, key, value, kwargs, options), None
+    if lctrain_paged is not None:
+
+        def packed(q: Tensor, k: Tensor, v: Tensor, pack: "Pack") -> Tensor:
+            return flash_attn_pack_func(q, k, v, pack, causal=True, **options)[0]
+
+        def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
+            out = flash_attn_with_kvcache(q, k_cache, v_cache, causal=True, **places, **options)
+            assert isinstance(out, Tensor)
+            return out
+
+        states = (query, key, value)
+        return attend_paged(module, states, kwargs, lctrain_paged, packed, stored), None
     causal = is_causal_layer(module, is_causal)
     if lctrain_step is not None:
         return lctrain_step.attend(module, query, key, value, causal, options), None

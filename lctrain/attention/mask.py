@@ -127,7 +127,8 @@ def flash_attention_mask(
     if use_vmap or (attention_mask is not None and not plain and not isinstance(q_offset, Tensor)):
         raise ValueError(
             "the mask must be causal or full, with windows, padding or packing, got one that the "
-            f"model extends by a pattern of its own (prefix, image or block mask). {UNPATCH}"
+            "model extends by a pattern of its own (prefix, image or block mask), or windows in a "
+            f"cache of fixed size. Use a DynamicCache for windows. {UNPATCH}"
         )
     fixed_size = isinstance(q_offset, Tensor) or (
         allow_is_causal_skip and q_offset + q_length != kv_offset + kv_length

@@ -13,6 +13,7 @@ from transformers.models.diffllama.modeling_diffllama import (
 )
 
 from lctrain.attention.differential import differential_attention_forward
+from lctrain.attention.paged import PAGED_ARGUMENT
 from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.models.cache import given_cache, without_cache
 
@@ -49,9 +50,10 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        cache = given_cache(kwargs)
+        cache = None if PAGED_ARGUMENT in kwargs else given_cache(kwargs)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+            kwargs = without_cache(kwargs)
         out, _ = differential_attention_forward(
             self,
             query,
@@ -61,7 +63,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
             scaling=self.scaling,
             lctrain_lambda=self._lambda(query.dtype),
             lctrain_halves=True,
-            **without_cache(kwargs),
+            **kwargs,
         )
         out = (1 - self.lambda_init) * self.groupnorm(out)
         return self.o_proj(out.flatten(2)), None

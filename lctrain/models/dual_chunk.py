@@ -7,17 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cached import MOST_QUERIES
 from lctrain.attention.documents import find_documents
 from lctrain.attention.dual_chunk import (
     DUAL_CHUNK_ARGUMENT,
     DualChunkInputs,
     dual_chunk_logit_scale,
     dual_chunk_positions,
+    length_logit_scale,
     refuse_for_dual_chunk,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
+from lctrain.attention.paged import paged_cache
 from lctrain.attention.spec import DualChunkSpec
-from lctrain.models.cache import given_cache
+from lctrain.models.cache import given_cache, given_rows
 from lctrain.models.code import parameters
 from lctrain.models.differential_fit import refuse_differential_layers
 from lctrain.models.frequencies import follows_length, require_document_frequencies
@@ -152,6 +155,8 @@ class DualChunkHook(InputHook):
         if prepared is None:
             return None
         _, inputs = prepared
+        if DUAL_CHUNK_ARGUMENT in inputs:
+            return prepared
         boundaries = inputs.get(BOUNDARIES_ARGUMENT)
         if boundaries is None:
             boundaries = inputs[BOUNDARIES_ARGUMENT] = _continued_boundaries(inputs)
@@ -160,6 +165,49 @@ class DualChunkHook(InputHook):
             model.get_submodule(self.rotary), dual_chunk_logit_scale(self.spec, boundaries)
         )
         return (), inputs
+
+    def _refuse_lengths(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Does nothing: RoPE uses the frequencies of short texts, whatever the lengths."""
+
+    def _leave_to_layers(
+        self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor
+    ) -> dict[str, Any]:
+        """Adds positions and DualChunkInputs to the inputs of a call on a cache.
+
+        A paged cache counts the positions of every request from 0. In a cache of fixed size, the
+        mask says where the keys of a row begin and end. A call with many queries gets boundaries
+        too, so that the kernels of packs compute it.
+
+        Args:
+            model: The model.
+            inputs: Keyword arguments of the model.
+            tokens: Tokens or embeddings of the call, [B, S, ...].
+        """
+        if DUAL_CHUNK_ARGUMENT in inputs:
+            return inputs  # from the hook of the outer model
+        inputs = super()._leave_to_layers(model, inputs, tokens)
+        rotary, scale = model.get_submodule(self.rotary), None
+        if paged_cache(inputs) is not None:
+            positions = inputs["position_ids"] % self.spec.chunk
+        else:
+            rows = given_rows(inputs)
+            assert rows is not None
+            first, end = rows.flatten(1).long()  # both [B]
+            queries = tokens.shape[1]
+            begin = (end - queries - first)[:, None]
+            positions = begin + torch.arange(queries, device=rows.device)
+            positions = positions.clamp(min=0) % self.spec.chunk
+            scale = length_logit_scale(self.spec, end - first)
+            if queries > MOST_QUERIES and not torch.compiler.is_compiling():
+                boundaries = _boundaries_of_rows(rows, queries)
+                inputs = inputs | {BOUNDARIES_ARGUMENT: boundaries}
+                scale = dual_chunk_logit_scale(self.spec, boundaries)
+        if self.rotaries:
+            self._tell_lengths(model, positions)
+        return inputs | {
+            "position_ids": positions,
+            DUAL_CHUNK_ARGUMENT: DualChunkInputs(rotary, scale),
+        }
 
     def _tell_lengths(self, model: nn.Module, lengths: Tensor) -> None:
         """Sets every document's length to 1, so that RoPE uses the frequencies of short texts.
@@ -195,3 +243,20 @@ def _continued_boundaries(inputs: dict[str, Any]) -> Boundaries:
     # As in transformers, column i is the row's token i, and the mask may have further columns.
     real = mask[:, :keys].to(device=tokens.device, dtype=torch.bool)
     return find_documents(*shapes, tokens.device, real=real)
+
+
+def _boundaries_of_rows(rows: Tensor, queries: int) -> Boundaries:
+    """Returns the boundaries of the last queries of rows in a cache of fixed size.
+
+    Synchronises with the device.
+
+    Args:
+        rows: Result of cached_rows, [2, B, 1, 1].
+        queries: Queries S of each row.
+    """
+    first, end = rows.flatten(1)
+    keys = int(end.max())
+    column = torch.arange(keys, device=rows.device)
+    real = (column >= first[:, None]) & (column < end[:, None])
+    batch = rows.shape[1]
+    return find_documents((batch, queries), (batch, keys), rows.device, real=real)

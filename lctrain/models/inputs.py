@@ -14,7 +14,7 @@ from lctrain.attention.documents import (
     refuse_index_of_cache,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
-from lctrain.attention.paged import layers_read_cache
+from lctrain.attention.paged import PAGED_ARGUMENT, PagedForward, paged_cache, paged_mask
 from lctrain.attention.prefixes import admit_groups, longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
@@ -22,7 +22,7 @@ from lctrain.models.architectures import (
     counts_positions_itself,
     embeddings_read_mask,
 )
-from lctrain.models.cache import given_cache
+from lctrain.models.cache import given_cache, given_rows, refuse_full
 from lctrain.models.code import parameters
 from lctrain.models.continued_rows import (
     continued_lengths,
@@ -116,8 +116,10 @@ class InputHook:
             packs = is_padded(given) and is_packable(model, inputs)
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
-        if layers_read_cache(model, inputs, self.implementation, bool(self.rotaries)):
-            return None
+        refuse_full(inputs, tokens.shape[0], tokens.shape[1])
+        if paged_cache(inputs) is not None or given_rows(inputs) is not None:
+            self._refuse_lengths(model, inputs)
+            return (), self._leave_to_layers(model, inputs, tokens)
         admit_groups(inputs, is_packed(inputs))
         if is_packed(inputs):
             self._give_positions(model, inputs, tokens)
@@ -163,6 +165,33 @@ class InputHook:
         self._tell_documents(model, inputs, boundaries)
         inputs[BOUNDARIES_ARGUMENT] = boundaries
         return (), inputs
+
+    def _refuse_lengths(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Raises a ValueError if RoPE needs the lengths of rows that only the layers know."""
+        if self.rotaries:
+            what = "continuous batching" if given_rows(inputs) is None else "a cache of fixed size"
+            raise ValueError(
+                f"{what} must come with RoPE frequencies that do not depend on lengths, got those "
+                f"of {type(model).__name__}. Call generate() with a DynamicCache instead."
+            )
+
+    def _leave_to_layers(
+        self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor
+    ) -> dict[str, Any]:
+        """Returns the inputs of a call whose layers find their keys in the cache themselves.
+
+        Args:
+            model: The model.
+            inputs: Keyword arguments of the model, with a paged cache, or with a mask that says
+                where the keys lie in a cache of fixed size.
+            tokens: Tokens or embeddings of the call, [B, S, ...].
+        """
+        if PAGED_ARGUMENT in inputs or paged_cache(inputs) is None:
+            return inputs
+        return inputs | {
+            PAGED_ARGUMENT: PagedForward(),
+            "attention_mask": paged_mask(tokens.device),
+        }
 
     def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
         """Returns the boundaries of the inputs' documents; see `read_boundaries`."""

@@ -17,9 +17,11 @@ from lctrain.attention.flash import flash_attention_forward
 from lctrain.attention.mask import flash_attention_mask
 from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.models.architectures import require_supported_class
+from lctrain.models.batching import require_batching
 from lctrain.models.late_hook import begin, finish, prepare
 
 _MARK = "_lctrain_knows_its_names"
+_HOOK = "_lctrain_hook"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flash": flash_attention_forward,
     "dual_chunk": dual_chunk_attention_forward,
@@ -39,7 +41,7 @@ def register() -> None:
         AttentionInterface.register(ATTENTION_NAMES[kind], function)
         AttentionMaskInterface.register(ATTENTION_NAMES[kind], flash_attention_mask)
     _accept_names(PreTrainedModel)
-    _give_block_tables()
+    _serve_batches()
 
 
 def register_families_on_demand() -> None:
@@ -122,29 +124,94 @@ def _accept_names(model_class: Any) -> None:
     model_class.post_init = check_when_complete
 
 
-def _give_block_tables() -> None:
-    """Makes transformers' continuous batching give block tables to lctrain's flash attention.
+def _serve_batches() -> None:
+    """Makes transformers' continuous batching serve lctrain's attention names.
 
-    transformers gives them to builds of FlashAttention 2 and 3 on a GPU only, and finds their
-    kernels by name. Without block tables each step gathers the keys of all requests. A release
-    without these names is left as it is, and gathers.
+    A release without the names below is left as it is. transformers looks at the attention's name
+    in three places:
+
+    - The manager refuses names without "flash" (5.23), or writes "paged|" before a name (5.17).
+    - The plan of a batch has a mask and no CUDA graphs, unless the name contains "flash".
+    - Block tables are for builds of FlashAttention on a GPU. Without them, each step gathers the
+      keys of all requests.
     """
     try:
-        from transformers.generation.continuous_batching import initialization
+        from transformers.generation.continuous_batching import (
+            cache,
+            continuous_api,
+            initialization,
+        )
     except ImportError:
         return
-    original = getattr(initialization, "ensure_decode_fast_path_is_available", None)
-    group_layers = getattr(initialization, "group_layers_by_attn_type", None)
-    allocators = getattr(initialization, "ATTN_TYPE_TO_ALLOCATOR", None)
-    if original is None or group_layers is None or allocators is None or hasattr(original, _MARK):
+    manager = getattr(continuous_api, "ContinuousBatchingManager", None)
+    switch = getattr(manager, "switch_to_cb_friendly_attn", None)
+    ensure = getattr(initialization, "ensure_decode_fast_path_is_available", None)
+    if manager is None or switch is None or ensure is None or hasattr(switch, _MARK):
         return
 
-    @functools.wraps(original)
-    def ensure(config: Any, cb_config: Any, *args: Any, **kwargs: Any) -> None:
-        kinds = [allocators[kind] for kind in group_layers(config)]
-        served = all(getattr(kind, "supports_block_table", False) for kind in kinds)
-        if config._attn_implementation != ATTENTION_NAMES["flash"] or not served:
-            original(config, cb_config, *args, **kwargs)
+    @functools.wraps(switch)
+    def check(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        name = model.config._attn_implementation
+        hook = require_batching(model) if name in ATTENTION_NAMES.values() else None
+        if getattr(self, _HOOK, hook) is not hook:
+            raise ValueError(
+                "a kept manager must generate with the attention that it was made for, got a model "
+                "whose attention was changed since. Call "
+                "model.destroy_cached_continuous_batching_manager() first."
+            )
+        setattr(self, _HOOK, hook)
+        if hook is None:
+            switch(self, model, *args, **kwargs)
 
-    setattr(ensure, _MARK, True)
-    initialization.ensure_decode_fast_path_is_available = ensure
+    @functools.wraps(ensure)
+    def give_tables(config: Any, batching: Any, *args: Any, **kwargs: Any) -> None:
+        ours = config._attn_implementation in ATTENTION_NAMES.values()
+        if not (ours and _has_tables(config, initialization) and _has_page(batching)):
+            ensure(config, batching, *args, **kwargs)  # it takes no tables for lctrain's names
+
+    setattr(check, _MARK, True)
+    manager.switch_to_cb_friendly_attn = check
+    initialization.ensure_decode_fast_path_is_available = give_tables  # type: ignore[assignment]
+    for module in (cache, initialization):
+        if (requested := getattr(module, "is_flash_attention_requested", None)) is not None:
+            module.is_flash_attention_requested = _with_names(requested)  # type: ignore[attr-defined]
+
+
+def _with_names(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Returns transformers' is_flash_attention_requested, True for lctrain's names too."""
+
+    @functools.wraps(original)
+    def requested(
+        config: Any = None, requested_attention_implementation: Any = None, version: Any = None
+    ) -> bool:
+        name = requested_attention_implementation
+        if (name if config is None else config._attn_implementation) in ATTENTION_NAMES.values():
+            return version is None
+        return original(config, name, version)
+
+    return requested
+
+
+def _has_tables(config: Any, initialization: Any) -> bool:
+    """Returns whether the caches of a model's layers have block tables.
+
+    Args:
+        config: Config of a causal LM.
+        initialization: transformers' module of this name. In 5.17 it does not say so, and the
+            cache itself turns block tables off.
+    """
+    group_layers = getattr(initialization, "group_layers_by_attn_type", None)
+    allocators = getattr(initialization, "ATTN_TYPE_TO_ALLOCATOR", None)
+    if group_layers is None or allocators is None:
+        return True
+    kinds = [allocators[kind] for kind in group_layers(config)]
+    return all(getattr(kind, "supports_block_table", False) for kind in kinds)
+
+
+def _has_page(batching: Any) -> bool:
+    """Returns whether the decode kernels have pages of the size that a batch is configured with."""
+    from lctrain_kernels.decode.checks import MAX_PAGE, MIN_PAGE
+
+    sizes = (getattr(batching, name, None) for name in ("page_size", "block_size"))
+    size: int = next(size for size in sizes if size is not None)
+    return MIN_PAGE <= size <= MAX_PAGE and size & (size - 1) == 0

@@ -72,23 +72,6 @@ def test_several_queries_and_padding_between_tokens(make_llama, calls):
         assert_error_at_most_twice(found, plain, exact)
 
 
-def test_a_cache_of_fixed_size_needs_flash_attention(make_llama):
-    model, prompt = make_llama(), torch.tensor([[3, 4, 5]])
-    with patch_model(model, attention="dual_chunk", chunk_size=32, local_size=8):
-        with pytest.raises(ValueError, match="a cache of fixed size must come with attention"):
-            model.generate(prompt, **OPTIONS, cache_implementation="static")
-        cache = StaticCache(config=model.config, max_cache_len=8)
-        with pytest.raises(ValueError, match=r"got one of fixed size.*unpatch\(\)"):
-            model(prompt, past_key_values=cache)
-
-
-def test_padding_after_a_token_is_refused_with_a_cache_of_fixed_size(make_llama):
-    model, tokens = make_llama(), torch.tensor([[3, 4, 5], [3, 4, 5]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with patch_model(model), pytest.raises(ValueError, match="padding must be on the left"):
-        model.generate(tokens, attention_mask=mask, cache_implementation="static", **OPTIONS)
-
-
 def test_a_step_on_a_static_cache_compiles_to_one_graph(make_llama):
     """transformers gives the layers the ranges of the rows instead of a mask."""
     model, tokens = make_llama(), torch.randint(3, 97, (2, 9))
