@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run under Triton's interpreter. Triton reads TR
 a kernel is defined, so the variable is set before anything imports triton.
 """
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,21 @@ if os.environ.get("LCTRAIN_TEST_ONEDNN") == "off":  # `make test-cpus`
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (without, os.environ.get("PYTHONPATH")))
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports and collects without the garbage collector, which finds nothing to free meanwhile.
+
+    Later collections leave out what these imports have made: looking at it takes 0.4 s each time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """Tests how CI divides the tests among its workers: by file, files with long tests first."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -27,3 +28,12 @@ def test_files_stay_together_and_those_with_long_tests_are_first():
     pytest_collection_modifyitems(items)
     assert [file_of(one) for one in items] == ["c.py"] * 2 + ["b.py"] * 3 + ["a.py"] * 2
     assert [one.nodeid for one in items[:2]] == ["c.py::test_x", "c.py::test_y"]
+
+
+def test_the_garbage_collector_leaves_out_what_collection_has_made():
+    """With all tests these are 700,000 objects, among which every full collection would look."""
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
+    made = [[] for _ in range(3)]
+    made.append(made)
+    assert any(one is made for one in gc.get_objects())  # what a test makes is looked at
