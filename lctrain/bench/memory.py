@@ -32,11 +32,11 @@ from lctrain.allocator import has_expandable_segments
 from lctrain.bench.contenders import CONTENDERS, OURS
 from lctrain.bench.layer_progress import Report
 from lctrain.bench.memory_estimate import (
-    ATTENTION_COUNTS,
     extrapolate,
     joined,
     refusal,
     two_numbers,
+    with_fewer,
 )
 from lctrain.bench.memory_peer import POLICIES as PEER_POLICIES
 from lctrain.bench.memory_run import MemoryBench, Steps
@@ -91,7 +91,7 @@ def describe(run: dict[str, Any]) -> str:
         line += f"  planned {run['planned_gib']:8.2f} GiB, host {run['planned_host_gib']:7.2f}"
     if run["status"] != "ok":
         return f"{line}  {run['status']} {run.get('reason', '')}".rstrip()
-    peak = f"{run['peak_gib']:8.2f} GiB" if "peak_gib" in run else "no GPU"
+    peak = f"{run['peak_gib']:8.2f} GiB" if "peak_gib" in run else "no peak"
     host = f", host {run['host_gib']:7.2f}" if "host_gib" in run else ""
     how = "estimated" if "estimated_from" in run else "measured"
     return f"{line}  {how} {peak}{host}, {run['tokens_per_s']:,.0f} tokens/s"
@@ -276,15 +276,15 @@ def _estimate(
     for count in options.estimate_layers:
         bench = _build(options, with_layers(shape, count), device)
         for (tokens, run, config, plan), found in zip(runs, measured, strict=True):
-            counts = {name: min(getattr(config, name), count) for name in ATTENTION_COUNTS}
-            fewer = replace(config, **counts)
+            fewer = with_fewer(config, count)
             report = _reporter(record, run) if options.progress else None
             found[count] = bench.measured(fewer, tokens, plan, report)
             record.update(run, measured=list(found.values()))
         del bench
         gc.collect()
     for (tokens, run, _, _), found in zip(runs, measured, strict=True):
-        record.update(run, **extrapolate(found, layers, tokens))
+        with_memory = options.keep_inputs is None
+        record.update(run, **extrapolate(found, layers, tokens, with_memory=with_memory))
         print(describe(run), flush=True)
 
 

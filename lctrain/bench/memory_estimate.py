@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from lctrain.config import MemoryConfig
 from lctrain_kernels.bench.__main__ import positive
 
 ATTENTION_COUNTS = ("keep_attention", "host_attention", "reuse_attention")
@@ -14,8 +16,18 @@ ATTENTION_COUNTS = ("keep_attention", "host_attention", "reuse_attention")
 _GIB = ("peak_gib", "reserved_gib", "host_gib")
 
 
+def with_fewer(config: MemoryConfig, layers: int) -> MemoryConfig:
+    """Returns the settings for a model with fewer layers, which no count exceeds."""
+    names = (*ATTENTION_COUNTS, "keep_inputs")
+    counts: dict[str, Any] = {}
+    for name in names:
+        count = getattr(config, name)
+        counts[name] = None if count is None else min(count, layers)
+    return replace(config, **counts)
+
+
 def extrapolate(
-    measured: Mapping[int, Mapping[str, Any]], layers: int, tokens: int
+    measured: Mapping[int, Mapping[str, Any]], layers: int, tokens: int, *, with_memory: bool = True
 ) -> dict[str, Any]:
     """Returns estimated figures of a model, on the straight line through two measured runs.
 
@@ -26,6 +38,7 @@ def extrapolate(
         measured: Figures of a run by its number of layers; two numbers.
         layers: Number of layers of the model.
         tokens: Number of tokens of the pack.
+        with_memory: Whether each further layer takes the same memory, which is estimated then too.
 
     Returns:
         step_ms (one number), tokens_per_s and the bytes in GiB; `estimated_from`, the two numbers
@@ -40,13 +53,14 @@ def extrapolate(
     def line(one: float, other: float) -> float:
         return other + (other - one) / (more - few) * (layers - more)
 
+    sizes = [name for name in _GIB if with_memory and name in second]
     step_ms = line(median(first["step_ms"]), median(second["step_ms"]))
     return {
         "status": "ok",
         "estimated_from": [few, more],
         "step_ms": [round(step_ms, 1)],
         "tokens_per_s": round(1000 * tokens / step_ms, 1),
-        **{name: round(line(first[name], second[name]), 3) for name in _GIB if name in second},
+        **{name: round(line(first[name], second[name]), 3) for name in sizes},
         "measured": [dict(first), dict(second)],
     }
 

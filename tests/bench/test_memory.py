@@ -84,6 +84,7 @@ def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, 
 
     def measured(bench, config, tokens, plan, report):
         count = len(checkpointed_layers(bench.inner))
+        assert (config.keep_inputs or 0) <= count
         layers.append((count, config.keep_attention, plan is None))
         time = [100.0 + 10 * count, 100.0 + 10 * count, 1e6]
         return {"status": "ok", "step_ms": time, "peak_gib": 2.0 + count, "host_gib": 0.5 * count}
@@ -100,6 +101,12 @@ def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, 
     assert len(found["layers"]) == 32  # the plan is that of the whole model
     assert [one["peak_gib"] for one in found["measured"]] == [4.0, 6.0]
     assert "estimated" in capsys.readouterr().out
+    layers.clear()
+    counts = ("--segment-layers", "2", "--reuse-attention", "32", "--keep-inputs", "10")
+    (found,) = run(tmp_path, *options, "--policies", "offload", *counts)["runs"]
+    assert layers == [(2, 0, False), (4, 0, False)]
+    assert found["step_ms"] == [420.0]
+    assert "peak_gib" not in found  # two and four layers keep all inputs, unlike the model
 
 
 def test_the_settings_of_a_policy_are_those_of_the_command(tmp_path):

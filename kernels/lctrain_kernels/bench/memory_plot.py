@@ -35,7 +35,8 @@ def draw_curve(points: Points, path: Path) -> None:
                 linewidth=2.5 if contender == OURS else 1.5,
                 label=contender if measured else None,
             )
-            guessed = sorted(length for length in runs if is_estimate(runs[length]))
+            guesses = [length for length in runs if is_estimate(runs[length])]
+            guessed = sorted(length for length in guesses if value in runs[length])
             if guessed:
                 axes.plot(
                     guessed,
