@@ -1,14 +1,45 @@
-"""made_ahead: makes the next items of an iterator in a thread, while their consumer computes."""
+"""Makes items in threads, while their consumer computes: in one thread, or in several."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
+MOST_THREADS = 8
+
+
+def called_ahead(
+    functions: Iterable[Callable[[], T]], count: int, threads: int | None = None
+) -> Iterator[T]:
+    """Yields the results of functions in their order; threads call the next ones meanwhile.
+
+    An error of a function is raised where its result would be yielded. When the consumer stops, so
+    do the threads, after the calls that have begun.
+
+    Args:
+        functions: Functions that may run at the same time.
+        count: Most functions that are called before their results are asked for, at least 1.
+        threads: Number of threads; None for one less than the machine's cores, and at most
+            MOST_THREADS.
+    """
+    if threads is None:
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="called_ahead")
+    try:
+        waiting: deque[Future[T]] = deque()
+        for function in functions:
+            waiting.append(pool.submit(function))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def made_ahead(items: Iterable[T], count: int) -> Iterator[T]:

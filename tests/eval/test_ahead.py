@@ -1,10 +1,11 @@
 """Tests that prompts are made while others are answered, in order, and that errors arrive."""
 
 import threading
+from functools import partial
 
 import pytest
 
-from lctrain.eval.ahead import made_ahead
+from lctrain.eval.ahead import called_ahead, made_ahead
 
 
 def test_items_keep_their_order_and_are_made_in_another_thread():
@@ -59,3 +60,31 @@ def test_an_error_is_raised_in_the_place_of_its_item():
     assert next(found) == 1
     with pytest.raises(ValueError, match="lengths must be at least 9"):
         next(found)
+
+
+def test_functions_are_called_together_and_their_results_keep_their_order():
+    both = threading.Barrier(2)
+
+    def meet(number):
+        both.wait(60)  # raises if the other one is not called meanwhile
+        return number
+
+    functions = [partial(meet, number) for number in range(6)]
+    assert list(called_ahead(functions, 4, threads=2)) == [*range(6)]
+    assert list(called_ahead([], 1)) == []
+
+
+def test_an_error_of_a_function_is_raised_in_its_place_and_ends_the_calls():
+    called = []
+
+    def call(number):
+        called.append(number)
+        if number == 1:
+            raise ValueError("lengths must be at least 9")
+        return number
+
+    found = called_ahead([partial(call, number) for number in range(50)], 3, threads=1)
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="lengths must be at least 9"):
+        next(found)
+    assert len(called) <= 1 + 1 + 3

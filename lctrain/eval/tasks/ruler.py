@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lctrain.eval.answers import MEASURES, score_prompts
+from lctrain.eval.ahead import called_ahead
+from lctrain.eval.answers import MEASURES, MOST_PROMPTS, score_prompts
 from lctrain.eval.limits import check_model
 from lctrain.eval.prompt import Prompt, TokenPrompt, fitting_units, tokenized, tokens_of
 from lctrain.eval.reader import Reader
@@ -103,7 +105,11 @@ class Ruler(Task):
 
     def score(self, reader: Reader, length: int, made: Sequence[tuple[str, int]]) -> Iterator[Item]:
         """Yields the score of every prompt: see Task."""
-        prompts = (self.prompt(name, length, number) for name, number in made)
+        names = list(dict.fromkeys(name for name, _ in made))
+        for _ in called_ahead([partial(self._fit, name, length) for name in names], len(names)):
+            pass  # prompts of a task then need no search
+        functions = [partial(self.prompt, name, length, number) for name, number in made]
+        prompts = called_ahead(functions, MOST_PROMPTS)
         answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
         for (name, number), answer in zip(made, answers, strict=True):
             columns = {"task": name}
@@ -121,19 +127,23 @@ class Ruler(Task):
             length: Length in tokens.
             number: Number of the prompt.
         """
-        key = (name, length)
-        if key not in self._units:
-            family = self._families[name]
-            first = self._fitted(name, length, 0, family.smallest)
-            self._units[key] = fitting_units(
-                lambda units: self._tokens(family.build(units, self._numbers(name, length, 0))),
-                length - first.new_tokens,
-                family.smallest,
-                name,
-                first.new_tokens,
-            )
-            self._count_repeats(name, length)
-        return self._fitted(name, length, number, self._units[key])
+        self._fit(name, length)
+        return self._fitted(name, length, number, self._units[name, length])
+
+    def _fit(self, name: str, length: int) -> None:
+        """Finds how many units of a task fill a length, unless they are known."""
+        if (name, length) in self._units:
+            return
+        family = self._families[name]
+        first = self._fitted(name, length, 0, family.smallest)
+        self._units[name, length] = fitting_units(
+            lambda units: self._tokens(family.build(units, self._numbers(name, length, 0))),
+            length - first.new_tokens,
+            family.smallest,
+            name,
+            first.new_tokens,
+        )
+        self._count_repeats(name, length)
 
     def _fitted(self, name: str, length: int, number: int, units: int) -> TokenPrompt:
         """Returns a prompt of at most `units` units that fits into a length."""
