@@ -19,7 +19,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
         tensor: Tensor on the CPU.
         device: Device of the copy.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
