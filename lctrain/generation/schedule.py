@@ -42,6 +42,7 @@ class Schedule:
         self.running: list[Request] = []
         self.preempted = self.forked = self.shared = self.version = 0
         self._prefixes = PrefixPages()
+        self._parted: list[int] = []  # pages of retired requests, which the next one may begin with
         self._pool = pool
         self._slots = list(range(slots - 1, -1, -1))
         self._tables = torch.zeros(slots, width, dtype=torch.int32)
@@ -54,6 +55,11 @@ class Schedule:
             token `known` on; the others share its pages.
         """
         groups = []
+        held = []
+        if self._parted:
+            held = self._pool.share(self._prefixes.find(self.waiting[0].tokens))
+            self._let_go(self._parted)
+            self._parted = []
         while self.waiting and self._slots:
             tokens = self.waiting[0].tokens
             known = self._prefixes.find(tokens)
@@ -72,6 +78,7 @@ class Schedule:
                 group.append(fork)
             self.forked += len(group) - 1
             groups.append(group)
+        self._let_go(held)
         return groups
 
     def make_room(self, settle: Callable[[], bool]) -> None:
@@ -85,18 +92,30 @@ class Schedule:
             while request.slot >= 0 and not self._extend(request):
                 if not settle():
                     self._preempt(self.running[-1])
+                self._let_go(self._parted)
+                self._parted = []
 
     def tables(self) -> Tensor:
         """Returns the pages of the running requests in their order, [n, width] int32."""
         return self._tables[[request.slot for request in self.running]]
 
     def retire(self, request: Request) -> None:
-        """Frees the pages and the slot of a running request."""
+        """Frees the slot of a running request, and its pages.
+
+        While others wait, its pages are free in the next call of `admit` or `make_room`: requests
+        that end together would else take the beginning with them that those who wait share.
+        """
         self.version += 1
         self.running.remove(request)
-        self._prefixes.forget(self._pool.release(request.pages))
+        if self.waiting:
+            self._parted += request.pages
+        else:
+            self._let_go(request.pages)
         self._slots.append(request.slot)
         request.pages, request.stored, request.slot = [], 0, -1
+
+    def _let_go(self, pages: list[int]) -> None:
+        self._prefixes.forget(self._pool.release(pages))
 
     def _needed_soon(self) -> int:
         """Returns the pages that the running requests need before they end, at most one each."""

@@ -143,7 +143,7 @@ def test_equal_prompts_share_pages_until_they_write(make_batch, monkeypatch):
 
 
 def test_prompts_that_begin_alike_share_pages(make_batch, monkeypatch):
-    """Some are admitted together, others while the first one runs, others when all have ended."""
+    """Some are admitted together, others while the first one runs, others when it has ended."""
     start = [index % 90 for index in range(150)]
     prompts = [[*start, 5], [*start[:128], 7], [8, *start], start[:128], [*start[:70], 9] * 2]
     expected = [make_batch([prompt], temperature=0).run()[0].token_ids for prompt in prompts]
@@ -160,7 +160,22 @@ def test_prompts_that_begin_alike_share_pages(make_batch, monkeypatch):
         found = make_batch(prompts, batch_size=batch_size, pages=pages, temperature=0)
         assert tokens(found.run()) == expected
         assert found._pool.free == found._pool.pages
-        assert (found.schedule.shared > 0) == (batch_size > 1)
+        assert found.schedule.shared > 0
+
+
+@pytest.mark.parametrize("pages", [None, 7, 4])
+def test_requests_that_end_together_leave_their_beginning_to_the_next(make_batch, pages):
+    """A small cache has room for the next one only when the pages of the others are free."""
+    start = [index % 90 for index in range(150)]
+    prompts = [[*start, token] for token in range(6)]
+    expected = [make_batch([prompt], temperature=0).run()[0].token_ids for prompt in prompts]
+    found = make_batch(prompts, batch_size=2, pages=pages, temperature=0)
+    assert tokens(found.run()) == expected
+    assert found.schedule.shared == 2 * 5  # of two full pages; one prompt is read whole
+    assert found._pool.free == found._pool.pages
+    other = make_batch([[*start, 5], [7, *start]], batch_size=1, pages=3, temperature=0)
+    assert tokens(other.run())[0] == expected[5]
+    assert (other.schedule.shared, other._pool.free) == (0, 3)
 
 
 def test_pages_are_known_by_all_tokens_before_them():
