@@ -67,7 +67,8 @@ def flash_attn_with_kvcache(
         q: Queries [B, Sq, H, D], float16 or bfloat16. The PyTorch path, on CPUs, computes float32
             and float64.
         k_cache: Keys [rows, S, Hk, D], or [pages, page, Hk, D] with a block_table.
-        v_cache: Values, in the shape of k_cache.
+        v_cache: Values, in the shape of k_cache. If k and v are given, no other operand may share
+            the memory of a cache; interleaved views of one storage do not.
         k: New keys [B, S_new, Hk, D], or None. They are written to positions cache_seqlens,
             cache_seqlens + 1, ... of the cache before the attention.
         v: New values [B, S_new, Hk, D], given with k.

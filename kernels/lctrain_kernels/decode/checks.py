@@ -14,6 +14,7 @@ from torch import Tensor
 from lctrain_kernels.checks import check_floating
 from lctrain_kernels.decode.structures import KVCache, NewTokens
 from lctrain_kernels.options import check_window
+from lctrain_kernels.overlap import repeats_memory, share_memory
 
 SWITCH = "LCTRAIN_CHECK_CACHE"
 MIN_PAGE, MAX_PAGE = 16, 256
@@ -200,13 +201,8 @@ def check_metadata(
         longest: max_seqlen_k of the call.
     """
     requests = q.shape[0]
-    for name, side in (("k_cache", cache.k), ("v_cache", cache.v)):
-        strides = zip(side.shape, side.stride(), strict=True)
-        if new.tokens and any(size > 1 and stride == 0 for size, stride in strides):
-            raise ValueError(
-                f"{name} must be no expanded tensor if k and v are given, got strides "
-                f"{side.stride()}. Requests would overwrite each other's tokens; clone it."
-            )
+    if new.tokens and not torch.compiler.is_compiling() and q.device.type != "meta":
+        _check_memory(q, cache, new)
     vectors = {
         "cache_seqlens": cache.seqlens,
         "cache_batch_idx": cache.batch_index,
@@ -245,6 +241,25 @@ def check_metadata(
         )
     if reads_values(q.device):
         check_values(cache, new.tokens, longest)
+
+
+def _check_memory(q: Tensor, cache: KVCache, new: NewTokens) -> None:
+    """Raises unless every element that new tokens are written to is that of one token and head."""
+    caches = (("k_cache", cache.k), ("v_cache", cache.v))
+    for name, side in caches:
+        if repeats_memory(side):
+            raise ValueError(
+                f"{name} must be no expanded tensor if k and v are given, got strides "
+                f"{side.stride()}. Requests would overwrite each other's tokens; clone it."
+            )
+    pairs = [*caches, ("q", q), ("k", new.k), ("v", new.v)]
+    for place, (name, side) in enumerate(caches):
+        for other, tensor in pairs[place + 1 :]:
+            if tensor is not None and share_memory(side, tensor):
+                raise ValueError(
+                    f"{name} and {other} must not overlap if k and v are given, got tensors that "
+                    f"share memory. The new tokens would overwrite {other}; clone it."
+                )
 
 
 def reads_values(device: torch.device) -> bool:

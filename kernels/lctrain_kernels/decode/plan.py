@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode.checks import check_int32, check_numbers
+from lctrain_kernels.decode.checks import check_int32, check_numbers, reads_values
 from lctrain_kernels.decode.plan_checks import check_shared, check_sizes
 from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.layout import unit_stride
@@ -33,7 +33,9 @@ def make_decode_plan(
     """Returns the plan of flash_attn_with_kvcache for a step, without a synchronisation.
 
     The splits are listed on the device: programs are started for splits that exist, not for the
-    capacity. A CUDA graph can capture the call; the plan is then made anew in every replay.
+    capacity. A CUDA graph can capture the call; the plan is then made anew in every replay. A plan
+    of other lengths may leave out splits. On a CPU, and on a GPU with LCTRAIN_CHECK_CACHE=1, a call
+    with such a plan is a ValueError.
 
     Args:
         cache_seqlens: Tokens that the cache holds before the step, [B] int32.
@@ -77,13 +79,14 @@ def make_decode_plan(
     if select_backend(device, dtype, head_dim=head_dim, warn=False) == "pytorch":
         work = torch.zeros(1, dtype=torch.int32, device=device)
         padded = cache_leftpad is not None
-        return DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left, padded, shared_prefixes)
+        plan = DecodePlan(work, 1, capacity, seqlen_q, new_tokens, left, padded, shared_prefixes)
+        return _with_lengths(plan, cache_seqlens, cache_leftpad)
     from lctrain_kernels.decode.launch_config import decode_config
     from lctrain_kernels.decode.launch_plan import fill_plan
 
     config = decode_config(torch.empty(0, 1, 1, head_dim, dtype=dtype, device=device))
     seqlens, leftpad = unit_stride(cache_seqlens, cache_leftpad)
-    return fill_plan(
+    plan = fill_plan(
         seqlens,
         leftpad,
         capacity,
@@ -94,3 +97,12 @@ def make_decode_plan(
         longest=max_seqlen_k,
         shared=shared_prefixes,
     )
+    return _with_lengths(plan, cache_seqlens, cache_leftpad)
+
+
+def _with_lengths(plan: DecodePlan, seqlens: Tensor, leftpad: Tensor | None) -> DecodePlan:
+    """Returns a plan with a copy of its lengths, where the checks of a call read values."""
+    if not reads_values(seqlens.device):
+        return plan
+    pads = None if leftpad is None else leftpad.clone()
+    return plan._replace(seqlens=seqlens.clone(), leftpad=pads)

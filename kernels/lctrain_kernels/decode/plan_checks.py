@@ -83,6 +83,23 @@ def check_plan(plan: DecodePlan, q: Tensor, cache: KVCache, new: NewTokens, left
                 f"plan must be for requests of {most} keys, got one for {planned}. Pass capacity "
                 "and max_seqlen_k of this step to make_decode_plan, and make a plan in every step."
             )
+        _check_lengths("cache_seqlens", plan.seqlens, cache.seqlens)
+        _check_lengths("cache_leftpad", plan.leftpad, cache.leftpad)
+
+
+def _check_lengths(name: str, planned: Tensor | None, called: Tensor | None) -> None:
+    """Raises if the lengths that a plan was made for, if known, are not those of the call."""
+    if planned is None or called is None or torch.equal(planned, called):
+        return
+    if planned.shape != called.shape:
+        made, wanted = f"{len(planned)} requests", str(len(called))
+    else:
+        request = int((planned != called).nonzero()[0])
+        made, wanted = f"{int(planned[request])} for request {request}", str(int(called[request]))
+    raise ValueError(
+        f"plan must have the {name} of the call, {wanted}, got {made}. Make a plan in every step, "
+        "before its tokens are appended."
+    )
 
 
 def check_shared(

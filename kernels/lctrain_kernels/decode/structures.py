@@ -157,6 +157,9 @@ class DecodePlan(NamedTuple):
         window_left: Visible keys before a query's own position; -1 is unbounded.
         has_leftpad: Whether requests have padding on the left.
         shared: Prefixes that several requests share; None for none.
+        seqlens: Copy of the cache_seqlens of the plan, [B] int32, by which a call finds a plan of
+            another step. None where the checks read no values.
+        leftpad: Copy of the cache_leftpad of the plan, [B] int32; None as seqlens, or for none.
     """
 
     work: Tensor
@@ -167,3 +170,5 @@ class DecodePlan(NamedTuple):
     window_left: int
     has_leftpad: bool = False
     shared: SharedPrefixes | None = None
+    seqlens: Tensor | None = None
+    leftpad: Tensor | None = None

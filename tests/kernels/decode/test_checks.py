@@ -1,5 +1,7 @@
 """Tests bad arguments of flash_attn_with_kvcache: nothing is written, and the message says why."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -254,6 +256,53 @@ def test_a_plan_of_shorter_requests():
     with pytest.raises(TypeError, match="plan must be a DecodePlan or None, got str"):
         inputs.call(plan="plan", causal=True)
     assert torch.equal(inputs.k_cache.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"), [("cache_seqlens", False), ("cache_seqlens", True), ("cache_leftpad", True)]
+)
+def test_a_plan_of_another_step(name, padded):
+    """Its capacity suffices, but it may list other splits than those that hold the keys."""
+    inputs = make_kv(dataclasses.replace(DENSE, leftpad=padded), "cpu", torch.float32)
+    lengths = inputs.options["cache_seqlens"].clone()
+    pads = inputs.options.get("cache_leftpad")
+    plan = make_decode_plan(lengths, 32, 32, torch.float32, cache_leftpad=pads)
+    written = inputs.k_cache.clone()
+    inputs.options[name] += ints(0, -1)
+    with pytest.raises(ValueError, match=f"plan must have the {name} of the call, .* for request"):
+        inputs.call(plan=plan, causal=True)
+    assert torch.equal(inputs.k_cache.nan_to_num(7.0), written.nan_to_num(7.0))
+    inputs.options[name] -= ints(0, -1)
+    inputs.call(plan=plan, causal=True)
+
+
+def overlapping():
+    """Returns operands of a call, by a name for what overlaps, and the message."""
+    pair = zeros(2, 3, 32, 2, 32).unbind()
+    packed = zeros(2, 1, 8, 32)
+    whole = zeros(7, 32, 2, 32)
+    return {
+        "one-cache": ((pair[0], pair[0], packed[:, :, :4]), "k_cache and v_cache"),
+        "shifted": ((whole[:4], whole[3:], packed[:, :, :4]), "k_cache and v_cache"),
+        "q": ((*pair, pair[0].view(-1)[-256:].view(2, 1, 4, 32)), "k_cache and q"),
+        "k": ((*pair, packed[:, :, :4], pair[1][:2, :1], packed[:, :, 6:]), "v_cache and k"),
+        "v": ((*pair, packed[:, :, :4], packed[:, :, 6:], pair[1][1:, 3:4]), "v_cache and v"),
+    }
+
+
+@pytest.mark.parametrize("what", overlapping())
+def test_operands_that_share_memory_with_a_cache(what):
+    (k_cache, v_cache, q, *new), message = overlapping()[what]
+    k, v = new or (zeros(2, 1, 2, 32), zeros(2, 1, 2, 32))
+    with pytest.raises(ValueError, match=f"{message} must not overlap if k and v are given"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=4)
+    flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=4)  # writes nothing
+
+
+def test_interleaved_caches_and_packed_operands_do_not_overlap():
+    k_cache, v_cache = zeros(2, 32, 2, 2, 32).unbind(2)
+    q, k, v = zeros(2, 1, 8, 32).split([4, 2, 2], 2)
+    flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=4)
 
 
 def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypatch):
