@@ -45,18 +45,18 @@ class HeldOutLoss:
 
         Returns:
             The loss over all sets together, and the loss of each set by its name. With one set, the
-            second is {}.
+            second is {}. The loss of no token is NaN.
         """
         if not self._sums:
             return torch.zeros((), dtype=torch.float64), {}
         sums = torch.stack(self._sums)
         tokens = torch.tensor(self._tokens, dtype=torch.float64).to(sums.device)
         sums, tokens = ranks.sum(torch.stack([sums, tokens])).unbind()
-        whole = sums.sum() / tokens.sum().clamp(min=1.0)
+        whole = sums.sum() / tokens.sum()
         if len(sums) == 1:
             return whole, {}
         named = [*names, *map(str, range(len(names), len(sums)))]
-        return whole, dict(zip(named, sums / tokens.clamp(min=1.0), strict=False))
+        return whole, dict(zip(named, sums / tokens, strict=False))
 
     def log(self, module: pl.LightningModule, stage: str) -> dict[str, float]:
         """Logs loss and perplexity over the tokens of all ranks: of all sets together, and of each.

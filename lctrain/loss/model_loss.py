@@ -11,7 +11,6 @@ import inspect
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lctrain.batch import IGNORE_INDEX
@@ -20,6 +19,7 @@ from lctrain.loss.causal_lm import probe
 from lctrain.loss.masked_lm import has_known_head, head_losses
 from lctrain.loss.output_head import find_output_head
 from lctrain.made_class import makes_class
+from lctrain_kernels.cross_entropy.mean import mean_over
 
 
 class LossSwap:
@@ -161,7 +161,7 @@ def _masked_loss(model: Any, labels: Tensor, kwargs: dict[str, Any], replaceable
         ignore_index,
     )
     if divisor is not None:
-        loss = loss / (divisor.to(loss.device) if torch.is_tensor(divisor) else divisor)
+        loss = mean_over(loss, divisor)
     return MaskedLMOutput(
         loss=loss,
         logits=None,
@@ -238,7 +238,7 @@ def _fused_loss(
         reduction="mean" if divisor is None else "sum",
     )
     if divisor is not None:
-        loss = loss / (divisor.to(loss.device) if torch.is_tensor(divisor) else divisor)
+        loss = mean_over(loss, divisor)
     return CausalLMOutputWithPast(
         loss=loss,
         logits=None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lctrain.distributed import Topology
 from lctrain.distributed.sharding import local_part
+from lctrain_kernels.cross_entropy.mean import mean_over
 
 
 class TokenWindow:
@@ -20,7 +21,7 @@ class TokenWindow:
 
     Attributes:
         last_loss: Loss per token of the last closed window, 0-dim float64 tensor; None before the
-            first.
+            first, and NaN for a window without a valid token.
     """
 
     def __init__(self) -> None:
@@ -63,11 +64,11 @@ class TokenWindow:
         totals = torch.stack([self._sum, tokens])  # [2] float64: loss sum, tokens
         ranks.sum(totals)
         loss_sum, tokens = totals[0], totals[1].clamp(min=1.0)
+        self.last_loss = mean_over(loss_sum, totals[1])
         gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
         for group in _by_device_and_dtype(gradients):
             factor_dtype = torch.promote_types(group[0].dtype, torch.float32)
             torch._foreach_mul_(group, (averaged / tokens).to(factor_dtype))
-        self.last_loss = loss_sum / tokens
         self.discard()
 
     def discard(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
+from lctrain_kernels.cross_entropy.mean import mean_over
 from lctrain_kernels.cross_entropy.operators import cross_entropy_sum, cross_entropy_tokens
 from lctrain_kernels.cross_entropy.options import LossOptions, VocabularyShard
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
@@ -84,8 +85,9 @@ def linear_cross_entropy(
         - With `return_lse`, the logsumexp [T], 0 for ignored tokens. It has gradients only if
           `reduction` is "none".
 
-        If all tokens are ignored, the loss and all gradients are 0. A token all of whose logits are
-        -inf has an infinite loss and no gradient.
+        If all tokens are ignored, a sum is 0 and a "mean" is NaN, as in
+        torch.nn.functional.cross_entropy; all gradients are 0. A token all of whose logits are -inf
+        has an infinite loss and no gradient.
 
     Raises:
         ValueError: if arguments do not fit together, or, on a CPU, if a label is outside the
@@ -133,7 +135,7 @@ def linear_cross_entropy(
         ]
         loss, lse, *_ = cross_entropy_sum(*tensors, token_weights, needs, *options.arguments())
         if reduction == "mean":
-            loss = loss / num_valid_tokens.clamp(min=1)
+            loss = mean_over(loss, num_valid_tokens)
     return (loss, num_valid_tokens, lse) if return_lse else (loss, num_valid_tokens)
 
 

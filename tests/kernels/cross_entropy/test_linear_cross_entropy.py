@@ -137,10 +137,12 @@ def test_hidden_states_of_an_autocast_region_meet_float32_weights() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_without_a_valid_token_loss_and_gradients_are_zero(reduction) -> None:
+def test_without_a_valid_token_gradients_are_zero_and_a_mean_is_nan(reduction) -> None:
     inputs = make_inputs(torch.float32, bias=True)
     inputs[-1].fill_(-100)
-    for tensor in loss_and_grads(fused_loss, inputs, reduction=reduction):
+    loss, *gradients = loss_and_grads(fused_loss, inputs, reduction=reduction)
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+    for tensor in gradients:
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
