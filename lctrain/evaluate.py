@@ -68,7 +68,7 @@ class Evaluation:
 def evaluate(config: EvalConfig) -> Evaluation:
     """Runs evaluation tasks on a stored model, and writes tables and plots.
 
-    Under torchrun, the ranks share the items of each task, and rank 0 writes the files.
+    Under torchrun and srun, the ranks share the items of each task, and rank 0 writes the files.
 
     Args:
         config: Settings of the evaluation.

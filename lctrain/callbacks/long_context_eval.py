@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ class LongContextEval(pl.Callback):
         mine = cells if together else cells[ranks.rank :: ranks.size]
         done: Done = {}
         began = time.monotonic()
-        with progress_bar(0, "token", shown=False) as bar:
+        alone = nullcontext() if together else ranks.failing_together()
+        with alone, progress_bar(0, "token", shown=False) as bar:
             for run, cell in mine:
                 if self._spent(began, ranks if together else Topology()):
                     break

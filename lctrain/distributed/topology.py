@@ -11,6 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class OtherRankError(ValueError):
+    """Raised on ranks that did not fail, with the message of the rank that did.
+
+    Attributes:
+        lctrain_told: Set on every error that all ranks know of; they leave together.
+    """
+
+    lctrain_told = True
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank that has failed exchanges instead of a value."""
+
+    message: str
+
+
 @dataclass(frozen=True)
 class Topology:
     """The ranks of a run, and how they divide the parameters and the packs.
@@ -132,7 +149,18 @@ class Topology:
         return min(self.gather(value))
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks in rank order, on every rank. Values are pickled."""
+        """Returns the values of all ranks in rank order, on every rank. Values are pickled.
+
+        Raises:
+            OtherRankError: if a rank has failed in `failing_together` instead of calling `gather`.
+        """
+        values = self._exchange(value)
+        for other in values:
+            if isinstance(other, _Failure) and not isinstance(value, _Failure):
+                raise OtherRankError(other.message)
+        return values
+
+    def _exchange(self, value: Any) -> list[Any]:
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -142,17 +170,20 @@ class Topology:
     def failing_together(self) -> Iterator[None]:
         """Context manager from which all ranks raise if one does. All ranks must use it.
 
+        The body may call `gather`, and no other collective. A rank that fails takes part in one
+        more exchange: in that with which the others leave the body, or in their next `gather`.
+
         Raises:
-            ValueError: on ranks that did not fail, with the message of the first one that did.
+            OtherRankError: on ranks that did not fail, with the message of the first one that did.
         """
-        error = None
         try:
             yield
-        except Exception as found:
-            error = found
-        for message in self.gather(None if error is None else str(error)):
-            if message is not None:
-                raise error or ValueError(message)
+        except Exception as error:
+            if self.size > 1 and not hasattr(error, "lctrain_told"):
+                error.lctrain_told = True  # type: ignore[attr-defined]
+                self.gather(_Failure(str(error) or type(error).__name__))
+            raise
+        self.gather(None)
 
     def of_first(self, value: Any) -> Any:
         """Returns the value of rank 0, which is pickled, on every rank. All ranks must call it."""

@@ -1,4 +1,4 @@
-"""The ranks of lctrain-eval under torchrun: their order while they read data, and their devices."""
+"""The ranks of lctrain-eval: their order while they read data, and their devices."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ class Run:
     ) -> None:
         """Computes a cell on the patched model."""
         scale = self.task.work(cell.length) / self.task.size(cell.length) if in_tokens else 1
-        done[cell] = self._result(reading, cell.length, partial(_move, bar, scale))
+        with self.ranks.failing_together():
+            done[cell] = self._result(reading, cell.length, partial(_move, bar, scale))
 
     def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
         made = self.task.make(length)

@@ -79,8 +79,8 @@ def apply_config(
         tokens: Number of tokens of the longest pack; `config.tokens` takes precedence.
         precision: "true" or "bf16-mixed", which the plan of "auto" assumes.
         device: Device on which the model is trained; None for the model's current device.
-        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
-            LOCAL_WORLD_SIZE, else 1.
+        ranks: Number of ranks on this machine, which share its memory; None takes that of torchrun
+            or srun, else 1.
         optimizer: Dotted name of the optimizer's class. Its states take GPU and host memory.
         chosen: Plan of "auto", from `plan_for` with the same arguments; None computes it.
         shards: As in `plan_for`.
@@ -157,8 +157,8 @@ def plan_for(
         tokens: Number of tokens of the longest pack.
         precision: "true" if activations have the dtype of the weights, or "bf16-mixed".
         device: Device on which the model is trained; None for the model's current device.
-        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
-            LOCAL_WORLD_SIZE, else 1.
+        ranks: Number of ranks on this machine, which share its memory; None takes that of torchrun
+            or srun, else 1.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
         optimizer: Dotted name of the optimizer's class.
         shards: Number of ranks among which FSDP2 will divide the parameters; None if every rank
@@ -197,8 +197,8 @@ def host_bytes(config: MemoryConfig, ranks: int | None = None) -> int:
 
     Args:
         config: Settings of the policy.
-        ranks: Number of ranks on this machine, which share its memory; None takes torchrun's
-            LOCAL_WORLD_SIZE, else 1.
+        ranks: Number of ranks on this machine, which share its memory; None takes that of torchrun
+            or srun, else 1.
     """
     if config.host_gib is not None:
         return int(config.host_gib * GIB)

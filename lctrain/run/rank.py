@@ -29,21 +29,44 @@ def is_launched_by_lightning(environment: Mapping[str, str] | None = None) -> bo
 
 
 def local_rank() -> int:
-    """Returns the number of this rank on its machine, from torchrun's LOCAL_RANK; 0 without it."""
+    """Returns the number of this rank on its machine, from torchrun or srun; 0 without them."""
+    if in_slurm_step():
+        return int(os.environ.get("SLURM_LOCALID") or 0)
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def ranks_on_machine() -> int:
-    """Returns the number of ranks on this machine, from torchrun's LOCAL_WORLD_SIZE, else 1.
+    """Returns the number of ranks on this machine, from torchrun or srun, else 1.
 
     Lightning's own launcher sets no such variable.
     """
+    if in_slurm_step():
+        tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+        return -(-tasks // int(os.environ.get("SLURM_STEP_NUM_NODES") or 1))
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def launched_size() -> int:
-    """Returns the number of ranks that torchrun started, from WORLD_SIZE; 1 without it."""
+    """Returns the number of ranks that torchrun or srun started; 1 without them."""
+    if in_slurm_step():
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
     return int(os.environ.get("WORLD_SIZE") or 1) if is_launched() else 1
+
+
+def launched_rank() -> int:
+    """Returns the number of this rank, from torchrun or srun; 0 without them."""
+    return int(os.environ["SLURM_PROCID"] if in_slurm_step() else os.environ.get("RANK") or 0)
+
+
+def in_slurm_step() -> bool:
+    """Whether srun started this process as one of several tasks, and torchrun did not.
+
+    A batch script is no task of srun, although it has the variables of its job, such as
+    SLURM_NTASKS. A shell that srun opened is not one either.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "sh", "zsh")
+    return not is_launched() and not shell and tasks.isdigit() and int(tasks) > 1
 
 
 def is_launched() -> bool:

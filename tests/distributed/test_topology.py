@@ -9,11 +9,12 @@ import torch
 
 from lctrain.data.same_pack import pack_checksum
 from lctrain.data.share import share_pack
-from lctrain.distributed import Topology
+from lctrain.distributed import Topology, topology
 from lctrain.distributed.sharding import ShardRoot
 from lctrain.distributed.strategy import ShardedStrategy, check_strategy
 from lctrain.dropout_seed import seed_micro_batch
 from lctrain.module import LongContextModule
+from tests.distributed.threads import run_in_threads
 from tests.training import make_batch
 
 
@@ -136,16 +137,41 @@ def test_all_ranks_fail_if_one_does(monkeypatch):
     ranks = Topology(1, 3, is_sharded=True)
     others: list = [None, None, None]
 
-    def gather(_, value):
+    def exchange(_, value):
         return [others[0], value, others[2]]
 
-    monkeypatch.setattr(Topology, "gather", gather)
+    monkeypatch.setattr(Topology, "_exchange", exchange)
     with ranks.failing_together():
         pass
     with pytest.raises(OSError, match="its own"), ranks.failing_together():
         raise OSError("its own")
-    others[2] = "rank 2 cannot read its files"
+    others[2] = topology._Failure("rank 2 cannot read its files")
     with pytest.raises(ValueError, match="rank 2 cannot read"), ranks.failing_together():
         pass
     with pytest.raises(OSError, match="its own"), ranks.failing_together():
         raise OSError("its own")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("step", range(4))
+def test_a_rank_that_fails_between_exchanges_ends_the_others(step, failing, nested):
+    """A rank may fail before, between and after the exchanges that the others wait in."""
+
+    def body(ranks):
+        for number in range(3):
+            if ranks.rank == failing and number == step:
+                raise OSError(f"rank {failing} is out of memory")
+            assert ranks.gather((ranks.rank, number)) == [(0, number), (1, number)]
+        if ranks.rank == failing and step == 3:
+            raise OSError(f"rank {failing} is out of memory")
+
+    def run(ranks):
+        around = ranks.failing_together() if nested else nullcontext()
+        with around, ranks.failing_together():
+            body(ranks)
+
+    errors = run_in_threads(run, 2)
+    assert [type(error) for error in errors][failing] is OSError
+    assert type(errors[1 - failing]) is topology.OtherRankError
+    assert {str(error) for error in errors} == {f"rank {failing} is out of memory"}

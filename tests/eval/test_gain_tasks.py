@@ -1,9 +1,7 @@
 """Tests sliding perplexity, the gain from context and LongPPL on models whose losses are known."""
 
 import dataclasses
-import functools
 import math
-import threading
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from lctrain.eval.tasks.context_gain import ContextGain
 from lctrain.eval.tasks.harness import Harness
 from lctrain.eval.tasks.longppl import LongPerplexity
 from lctrain.eval.tasks.sliding import SlidingPerplexity
+from tests.distributed.threads import run_in_threads
 from tests.eval.conftest import VOCABULARY
 from tests.eval.test_perplexity import LooksBack
 from tests.numerics import near
@@ -83,6 +82,7 @@ def test_ranks_share_all_windows(make_llama, monkeypatch):
     task = SlidingPerplexity(stride=7, document_tokens=90)
     kept = []
     monkeypatch.setattr(sliding, "summed", lambda sums, ranks: kept.append(sums) or sums)
+    monkeypatch.setattr(Topology, "_exchange", lambda ranks, value: [value] * ranks.size)
     for ranks in (ONE_RANK, Topology(rank=0, size=2), Topology(rank=1, size=2)):
         subject = Subject(model, None, documents, name="m")
         run = Run.prepared(task, subject, [GivenReading()], (40,), max_tokens=200, ranks=ranks)
@@ -186,44 +186,9 @@ def test_ranks_share_the_documents_of_longppl(documents):
             run.compute_cell(cell, done, bar)
         return done[cell]
 
-    ranks = AllAtOnce(size)
-    shared = ranks.run(result)
+    shared = run_in_threads(result, size)
     assert shared == [result(Topology())] * size
     assert [item.id for item in shared[0].items] == ["0 d0"]
-
-
-class AllAtOnce:
-    """Runs a function on every rank, each in a thread of its own.
-
-    Args:
-        size: Number of ranks.
-    """
-
-    def __init__(self, size):
-        self.size, self.barrier = size, threading.Barrier(size, timeout=60)
-        self.values = [None] * size
-
-    def gather(self, rank, value):
-        self.values[rank] = value
-        self.barrier.wait()
-        found = list(self.values)
-        self.barrier.wait()
-        return found
-
-    def run(self, function):
-        found = [None] * self.size
-
-        def call(rank):
-            topology = Topology(rank, self.size)
-            object.__setattr__(topology, "gather", functools.partial(self.gather, rank))
-            found[rank] = function(topology)
-
-        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
 
 
 def test_settings_and_documents_that_longppl_cannot_use(make_llama):

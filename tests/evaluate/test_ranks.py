@@ -2,14 +2,22 @@
 
 import json
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from lctrain.distributed import ONE_RANK, Topology
+from lctrain.distributed import ONE_RANK, Topology, topology
+from lctrain.eval import Run, Subject
 from lctrain.eval.ranks import device_of, first_rank_first
+from lctrain.eval.reading import GivenReading
+from lctrain.eval.run_task import progress_bar
 from lctrain.evaluate import evaluate
+from lctrain.process_group import launched_ranks
+from lctrain.run.rank import launched_size, local_rank, ranks_on_machine
 from tests.distributed.ranks import run_ranks
+from tests.distributed.threads import run_in_threads
 
 TASKS = ["tasks=[perplexity,passkey]", "lengths=[8,64]", "split=all"]
 PASSKEY = ["passkey.lengths=[128]", "passkey.depths=[0.0,1.0]", "passkey.keys_per_cell=3"]
@@ -51,15 +59,15 @@ def told(monkeypatch) -> list[str | None]:
     """Lets `evaluate` run as rank 0 of 2, and lists what it tells rank 1: an error, or None."""
     seen: list[str | None] = []
 
-    def gather(ranks, value):
-        seen.append(value)
+    def exchange(ranks, value):
+        seen.append(getattr(value, "message", value))
         return [value, None]
 
     @contextmanager
     def two_ranks(size):
         yield Topology(0, 2)
 
-    monkeypatch.setattr(Topology, "gather", gather)
+    monkeypatch.setattr(Topology, "_exchange", exchange)
     monkeypatch.setattr("lctrain.process_group.launched_ranks", two_ranks)
     return seen
 
@@ -89,16 +97,16 @@ def test_an_error_of_the_first_rank_reaches_the_others(make_config, told, monkey
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_wait_for_each_other_fail_together(monkeypatch, rank, failing):
     """Every rank takes part in the same exchanges until one of them has failed."""
-    calls: list[str | None] = []
+    calls: list[Any] = []
 
-    def gather(ranks, value):
+    def exchange(ranks, value):
         """Returns what both ranks say: rank 0 its body first, then rank 1 its own."""
         step = len(calls)
         calls.append(value)
-        others = "broken" if step == failing != rank else None
+        others = topology._Failure("broken") if step == failing != rank else None
         return [value, others] if rank == 0 else [others, value]
 
-    monkeypatch.setattr(Topology, "gather", gather)
+    monkeypatch.setattr(Topology, "_exchange", exchange)
     error = {None: None, rank: OSError}.get(failing, ValueError)
     with pytest.raises(error, match="broken") if error else nullcontext():  # noqa: SIM117
         with first_rank_first(Topology(rank, 2)):
@@ -106,6 +114,31 @@ def test_ranks_that_wait_for_each_other_fail_together(monkeypatch, rank, failing
             if failing == rank:
                 raise OSError("broken")
     assert len(calls) == (2 if failing is None else failing + 1)
+
+
+@pytest.mark.parametrize("shares_itself", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_inside_a_task_ends_all_ranks_with_its_message(failing, shares_itself):
+    def score(reader, length, made):
+        if reader.ranks.rank == failing:
+            raise OSError("no more memory")
+        yield from reader.ranks.gather("an item") if shares_itself else made
+
+    task = SimpleNamespace(
+        name="t", score=score, make=lambda _: [1, 2], shares_itself=shares_itself
+    )
+    task.work = task.size = task.same_as = lambda length: length
+    task.title = "T"
+
+    def run(ranks):
+        cells = Run(task, Subject(None, None, []), [GivenReading()], (8,), 8, None, ranks)
+        with progress_bar(0, "token", shown=False) as bar:
+            cells.compute({}, bar)
+
+    errors = run_in_threads(run, 2)
+    assert [str(error) for error in errors] == ["no more memory"] * 2
+    assert [type(error) for error in errors][failing] is OSError
+    assert isinstance(errors[1 - failing], ValueError)
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
@@ -120,3 +153,67 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="got cuda and 2 GPUs for rank 2 of this machine"):
         device_of(gpu, ranks)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_NAME": "evaluate",
+    "SLURM_NODELIST": "node[3-4]",
+    "SLURM_NTASKS": "16",
+    "SLURM_NNODES": "2",
+}
+STEP = {
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+TASK = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Returns a function that sets a launcher's variables, and returns what the ranks join by."""
+    found = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **settings: found.append(settings)
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+    def launch(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with launched_ranks(launched_size()):
+            pass
+        return found
+
+    return launch
+
+
+def test_tasks_of_srun_share_an_evaluation(launched):
+    (joined,) = launched(SLURM | STEP | TASK)
+    assert joined["init_method"] == "tcp://node3:19569"
+    assert (joined["rank"], joined["world_size"]) == (9, 16)
+    assert (local_rank(), ranks_on_machine()) == (1, 8)
+
+
+def test_ranks_of_torchrun_inside_of_srun(launched):
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    (joined,) = launched(SLURM | STEP | TASK | torchrun)
+    assert "init_method" not in joined
+    assert (local_rank(), ranks_on_machine(), launched_size()) == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SLURM,  # a batch script
+        SLURM | TASK | {"SLURM_STEP_NUM_TASKS": "1"},
+        SLURM | STEP | TASK | {"SLURM_JOB_NAME": "bash"},  # a shell that srun has opened
+    ],
+)
+def test_processes_that_srun_did_not_start_as_tasks(launched, variables):
+    assert launched(variables) == []
+    assert (launched_size(), ranks_on_machine()) == (1, 1)

@@ -14,6 +14,7 @@ OWN_RANKS = {
 LAUNCHED = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
 }
 """Environment variables of torchrun, srun and Lightning."""
 LAUNCHES = ("lctrain/run/rank.py", "lctrain/run/launch.py")
