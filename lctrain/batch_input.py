@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctrain.instances import require_instance
 from lctrain.limits import MIN_TOKENS
 
 IntegerSequence = Tensor | np.ndarray | Sequence[int]
@@ -25,6 +26,7 @@ def check_max_tokens(max_tokens: int | None, num_tokens: int = 0) -> None:
     """
     if max_tokens is None:
         return
+    require_instance("max_tokens", max_tokens, int, "Pass a number of tokens.")
     if max_tokens < MIN_TOKENS:
         raise ValueError(
             f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}. A token needs a next one "

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lctrain.instances import require_sequence
 from lctrain.pluralize import pluralize
 
 MIN_TOKENS = 2
@@ -124,6 +125,7 @@ def check_lengths(
         ValueError: if the list is empty, or a length is not an integer, below 2 or above
             max_tokens.
     """
+    require_sequence(f"{prefix}lengths", lengths, "Give tokens, as in [1024, 4096].")
     require(
         len(lengths) > 0,
         f"{prefix}lengths must name at least one context length, got none. Try [1024].",
@@ -305,6 +307,7 @@ def check_methods(methods: Sequence[str], name: str = "methods") -> tuple[str, .
     Raises:
         ValueError: if a method does not exist.
     """
+    require_sequence(name, methods, "Name some, or leave them out.")
     for method in methods:
         require(
             method in METHODS,

@@ -82,7 +82,14 @@ def select_backend(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    device = torch.device(device)
+    if not isinstance(device, str | torch.device):
+        raise TypeError(
+            f"device must be a torch.device, got {type(device).__name__}. Pass that of q."
+        )
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch, got {device!r}: {error}") from None
     supported = dtype in (torch.float16, torch.bfloat16, torch.float32)
     wide = head_dim > MAX_HEAD_DIM
     if backend == "auto":

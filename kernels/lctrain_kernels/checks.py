@@ -1,12 +1,16 @@
 """Argument checks of the public attention functions. Each error message names the remedy.
 
-The checks read shapes, dtypes and Python values. They read the values of CPU tensors only, so no
-check synchronises with a GPU.
+The checks read shapes, dtypes and Python values. They read values of tensors where `reads_values`
+says so: on a CPU, and on a GPU if LCTRAIN_CHECK_CACHE=1 is set. Otherwise no check synchronises.
 """
+
+import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
+SWITCH = "LCTRAIN_CHECK_CACHE"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,3 +68,28 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}."
         )
+
+
+def require_tensors(**tensors: Tensor) -> None:
+    """Raises a TypeError unless all arguments, given by their names, are tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Pass a tensor."
+            )
+
+
+def reads_values(device: torch.device) -> bool:
+    """Returns whether the checks read values of tensors on a device."""
+    if torch.compiler.is_compiling():
+        return False
+    if device.type == "cpu":
+        return True
+    if os.environ.get(SWITCH, "0") != "1":
+        return False
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Returns whether the checks read the values of a tensor."""
+    return not isinstance(tensor, FakeTensor) and reads_values(tensor.device)

@@ -6,6 +6,8 @@ lctrain.attention.prefixes merges the attention to a shared prefix and to the su
 import torch
 from torch import Tensor
 
+from lctrain_kernels.checks import require_tensors
+
 
 def merge_attn_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
@@ -28,6 +30,7 @@ def merge_attn_states(
     Raises:
         ValueError: if shapes do not fit.
     """
+    require_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     expected = (out_a.shape[1], out_a.shape[0])
     if out_a.shape != out_b.shape or not tuple(lse_a.shape) == tuple(lse_b.shape) == expected:
         raise ValueError(

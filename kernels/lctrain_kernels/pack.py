@@ -177,7 +177,7 @@ def checked_pack(
 ) -> Pack:
     """Checks boundaries, lengths, ids and schedule of a batch and returns them as a Pack.
 
-    Only values of CPU tensors are read, so no check synchronises with a GPU.
+    Values of tensors on a GPU are read only if LCTRAIN_CHECK_CACHE=1 is set, which synchronises.
 
     Args:
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
@@ -207,8 +207,9 @@ def checked_pack(
             f"{names[0]} and {names[1]} must describe the same documents, got {documents} and "
             f"{cu_seqlens_k.shape[0] - 1}."
         )
-    check_max_seqlen(names[2], max_seqlen_q)
-    check_max_seqlen(names[3], max_seqlen_k)
+    check_max_seqlen(names[2], max_seqlen_q, cu_seqlens_q)
+    checked = cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q
+    check_max_seqlen(names[3], max_seqlen_k, None if checked else cu_seqlens_k)
     check_document_ids(document_ids, documents, device)
     check_query_offsets(query_offsets, cu_seqlens_q, device)
     if schedule is not None:

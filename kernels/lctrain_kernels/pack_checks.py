@@ -1,12 +1,12 @@
 """Checks the arguments that describe packed documents. Each error message names the remedy.
 
-Only values of CPU tensors are read, so no check synchronises with a GPU.
+Values of tensors are read where `has_values` says so, so that no check synchronises with a GPU.
 """
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from lctrain_kernels.checks import has_values
 from lctrain_kernels.schedule import TileSchedule
 
 DRAW_ROWS = 16  # queries that share draws of dropout's random bits; see reference/philox.py
@@ -17,7 +17,7 @@ def check_cu_seqlens(
 ) -> None:
     """Raises unless cu_seqlens is [N + 1] int32 on q's device.
 
-    For a CPU tensor, its values must also never decrease and run from 0 to `total`, if that is
+    Where values are read, they must also never decrease and run from 0 to `total`, if that is
     given.
     """
     if not isinstance(cu_seqlens, Tensor):
@@ -33,9 +33,7 @@ def check_cu_seqlens(
         raise ValueError(
             f"{name} must be on q's device ({device}), got {cu_seqlens.device}. Move it with .to()."
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if isinstance(cu_seqlens, FakeTensor):
+    if not has_values(cu_seqlens):
         return
     if int(cu_seqlens[0]) != 0:
         raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}. Prepend a 0.")
@@ -48,12 +46,27 @@ def check_cu_seqlens(
         )
 
 
-def check_max_seqlen(name: str, value: object) -> None:
-    """Raises TypeError unless the length is a Python int; reading a tensor would synchronise."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, torch.SymInt)):
+def check_max_seqlen(name: str, value: object, cu_seqlens: Tensor | None = None) -> None:
+    """Raises unless a longest length is a Python int, and no document is longer.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The longest length. Reading a tensor would synchronise.
+        cu_seqlens: Cumulative lengths of the documents, read where `has_values` says so; or None.
+    """
+    is_int = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if isinstance(value, Tensor) or not is_int:
         raise TypeError(
             f"{name} must be a Python int, got {type(value).__name__}. "
             "Compute it from the CPU lengths; reading a device tensor would stall the GPU."
+        )
+    if cu_seqlens is None or not has_values(cu_seqlens) or len(cu_seqlens) < 2:
+        return
+    longest = int(cu_seqlens.diff().max())
+    if longest > value:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be at least {longest}, the tokens of the longest document, got {value}. "
+            "The kernels start no program for more."
         )
 
 
@@ -67,13 +80,11 @@ def check_query_offsets(
 ) -> None:
     """Raises unless query_offsets is [N] int32 on q's device, or None.
 
-    For a CPU tensor, the offsets of documents with queries must also be multiples of DRAW_ROWS,
-    from 0 on.
+    Where values are read, the offsets of documents with queries must also be multiples of
+    DRAW_ROWS, from 0 on.
     """
     _check_per_document("query_offsets", query_offsets, cu_seqlens_q.shape[0] - 1, device)
-    if query_offsets is None or query_offsets.device.type != "cpu":
-        return
-    if torch.compiler.is_compiling() or isinstance(query_offsets, FakeTensor):
+    if query_offsets is None or not has_values(query_offsets):
         return
     wrong = (query_offsets < 0) | (query_offsets % DRAW_ROWS != 0)
     wrong = query_offsets[wrong & (cu_seqlens_q.diff() > 0)]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lctrain_kernels.checks import has_values, require_tensors
+
 
 def unpad_input(
     hidden_states: Tensor,
@@ -30,23 +32,20 @@ def unpad_input(
         cu_seqlens [B + 1] int32; the longest length (int); and the real lengths [B] int32.
 
     Raises:
-        ValueError: if the mask is not [B, S], or has values other than 0 and 1. With `num_tokens`
-            on a GPU the values are not checked.
+        TypeError: if an argument is no tensor.
+        ValueError: if a mask is not [B, S], or has values other than 0 and 1, or if `num_tokens` or
+            `max_seqlen` is wrong. With `num_tokens` on a GPU the values are only checked if
+            LCTRAIN_CHECK_CACHE=1 is set.
     """
-    if attention_mask.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, got "
-            f"{tuple(attention_mask.shape)}. Pass the [batch, tokens] padding mask."
-        )
-    readable = attention_mask.device.type == "cpu" or num_tokens is None
-    if readable and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-        raise ValueError(
-            f"attention_mask must hold 0 and 1 only, got {float(attention_mask.min()):g} to "
-            f"{float(attention_mask.max()):g}. Pass one row per document, or cu_seqlens."
-        )
+    require_tensors(hidden_states=hidden_states, attention_mask=attention_mask)
+    for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
+        if mask is not None:
+            _check_mask(name, mask, hidden_states, read=num_tokens is None)
     real = attention_mask.bool()
     kept = real if unused_mask is None else real | unused_mask.bool()
     lengths = kept.sum(dim=-1, dtype=torch.int32)
+    if has_values(lengths):
+        _check_counts(lengths, num_tokens, max_seqlen)
     if num_tokens is None:
         indices = kept.flatten().nonzero().flatten()
     else:
@@ -75,9 +74,68 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Returns:
         Padded rows [B, S, ...].
+
+    Raises:
+        TypeError: if an argument is no tensor.
+        ValueError: if a size is negative, or an index is outside of the rows. Indices on a GPU are
+            only checked if LCTRAIN_CHECK_CACHE=1 is set.
     """
+    require_tensors(hidden_states=hidden_states, indices=indices)
+    for name, size in (("batch", batch), ("seqlen", seqlen)):
+        is_int = isinstance(size, int | torch.SymInt) and not isinstance(size, bool)
+        if not is_int or size < 0:
+            raise ValueError(f"{name} must be an int of at least 0, got {size!r}. Pass the shape.")
+    if indices.dtype != torch.int64 or indices.shape != hidden_states.shape[:1]:
+        raise ValueError(
+            f"indices must be int64 of shape ({hidden_states.shape[0]},), got {indices.dtype} of "
+            f"shape {tuple(indices.shape)}. Pass what unpad_input returned."
+        )
+    if has_values(indices) and indices.numel():
+        low, high = (int(end) for end in indices.aminmax())
+        if low < 0 or high >= batch * seqlen:
+            raise ValueError(
+                f"indices must be from 0 to {batch * seqlen - 1} for {batch} rows of {seqlen} "
+                f"tokens, got {low} to {high}. Pass what unpad_input returned."
+            )
     rows = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
     return rows.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+
+
+def _check_mask(name: str, mask: Tensor, hidden_states: Tensor, read: bool) -> None:
+    """Raises unless a mask is [B, S], and, where its values are read, holds 0 and 1 only.
+
+    Args:
+        name: Name of the argument, for the message.
+        mask: The mask.
+        hidden_states: Padded rows [B, S, ...].
+        read: Whether the caller reads the mask on a GPU, too.
+    """
+    require_tensors(**{name: mask})
+    if mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"{name} must have shape {tuple(hidden_states.shape[:2])}, got {tuple(mask.shape)}. "
+            "Pass the [batch, tokens] padding mask."
+        )
+    if (read or has_values(mask)) and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            f"{name} must hold 0 and 1 only, got {float(mask.min()):g} to {float(mask.max()):g}. "
+            "Pass one row per document, or cu_seqlens."
+        )
+
+
+def _check_counts(lengths: Tensor, num_tokens: int | None, max_seqlen: int | None) -> None:
+    """Raises if a count that the caller knows differs from that of the masks."""
+    total, longest = int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
+    if num_tokens is not None and num_tokens != total:
+        raise ValueError(
+            f"num_tokens must be the ones in both masks, {total}, got {num_tokens}. Count them, or "
+            "leave it out."
+        )
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen must be at least {longest}, the longest row, got {max_seqlen}. Count the "
+            "ones of each row, or leave it out."
+        )
 
 
 def pad_head_dim(x: Tensor) -> Tensor:

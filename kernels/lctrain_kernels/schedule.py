@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lctrain_kernels.lengths import read_lengths
+
 SCHEDULE_ROWS = 128
 Work = Callable[[Tensor, Tensor], Tensor]  # (document, block) -> visible keys of a tile
 
@@ -59,10 +61,11 @@ def make_schedule(lengths_q: Sequence[int], lengths_k: Sequence[int] | None = No
         The schedule, with CPU tensors; move it with `.to(device)`.
 
     Raises:
+        TypeError: if the lengths are no integers.
         ValueError: if the two sequences differ in length or hold a negative value.
     """
-    queries = torch.tensor(list(lengths_q), dtype=torch.int64)
-    keys = queries if lengths_k is None else torch.tensor(list(lengths_k), dtype=torch.int64)
+    queries = read_lengths("lengths_q", lengths_q)
+    keys = queries if lengths_k is None else read_lengths("lengths_k", lengths_k)
     if queries.shape != keys.shape:
         raise ValueError(
             f"lengths_k must have one entry per document ({len(queries)}), got {len(keys)}. "

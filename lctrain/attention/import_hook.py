@@ -13,6 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from lctrain.instances import require_instance
+
 _TARGETS = {
     "transformers.modeling_utils": "register",
     "transformers.models.auto.configuration_auto": "register_families_on_demand",
@@ -28,6 +30,7 @@ def register_with_transformers(registration: str) -> None:
     Args:
         registration: Name of the module that holds the functions of _TARGETS.
     """
+    require_instance("registration", registration, str, "Pass the name of a module.")
     waiting = {finder.target for finder in sys.meta_path if isinstance(finder, _Finder)}
     for target, function in _TARGETS.items():
         if target in sys.modules:
@@ -67,4 +70,15 @@ class _Finder(MetaPathFinder):
 
 
 def _register(registration: str, function: str) -> None:
-    getattr(importlib.import_module(registration), function)()
+    module = None
+    try:
+        module = importlib.import_module(registration)
+    except ModuleNotFoundError as error:
+        if error.name != registration:
+            raise
+    if not hasattr(module, function):
+        raise ValueError(
+            f"registration must name a module with the function {function}, got {registration}, "
+            "which has none or cannot be imported. Pass lctrain.models.registration."
+        )
+    getattr(module, function)()

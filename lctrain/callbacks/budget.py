@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from lctrain.distributed import Topology
+from lctrain.instances import require_instance
 from lctrain.optim import follow_schedule, learning_rate_factor
 from lctrain.pluralize import pluralize
 from lctrain.run.folder import RunFolder
@@ -50,6 +51,7 @@ class StepBudget(pl.Callback):
     def __init__(
         self, seconds: float, started: float | None = None, folder: RunFolder | None = None
     ) -> None:
+        require_instance("seconds", seconds, (int, float), "Pass the time until training ends.")
         if not seconds > 0:
             raise ValueError(
                 f"seconds must be above 0, got {seconds}. It is the time until training ends."

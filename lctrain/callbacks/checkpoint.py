@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from lctrain.distributed import Topology
+from lctrain.instances import require_instance, require_int
 from lctrain.run.checkpoint_file import AtomicCheckpointIO
 from lctrain.run.folder import remove_unfinished
 from lctrain.run.resume import LAST, checkpoints_in
@@ -52,9 +53,9 @@ class StepCheckpoint(Checkpoint):
 
     def __init__(self, directory: str | Path, every_n_steps: int = 100, keep: int = 2) -> None:
         super().__init__()
+        require_instance("directory", directory, (str, Path), "Pass the folder of the checkpoints.")
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}. Choose a positive one.")
+            require_int(name, value, 1, "Choose a positive one.")
         self.directory = Path(directory).expanduser().absolute()
         self.every_n_steps = every_n_steps
         self.keep = keep

@@ -14,6 +14,7 @@ from lctrain.distributed import Topology
 from lctrain.distributed.sharding import through_root
 from lctrain.eval import check_lengths, longest_documents, perplexity_by_length
 from lctrain.eval.begin import NO_BEGIN, BeginTokens, begin_tokens
+from lctrain.instances import require_int
 
 
 class LengthPerplexity(pl.Callback):
@@ -52,18 +53,11 @@ class LengthPerplexity(pl.Callback):
         model: str | None = None,
         begin_token: bool | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(
-                f"every_n_steps must be at least 1, got {every_n_steps}. Set "
-                "callbacks.length_perplexity=null to switch the callback off."
-            )
-        if documents < 1:
-            raise ValueError(
-                f"documents must be at least 1, got {documents}. Set "
-                "callbacks.length_perplexity=null to switch the callback off."
-            )
-        self.max_tokens = max([2, *lengths]) if max_tokens is None else max_tokens
-        self.lengths = check_lengths(lengths, self.max_tokens)
+        off = "Set callbacks.length_perplexity=null to switch the callback off."
+        require_int("every_n_steps", every_n_steps, 1, off)
+        require_int("documents", documents, 1, off)
+        self.lengths = check_lengths(lengths, max_tokens)
+        self.max_tokens = self.lengths[-1] if max_tokens is None else max_tokens
         self.every_n_steps = every_n_steps
         self.documents = documents
         self.held_out = held_out

@@ -24,6 +24,7 @@ from lctrain.eval.records import Result, Subject, Table
 from lctrain.eval.registry import make_task
 from lctrain.eval.run_task import Run, progress_bar
 from lctrain.eval.untouched import untouched
+from lctrain.instances import require_int
 from lctrain.limits import check_lengths, require
 from lctrain.loggers import log_evaluation, log_picture
 
@@ -75,18 +76,15 @@ class LongContextEval(pl.Callback):
         model: str | None = None,
     ) -> None:
         off = "Set callbacks.long_context_eval=null to switch the callback off."
-        require(every_n_steps >= 1, f"every_n_steps must be at least 1, got {every_n_steps}. {off}")
+        require_int("every_n_steps", every_n_steps, 1, off)
         require(
             budget_s is None or budget_s > 0,
             f"budget_s must be above 0, got {budget_s}. Use null for no limit.",
         )
-        require(
-            documents is None or documents >= 1,
-            f"documents must be at least 1, got {documents}. {off}",
-        )
+        require_int("documents", 1 if documents is None else documents, 1, off)
         require(len(tasks) > 0, f"tasks must name at least one, got none. {off}")
-        self.max_tokens = max([2, *lengths]) if max_tokens is None else max_tokens
-        self.lengths = check_lengths(lengths, self.max_tokens)
+        self.lengths = check_lengths(lengths, max_tokens)
+        self.max_tokens = self.lengths[-1] if max_tokens is None else max_tokens
         self.every_n_steps = every_n_steps
         self.budget_s = budget_s
         self.held_out = held_out

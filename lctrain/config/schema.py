@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lctrain.config_errors import explain_config_error
+from lctrain.instances import require_instance
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,6 +30,9 @@ def store_schema(name: str, schema: Any) -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    require_instance("name", name, str, 'Pass "group/name", or "name".')
+    if not is_dataclass(schema):
+        raise TypeError(f"schema must be a dataclass, got {schema!r}. Decorate a class.")
     node = OmegaConf.structured(schema)
     _allow_overrides(node)
     group, _, leaf = name.rpartition("/")
@@ -50,9 +55,11 @@ def to_dataclass(config: DictConfig, schema: type[Schema]) -> Schema:
     """
     from dataclasses import FrozenInstanceError
 
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    require_instance("config", config, DictConfig, "Pass what Hydra composed.")
+    require_instance("schema", schema, type, "Pass a dataclass.")
     try:
         result = OmegaConf.to_object(config)
     except FrozenInstanceError as error:  # a key appended with + to a schema without it

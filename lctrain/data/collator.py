@@ -13,6 +13,7 @@ from lctrain.batch import PackedBatch
 from lctrain.batch_input import check_max_tokens
 from lctrain.data.documents import StoredTokens
 from lctrain.data.packing import PackingPlan, PackingReport
+from lctrain.instances import require_instance
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class PackedRows(torch.utils.data.Dataset[PackedBatch]):
                 `labels` returns the labels; otherwise the tokens themselves are the labels.
             plan: Plan of the packing: which pieces of documents each row holds.
         """
+        require_instance("plan", plan, PackingPlan, "Call lctrain.data.pack instead.")
         self.store: Any = store
         self.plan = plan
         self.collate = PackCollator(plan.report.max_tokens).pack

@@ -14,6 +14,7 @@ import torch
 from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.data.collator import PackCollator
 from lctrain.data.special_tokens import special_ids
+from lctrain.instances import require_int
 from lctrain.limits import check_seed, require
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class MaskTokens:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("mask_token_id", "vocab_size"):
+            require_int(name, getattr(self, name), 0, "Pass the tokenizer's.")
         check_mask_fraction(self.fraction)
         check_seed(self.seed)
         require(

@@ -231,6 +231,7 @@ def plan_rows(
         The plan. Its attribute `report` holds the counts.
 
     Raises:
+        TypeError: if the lengths are no integers.
         ValueError: if an argument is out of range.
     """
     check_max_tokens(max_tokens)
@@ -242,7 +243,7 @@ def plan_rows(
         )
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}. Use the default, 100000.")
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = _integers(lengths)
     if len(lengths) and lengths.min() < 1:
         raise ValueError("lengths must be at least 1, got a smaller one. Drop empty documents.")
 
@@ -308,6 +309,17 @@ def document_limit(max_document_tokens: int | None, max_tokens: int) -> int:
             f"{max_document_tokens}. Use null for documents as long as a row."
         )
     return max_document_tokens
+
+
+def _integers(lengths: np.ndarray) -> np.ndarray:
+    """Returns lengths as int64; raises a TypeError for other numbers, such as those of a mask."""
+    given = np.asarray(lengths)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise TypeError(
+            f"lengths must be integers [documents], got {given.dtype} of shape {given.shape}. Pass "
+            "numbers of tokens."
+        )
+    return given.astype(np.int64)
 
 
 def _cut(

@@ -39,6 +39,11 @@ def begin_tokens(tokenizer: Any, option: bool | None) -> BeginTokens:
     Raises:
         ValueError: if `option` is true and the tokenizer has no begin token.
     """
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers, got {type(tokenizer).__name__}. Pass "
+            "AutoTokenizer.from_pretrained(...)."
+        )
     added = tuple(tokens_around(tokenizer)[0])
     if added or not option:
         return BeginTokens(added, every_window=option is not False)

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.instances import require_instance, require_int
 from lctrain.limits import DUAL_CHUNK_METHODS, ROPE_METHODS, check_methods
 from lctrain.models import patch_model
 from lctrain.models.rotary import find_rotary
@@ -130,18 +131,15 @@ def trained_window(model: Any, window: int | None) -> int:
     Raises:
         ValueError: if `window` is None and the config has no such value, or the length is below 2.
     """
+    require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
     if window is None:
-        window = configured_window(model.config)
+        window = configured_window(model.config)  # type: ignore[arg-type]
     if window is None:
         raise ValueError(
             f"window must be given for {type(model).__name__}, whose config does not say on how "
             "many tokens it was trained (max_position_embeddings). Set window=..."
         )
-    if window < 2:
-        raise ValueError(
-            f"window must be at least 2, got {window}. It is the number of tokens that the model "
-            "was trained on."
-        )
+    require_int("window", window, 2, "It is the number of tokens that the model was trained on.")
     return window
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lctrain.instances import require_int, require_sequence
+
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
 
@@ -23,7 +25,7 @@ def longest_documents(
     Raises:
         ValueError: if `count` is below 1.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"documents must be at least 1, got {count}. Use null for all of them.")
+    require_sequence("documents", documents, "Pass tokenized documents.")
+    require_int("documents", 1 if count is None else count, 1, "Use null for all of them.")
     longest = sorted(documents, key=lambda document: -len(document.input_ids))[:count]
     return [dataclasses.replace(one, input_ids=one.input_ids[:tokens]) for one in longest]

@@ -46,6 +46,11 @@ def plot_perplexity(table: RowsByLength, path: Path) -> None:
     """
     from matplotlib.ticker import FuncFormatter
 
+    if not hasattr(table, "rows"):
+        raise TypeError(
+            f"table must have rows by length, got {type(table).__name__}. Pass the result of "
+            "perplexity_by_length."
+        )
     figure = new_figure()
     axes = figure.add_subplot()
     lengths = [row.length for row in table.rows]

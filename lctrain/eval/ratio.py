@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from lctrain.instances import require_instance
+
 
 def token_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """Returns the mean of a quantity over all tokens, and its standard error over documents.
@@ -26,6 +28,8 @@ def token_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     Returns:
         The mean R and its standard error, which is NaN for a single document.
     """
+    for name, given in (("sums", sums), ("counts", counts)):
+        require_instance(name, given, np.ndarray, "Pass one number per document.")
     documents, total = len(sums), float(counts.sum())
     mean = float(sums.sum()) / total
     if documents < 2:

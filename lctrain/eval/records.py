@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lctrain.instances import require_instance
+
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
 
@@ -69,6 +71,7 @@ class Item:
 
     def __post_init__(self) -> None:
         """Replaces numbers of NumPy and torch by Python's, which files can store."""
+        require_instance("totals", self.totals, Mapping, "Pass a sum by the name of its measure.")
         totals = {name: float(value) for name, value in self.totals.items()}
         object.__setattr__(self, "totals", totals)
         object.__setattr__(self, "weight", float(self.weight))

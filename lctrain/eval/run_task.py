@@ -21,6 +21,7 @@ from lctrain.eval.reading import Reading
 from lctrain.eval.records import Item, Result, Subject, Table
 from lctrain.eval.shared_work import joined, share_of
 from lctrain.eval.task import Task
+from lctrain.instances import require_instance
 from lctrain.limits import require
 
 
@@ -214,6 +215,7 @@ def computed(run: Run, progress: bool = False) -> dict[str, dict[int, Result]]:
         run: The task and what it needs.
         progress: Whether to show a progress bar.
     """
+    require_instance("run", run, Run, "Call Run.prepared.")
     done: dict[Cell, Result] = {}
     with progress_bar(run.size(done), run.task.unit, progress) as bar:
         run.compute(done, bar)

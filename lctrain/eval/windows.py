@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lctrain.instances import require_int, require_sequence
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -84,6 +86,8 @@ def cut_windows(
         begin: Number of begin tokens before each window that does not start at the beginning of its
             document. They count as tokens of the window. It must be below `length`.
     """
+    require_sequence("lengths", lengths, "Pass the tokens of each document.")
+    require_int("length", length, 1, "Pass the tokens of a window.")
     room = length - begin  # document tokens that fit into a later window
     stride = max(1, round(length * (1.0 - overlap))) if stride is None else stride
     stride = max(1, min(stride, room))

@@ -12,9 +12,10 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.instances import require_instance
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.output_head import find_output_head
-from lctrain.loss.shared_prefixes import require_flash_attention
+from lctrain.loss.shared_prefixes import require_batch, require_flash_attention
 
 PROBE_LENGTHS = (5, 3)
 
@@ -42,6 +43,7 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
         ValueError: if `model` is a DistributedDataParallel wrapper, or documents share a prefix and
             the attention of the model is not flash.
     """
+    require_batch(model, batch)
     token_loss = _loss(
         model, batch.model_kwargs(), None, batch.labels.flatten(), "sum", packed=True
     )
@@ -65,6 +67,7 @@ def token_losses(
     Returns:
         [n] float32 (float64 for a float64 model).
     """
+    require_instance("model_kwargs", model_kwargs, Mapping, "Pass those of a forward pass.")
     packed = "cu_seq_lens_q" in model_kwargs
     return _loss(model, model_kwargs, positions, targets, "none", packed=packed)
 

@@ -13,7 +13,7 @@ from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.output_head import OutputHead, find_output_head
-from lctrain.loss.shared_prefixes import require_flash_attention
+from lctrain.loss.shared_prefixes import require_batch, require_flash_attention
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time while the entropy is computed."""
@@ -75,6 +75,7 @@ def token_log_probs(
             a soft cap on its logits; if the batch is a share of a pack; if documents share a prefix
             and the attention of the model is not flash.
     """
+    require_batch(model, batch)
     if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature must be above 0 and finite, got {temperature}. Use 1 to sample as is."

@@ -22,7 +22,7 @@ from lctrain.loss.output_head import (
     is_seen,
     without_wrappers,
 )
-from lctrain.loss.shared_prefixes import require_flash_attention
+from lctrain.loss.shared_prefixes import require_batch, require_flash_attention
 from lctrain.warn import warn_caller
 
 _ATTRIBUTE = "_lctrain_masked_head"
@@ -50,6 +50,7 @@ def masked_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
         ValueError: if `model` is a DistributedDataParallel wrapper, or is no masked language model;
             or if documents share a prefix and the attention of the model is not flash.
     """
+    require_batch(model, batch)
     labels = batch.labels.flatten()
     masked = (labels != IGNORE_INDEX).nonzero_static(size=batch.num_valid_tokens).flatten()
     losses = masked_losses(model, batch.model_kwargs(), masked, labels[masked], "sum")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from lctrain.instances import require_instance
 from lctrain.loss.evaluation_mode import evaluation_mode
 from lctrain.module_hooks import has_hooks
 from lctrain.warn import warn_caller
@@ -99,6 +100,7 @@ def find_output_head(
             It is called only when a head is verified, since it copies tensors to the device, which
             synchronises.
     """
+    require_model(model)
     inner = without_wrappers(model)
     signature = _signature(inner)
     found: _Verified | None = vars(model).get(_ATTRIBUTE)
@@ -114,6 +116,11 @@ def find_output_head(
         _warn_of_what_is_skipped(inner, head)
         found = vars(model)[_ATTRIBUTE] = _Verified(signature, head)
     return found.head
+
+
+def require_model(model: Any) -> None:
+    """Raises a TypeError unless a model is a module of torch."""
+    require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
 
 
 def without_wrappers(model: nn.Module) -> Any:

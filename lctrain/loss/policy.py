@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lctrain.instances import require_instance
 from lctrain.loss.log_probs import TokenLogProbs
 
 AVERAGES = ("token", "completion")
@@ -131,6 +132,7 @@ def group_advantages(
     Raises:
         ValueError: if the rewards cannot be divided into the groups, or one is not finite.
     """
+    require_instance("rewards", rewards, Tensor, "Pass one reward per completion.")
     if rewards.dim() != 1:
         raise ValueError(
             f"rewards must be of shape [C], one per completion, got {list(rewards.shape)}. Pass "
@@ -181,7 +183,10 @@ def _check(
     average: str,
     ratio: str,
 ) -> None:
+    require_instance("policy", policy, TokenLogProbs, "Call lctrain.loss.token_log_probs.")
     tokens = policy.log_probs.shape
+    for name, value in (("old_log_probs", old_log_probs), ("advantages", advantages)):
+        require_instance(name, value, Tensor, "Pass one number per token.")
     optional = {"reference": reference, "token_weights": token_weights}
     for name, value in {"old_log_probs": old_log_probs, **optional}.items():
         if value is not None and value.shape != tokens:

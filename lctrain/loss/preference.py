@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lctrain.instances import require_instance
 from lctrain.loss.log_probs import TokenLogProbs
 
 KINDS = ("dpo", "ipo", "simpo", "orpo")
@@ -116,6 +117,7 @@ def _check(
     gamma: float,
     label_smoothing: float,
 ) -> None:
+    require_instance("policy", policy, TokenLogProbs, "Call lctrain.loss.token_log_probs.")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}. Try dpo.")
     if policy.completions % 2:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.batch import PackedBatch
+from lctrain.instances import require_instance
+
 
 def require_flash_attention(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Raises a ValueError if a model ignores the shared prefixes in its arguments.
@@ -33,3 +36,10 @@ def require_flash_attention(model: nn.Module, arguments: Mapping[str, Any]) -> N
             "reference model too, or pass prompts and completions as separate documents: "
             "PackedBatch.from_documents."
         )
+
+
+def require_batch(model: Any, batch: Any) -> None:
+    """Raises a TypeError unless a loss gets a model and a pack."""
+    require_instance("model", model, nn.Module, "Pass a model of transformers.")
+    remedy = "Build one with lctrain.PackedBatch.from_documents."
+    require_instance("batch", batch, PackedBatch, remedy)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.attention import is_patched
+from lctrain.instances import require_instance, require_sequence
 from lctrain.memory.attention import KeptResults, RebuiltResults
 from lctrain.memory.segments import LayerCall, LayerInput
 from lctrain.memory.store import HostStore, OnDevice
@@ -72,6 +73,8 @@ class LayerCheckpoints:
         mlp_tokens: int | None = None,
         by_head: bool = False,
     ) -> None:
+        require_instance("model", model, nn.Module, "Pass a model of transformers.")
+        require_sequence("policies", policies, "Pass one LayerPolicy per layer.")
         self._model = model
         self._by_head = by_head
         self._layers = layers = checkpointed_layers(model)

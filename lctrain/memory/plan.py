@@ -11,6 +11,7 @@ from torch import nn
 from lctrain.allocator import EXPANDABLE, VARIABLES, has_expandable_segments
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
+from lctrain.instances import require_instance, require_int
 from lctrain.memory.arena import aligned
 from lctrain.memory.candidates import fastest, policies_of
 from lctrain.memory.duration import step_seconds
@@ -204,6 +205,8 @@ def plan(
     Raises:
         ValueError: if an option is out of range, or the model cannot run on the meta device.
     """
+    require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
+    require_int("tokens", tokens, 1, "Pass the tokens of a pack.")
     if policy in WITH_HOST:
         options = {**options, "host_gib": host_gib}
     config = MemoryConfig(name=policy, device_gib=device_gib, **options)

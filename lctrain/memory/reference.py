@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from lctrain.attention import is_patched
 from lctrain.batch import PackedBatch
 from lctrain.config import MemoryConfig
+from lctrain.instances import require_instance
 from lctrain.limits import require
 from lctrain.loss import TokenLogProbs, evaluation_mode, token_log_probs
 from lctrain.memory.layers import checkpointed_layers
@@ -48,7 +49,9 @@ class ReferenceModel:
         attention: str = "flash",
         **options: Any,
     ) -> None:
+        require_instance("policy", policy, nn.Module, "Pass the model before it is trained.")
         memory = MemoryConfig() if memory is None else memory
+        require_instance("memory", memory, MemoryConfig, "Pass lctrain.config.MemoryConfig(...).")
         self._policy = policy
         self._copy: Any = None
         self._on_host = memory.reference_on_host

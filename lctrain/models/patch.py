@@ -6,6 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from lctrain.attention.spec import AttentionSpec, make_spec
+from lctrain.instances import require_instance, require_sequence
 from lctrain.loss.model_loss import LossSwap
 from lctrain.models.attention_swap import AttentionSwap
 from lctrain.models.fused import FusedSwap
@@ -100,8 +101,11 @@ class PatchHandle(Unpatchable):
     """
 
     def __init__(self, model: Any, swaps: Sequence[Swap]) -> None:
+        require_sequence("swaps", swaps, "Call lctrain.patch_model instead.")
         self.model = model
         self.swaps = tuple(swaps)
+        for swap in self.swaps:
+            require_instance("swaps", swap, Swap, "Call lctrain.patch_model instead.")
         apply_all(self.swaps)
         self.active = True
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain_kernels.checks import require_tensors
 from lctrain_kernels.cross_entropy.chunks import pick_chunk_tokens
 from lctrain_kernels.cross_entropy.mean import mean_over
 from lctrain_kernels.cross_entropy.operators import cross_entropy_sum, cross_entropy_tokens
@@ -158,6 +159,7 @@ def _check(
     reduction: str,
     adapter: tuple[Tensor, Tensor] | None,
 ) -> None:
+    require_tensors(hidden=hidden, weight=weight, labels=labels)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden and weight must be [T, E] and [V, E], got "

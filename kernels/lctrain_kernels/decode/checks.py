@@ -6,17 +6,14 @@ needs no synchronisation, on a CPU, and on a GPU if LCTRAIN_CHECK_CACHE=1 is set
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from lctrain_kernels.checks import check_floating
+from lctrain_kernels.checks import check_floating, reads_values
 from lctrain_kernels.decode.structures import KVCache, NewTokens
 from lctrain_kernels.options import check_window
 from lctrain_kernels.overlap import repeats_memory, share_memory
 
-SWITCH = "LCTRAIN_CHECK_CACHE"
 MIN_PAGE, MAX_PAGE = 16, 256
 
 
@@ -260,17 +257,6 @@ def _check_memory(q: Tensor, cache: KVCache, new: NewTokens) -> None:
                     f"{name} and {other} must not overlap if k and v are given, got tensors that "
                     f"share memory. The new tokens would overwrite {other}; clone it."
                 )
-
-
-def reads_values(device: torch.device) -> bool:
-    """Returns whether the checks read values of tensors on a device."""
-    if torch.compiler.is_compiling():
-        return False
-    if device.type == "cpu":
-        return True
-    if os.environ.get(SWITCH, "0") != "1":
-        return False
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:

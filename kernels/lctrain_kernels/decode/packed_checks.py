@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lctrain_kernels.checks import check_floating
-from lctrain_kernels.decode.checks import check_int32, check_page, check_values, reads_values
+from lctrain_kernels.checks import check_floating, reads_values
+from lctrain_kernels.decode.checks import check_int32, check_page, check_values
 from lctrain_kernels.decode.structures import KVCache
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.backend import select_backend
-from lctrain_kernels.decode.checks import check_int32, check_numbers, reads_values
+from lctrain_kernels.checks import reads_values
+from lctrain_kernels.decode.checks import check_int32, check_numbers
 from lctrain_kernels.decode.plan_checks import check_shared, check_sizes
 from lctrain_kernels.decode.structures import DecodePlan, SharedPrefixes
 from lctrain_kernels.layout import unit_stride

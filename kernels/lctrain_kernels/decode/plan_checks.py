@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lctrain_kernels.decode.checks import check_longest, reads_values
+from lctrain_kernels.checks import reads_values
+from lctrain_kernels.decode.checks import check_longest
 from lctrain_kernels.decode.structures import DecodePlan, KVCache, NewTokens, SharedPrefixes
 
 

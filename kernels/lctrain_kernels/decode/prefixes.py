@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.decode.structures import SharedPrefixes
+from lctrain_kernels.lengths import read_lengths
 
 PREFIX_MULTIPLE = 64
 """Shared prefixes have a multiple of this number of tokens: whole blocks of keys of every tile."""
@@ -42,16 +43,20 @@ def make_shared_prefixes(
         device: Device of the cache; the CPU by default. The copy does not synchronise.
 
     Raises:
-        TypeError: if a tensor is not on the CPU.
+        TypeError: if a tensor is not on the CPU, or the lengths are no integers.
         ValueError: if shapes or groups do not fit.
     """
-    for name, given in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
-        if isinstance(given, Tensor) and given.device.type != "cpu":
-            raise TypeError(
-                f"{name} must be on the CPU, got {given.device}. Keep the page table on the CPU, "
-                "and copy it to the GPU."
-            )
-    stored = [int(tokens) for tokens in cache_seqlens]
+    if isinstance(block_table, Tensor) and block_table.device.type != "cpu":
+        raise TypeError(
+            f"block_table must be on the CPU, got {block_table.device}. Keep the page table on the "
+            "CPU, and copy it to the GPU."
+        )
+    if not isinstance(block_table, Sequence | Tensor):
+        raise TypeError(
+            f"block_table must be a tensor or lists of page numbers, got "
+            f"{type(block_table).__name__}. Pass one row per request."
+        )
+    stored = read_lengths("cache_seqlens", cache_seqlens).tolist()
     if not isinstance(page, int) or page < 1 or len(block_table) != len(stored):
         raise ValueError(
             f"block_table must have a row per request ({len(stored)}) and pages of at least one "

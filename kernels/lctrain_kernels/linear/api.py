@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lctrain_kernels.autocast import autocast_dtype
+from lctrain_kernels.checks import require_tensors
 from lctrain_kernels.linear.merged import MergedLinear
 
 
@@ -30,6 +31,7 @@ def merged_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """
     if not weights:
         raise ValueError("weights must not be empty. Pass one weight per linear layer.")
+    require_tensors(x=x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     x, *cast = _cast(x, *weights)
     for weight in cast:
         _check(x, weight)
@@ -55,6 +57,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
+    require_tensors(x=x, weight=weight, residual=residual)
     x, weight, residual = _cast(x, weight, residual)
     _check(x, weight)
     shape = (*x.shape[:-1], weight.shape[0])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lctrain_kernels.autocast import autocast_dtype
+from lctrain_kernels.checks import require_tensors
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.mlp import operators
 from lctrain_kernels.mlp.reference import ACTIVATIONS
@@ -78,6 +79,7 @@ def gated_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    require_tensors(gate=gate, up=up, weight=weight)
     dtype = autocast_dtype(gate.device.type)
     if dtype is not None and gate.dtype != torch.float64:
         gate, up, weight = gate.to(dtype), up.to(dtype), weight.to(dtype)
@@ -124,6 +126,7 @@ def bias_gelu(
         ValueError: if shapes or dtypes do not fit, or `approximate` is unknown.
     """
     activation = _gelu(approximate)
+    require_tensors(x=x)
     if not x.is_floating_point() or x.dim() < 1:
         raise ValueError(f"x must be floating point, got {x.dtype}. Convert it.")
     if bias is not None and bias.shape != x.shape[-1:]:
@@ -136,6 +139,7 @@ def bias_gelu(
 
 
 def _gated(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+    require_tensors(gate=gate, up=gate if up is None else up)
     chosen = fused_backend("gated", FusedCall(gate.device, gate.dtype), backend)
     if up is None:
         if gate.dim() < 1 or gate.shape[-1] % 2 or not gate.is_floating_point():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain_kernels.checks import require_tensors
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.norm.operators import norm
 from lctrain_kernels.norm.residual import NormAndInput
@@ -74,6 +75,7 @@ def fused_add_rms_norm(
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
+    require_tensors(residual=residual)
     _check(x, weight, eps)
     if residual.shape != x.shape or not residual.is_floating_point():
         raise ValueError(
@@ -177,6 +179,7 @@ def fused_add_layer_norm(
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
+    require_tensors(residual=residual)
     _check(x, weight, eps)
     _check_bias(bias, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -210,6 +213,7 @@ def _options(
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    require_tensors(x=x, weight=weight)
     if x.dim() < 1 or not x.is_floating_point() or not weight.is_floating_point():
         raise ValueError(
             f"x and weight must be floating point with at least one dimension, got {x.dtype} of "

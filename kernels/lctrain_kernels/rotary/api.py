@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain_kernels.checks import has_values, require_tensors
 from lctrain_kernels.fused_backend import FusedCall, fused_backend
 from lctrain_kernels.rotary import operators
 from lctrain_kernels.rotary.options import RotaryOptions
@@ -26,7 +27,16 @@ def rotary_table(
 
     Returns:
         cos and sin, each [T, R / 2] in `dtype`.
+
+    Raises:
+        ValueError: if the positions are no integers [T].
     """
+    require_tensors(inv_freq=inv_freq, positions=positions)
+    if positions.is_floating_point() or positions.dtype == torch.bool or positions.dim() != 1:
+        raise ValueError(
+            f"positions must be integers [T], got {positions.dtype} of shape "
+            f"{tuple(positions.shape)}. Pass one position per token."
+        )
     angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -59,6 +69,7 @@ def apply_rotary_emb(
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
+    require_tensors(x=x, cos=cos, sin=sin)
     if x.dim() not in (3, 4) or not x.is_floating_point():
         raise ValueError(
             f"x must be floating point [T, H, D] or [B, S, H, D], got {x.dtype} of shape "
@@ -74,7 +85,7 @@ def apply_rotary_emb(
             )
         cos, sin = cos[:tokens], sin[:tokens]
     else:
-        position_ids = _positions(position_ids, x)
+        position_ids = _positions(position_ids, x, cos.shape[0])
     flat = x.reshape(-1, *x.shape[-2:])
     backend = fused_backend("rotary", FusedCall(x.device, x.dtype), backend)
     options = RotaryOptions(interleaved, False, 0.0, 0.0, backend)
@@ -145,6 +156,7 @@ def qk_norm_rotary(
         ValueError: if shapes or dtypes do not fit.
     """
     cos, sin = _check_pair(q, k, cos, sin)
+    require_tensors(q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q.shape[-1:]:
             raise ValueError(
@@ -164,6 +176,7 @@ def _check_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
     There is one row per token, or one per position if all sequences share them.
     """
+    require_tensors(q=q, k=k, cos=cos, sin=sin)
     fits = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     if not fits or q.dtype != k.dtype or not q.is_floating_point():
         raise ValueError(
@@ -193,14 +206,22 @@ def _check_table(
         raise ValueError(f"cos and sin must be on {device}, got {cos.device}. Move them.")
 
 
-def _positions(position_ids: Tensor, x: Tensor) -> Tensor:
+def _positions(position_ids: Tensor, x: Tensor, rows: int) -> Tensor:
     batch = (x.shape[0], x.shape[1]) if x.dim() == 4 else (x.shape[0],)
     allowed = (batch, (1, *batch[1:])) if x.dim() == 4 else (batch, (1, *batch))
-    if tuple(position_ids.shape) not in allowed or position_ids.is_floating_point():
+    is_whole = not position_ids.is_floating_point() and position_ids.dtype != torch.bool
+    if tuple(position_ids.shape) not in allowed or not is_whole:
         raise ValueError(
             f"position_ids must be integers of shape {batch}, got {position_ids.dtype} of shape "
             f"{tuple(position_ids.shape)}. Pass one position per token."
         )
+    if has_values(position_ids) and position_ids.numel():
+        low, high = (int(end) for end in position_ids.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"position_ids must be from 0 to {rows - 1}, the rows of cos, got {low} to {high}. "
+                "Make a longer table."
+            )
     return position_ids.to(torch.int64).expand(batch).reshape(-1)
 
 

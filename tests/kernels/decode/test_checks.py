@@ -315,7 +315,7 @@ def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypa
 
 
 def test_the_switch_reads_values_on_a_gpu(monkeypatch):
-    from lctrain_kernels.decode import checks
+    from lctrain_kernels import checks
 
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
