@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lctrain.callbacks.held_out import held_out_documents, tokenizer_of
 from lctrain.callbacks.targets import find_target
@@ -24,12 +26,15 @@ from lctrain.eval.records import Result, Subject, Table
 from lctrain.eval.registry import make_task
 from lctrain.eval.run_task import Run, progress_bar
 from lctrain.eval.untouched import untouched
+from lctrain.generation.pool_size import bytes_beside
 from lctrain.instances import require_int
 from lctrain.limits import check_lengths, require
 from lctrain.loggers import log_evaluation, log_picture
+from lctrain.peak_memory import split_peak
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
 Done = dict[Cell, Result]
 
 
@@ -55,6 +60,8 @@ class LongContextEval(pl.Callback):
         ruler: Settings of the task ruler; None for two prompts of each task.
         held_out: Held-out documents as sequences of token ids; None takes those of the data module.
         model: Attribute path of the model in the module; None takes the only model.
+        cache_gib: Most memory in GiB of the keys and values of prompts that are answered. None
+            leaves as much of a GPU free as the training has needed at its peak.
 
     Raises:
         ValueError: if a setting is out of range; in `on_fit_start`, if a task cannot be run on the
@@ -74,6 +81,7 @@ class LongContextEval(pl.Callback):
         ruler: RulerConfig | None = None,
         held_out: Sequence[Sequence[int]] | None = None,
         model: str | None = None,
+        cache_gib: float | None = None,
     ) -> None:
         off = "Set callbacks.long_context_eval=null to switch the callback off."
         require_int("every_n_steps", every_n_steps, 1, off)
@@ -82,6 +90,11 @@ class LongContextEval(pl.Callback):
             f"budget_s must be above 0, got {budget_s}. Use null for no limit.",
         )
         require_int("documents", 1 if documents is None else documents, 1, off)
+        require(
+            cache_gib is None or 0 < cache_gib < math.inf,
+            f"cache_gib must be a finite number above 0, got {cache_gib}. Use null to leave the "
+            "training its memory.",
+        )
         require(len(tasks) > 0, f"tasks must name at least one, got none. {off}")
         self.lengths = check_lengths(lengths, max_tokens)
         self.max_tokens = self.lengths[-1] if max_tokens is None else max_tokens
@@ -98,8 +111,10 @@ class LongContextEval(pl.Callback):
             ruler=ruler or RulerConfig(items=2),
         )
         self.tasks = [make_task(name, config) for name in dict.fromkeys(tasks)]
+        self.cache_gib = cache_gib
         self._runs: list[Run] = []
         self._step = 0
+        self._peak = 0  # bytes on the GPU, of the training alone
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepares all tasks before training.
@@ -146,12 +161,24 @@ class LongContextEval(pl.Callback):
         if self._step // self.every_n_steps == before // self.every_n_steps:
             return
         model = self._runs[0].subject.model
+        device = trainer.strategy.root_device
+        self._bound_cache(device)
         with untouched(model):  # loggers too may draw random numbers
             with trainer.precision_plugin.forward_context():
                 done = through_root(trainer, self._compute, Topology.of(trainer))
             if Topology.of(trainer).is_first:
                 self._log(trainer, done)
+        if device.type == "cuda":
+            split_peak(device)
         trainer.strategy.barrier("LongContextEval")
+
+    def _bound_cache(self, device: torch.device) -> None:
+        """Bounds the cache of the tasks, so that the next step of the training has its memory."""
+        cache_gib = self.cache_gib
+        if cache_gib is None and device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(device))
+            cache_gib = max(bytes_beside(device, self._peak), 1) / GIB
+        self._runs = [dataclasses.replace(run, cache_gib=cache_gib) for run in self._runs]
 
     def _compute(self, ranks: Topology) -> Done:
         """Returns the results of the cells that the budget allows, of all ranks.

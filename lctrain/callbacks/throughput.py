@@ -17,6 +17,7 @@ from lctrain.callbacks.targets import find_target
 from lctrain.distributed import Topology
 from lctrain.flops import FlopCounter, peak_flops
 from lctrain.log_steps import at_log_step
+from lctrain.peak_memory import peak_bytes, restart_peak
 
 EARLIER_TOKENS = "throughput_tokens"  # key in a checkpoint
 
@@ -117,7 +118,7 @@ class ThroughputMonitor(pl.Callback):
         self._counter = FlopCounter.of(find_target(pl_module, self.model, self))
         if pl_module.device.type == "cuda":
             self._peak = peak_flops(torch.cuda.get_device_name(pl_module.device))
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            restart_peak(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -210,7 +211,7 @@ class ThroughputMonitor(pl.Callback):
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory in GiB: allocated by torch on a GPU, else used by this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return peak_bytes(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

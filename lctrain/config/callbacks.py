@@ -86,6 +86,8 @@ class LongContextEvalConfig:
         passkey: Settings of the task passkey; None for five keys at three depths.
         needle: Settings of the task needle; None for two needles at three depths.
         ruler: Settings of the task ruler; None for two prompts of each task.
+        cache_gib: Most memory in GiB of the keys and values of prompts that are answered. None
+            leaves as much of a GPU free as the training has needed at its peak.
     """
 
     _target_: str = "lctrain.callbacks.LongContextEval"
@@ -98,6 +100,7 @@ class LongContextEvalConfig:
     passkey: PasskeyConfig | None = None
     needle: NeedleConfig | None = None
     ruler: RulerConfig | None = None
+    cache_gib: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lctrain.attention import is_patched
 from lctrain.data.passkey import Passkey
 from lctrain.eval.runner import cut, packed_kwargs, row_kwargs
 from lctrain.loss import evaluation_mode
-from lctrain.loss.predictions import greedy_tokens
+from lctrain.loss.predictions import NO_TOKEN, greedy_tokens
 from lctrain.models.frequencies import row_frequencies
 
 
@@ -27,6 +27,9 @@ def answered(
         made: Documents that end with their answer.
         segment: Length in tokens of the parts into which documents are cut; None for whole ones.
         device: Device of the model.
+
+    Raises:
+        ValueError: if the logits before a token of an answer give no distribution.
     """
     inputs = [document.input_ids[:-1] for document in made]  # the last token predicts nothing
     packed = is_patched(model)
@@ -46,6 +49,12 @@ def answered(
     own = nullcontext() if packed else row_frequencies(model, lengths)
     with evaluation_mode(model), own:
         predicted = greedy_tokens(model, kwargs, places).cpu().numpy()
+    if (predicted == NO_TOKEN).any():
+        raise ValueError(
+            "the logits of the model must give a distribution over the vocabulary, got NaN, +inf, "
+            "or -inf for all tokens. Look for weights that are not finite, or for activations "
+            "beyond the range of the dtype: evaluate in bfloat16 or float32."
+        )
     splits = np.cumsum([len(part) for part in before])[:-1]
     return [
         bool((tokens == document.input_ids[document.answer_start :]).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,19 +71,26 @@ def score_prompts(
             "methods must not name intra_chunk for a task by generation, got it. Leave it out, or "
             "score by likelihood."
         )
-    answer = _decided if by == "likelihood" else _generated
-    for batch in _batches(made_ahead(prompts, MOST_PROMPTS), _limit(reader, by)):
+    answer, room = _decided, None
+    if by == "generation":
+        answer, room = _generated, cache_tokens(reader.model, reader.cache_gib)
+        if room is None:
+            reader = replace(reader, cache_gib=None)
+    for batch in _batches(made_ahead(prompts, MOST_PROMPTS), _limit(reader, room)):
         yield from answer(reader, tokenizer, batch)
         reader.advance(len(batch))
 
 
-def _limit(reader: Reader, by: str) -> Callable[[Sequence[int]], bool]:
+def _limit(reader: Reader, room: int | None) -> Callable[[Sequence[int]], bool]:
     """Returns whether prompts of some sizes, answers included, are answered together.
 
     A paged cache holds as many tokens as the memory allows. `max_tokens` limits forward passes over
     rows, whose number of tokens grows with the number of prompts.
+
+    Args:
+        reader: The model.
+        room: Tokens that a paged cache holds; None without one.
     """
-    room = cache_tokens(reader.model) if by == "generation" else None
     if room is None:
         return lambda sizes: max(sizes) * len(sizes) <= reader.max_tokens
     return lambda sizes: len(sizes) <= MOST_PROMPTS and sum(sizes) <= room
@@ -108,7 +115,8 @@ def _batches(
 def _generated(reader: Reader, tokenizer: Any, batch: list[TokenPrompt]) -> Iterator[Answer]:
     """Yields the answers that the model generates, each of its prompt's number of tokens."""
     most = max(made.new_tokens for made in batch)
-    found = generate_answers(reader.model, [made.input_ids for made in batch], most)
+    ids_of = [made.input_ids for made in batch]
+    found = generate_answers(reader.model, ids_of, most, reader.cache_gib)
     for made, ids in zip(batch, found, strict=True):
         prompt = made.prompt
         text = tokenizer.decode(ids[: made.new_tokens], skip_special_tokens=True)

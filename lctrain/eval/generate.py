@@ -11,7 +11,10 @@ from lctrain.generation import generate
 
 
 def generate_answers(
-    model: Any, prompts: Sequence[np.ndarray], max_new_tokens: int
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    cache_gib: float | None = None,
 ) -> list[np.ndarray]:
     """Returns the greedy continuations of prompts, which are read together.
 
@@ -19,6 +22,7 @@ def generate_answers(
         model: A transformers causal LM. Its training mode is restored.
         prompts: Token ids of each prompt, [n] integers.
         max_new_tokens: Largest number of tokens in an answer.
+        cache_gib: Most memory of the paged cache in GiB; None for a share of the free memory.
 
     Returns:
         Token ids of each answer, [m] int64; the end token is the last one if the model chose it.
@@ -29,5 +33,6 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         temperature=0.0,
         batch_size=len(prompts),
+        cache_gib=cache_gib,
     )
     return [np.array(one.token_ids, dtype=np.int64) for one in found]

@@ -26,6 +26,7 @@ class Reader:
         segment: Length in tokens of the parts into which documents are cut; None for whole ones.
         advance: Function that moves the progress bar by a number of units.
         ranks: Ranks that share the documents; each has the model, or all share its parameters.
+        cache_gib: Most memory of a paged cache in GiB; None for a share of the free memory.
     """
 
     model: Any
@@ -34,3 +35,4 @@ class Reader:
     segment: int | None = None
     advance: Callable[[int], None] = _ignore
     ranks: Topology = ONE_RANK
+    cache_gib: float | None = None

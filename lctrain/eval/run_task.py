@@ -37,6 +37,7 @@ class Run:
         max_tokens: Largest number of tokens in a forward pass.
         device: Device of the model.
         ranks: Ranks that share the items; all of them compute the same cells.
+        cache_gib: Most memory of a paged cache in GiB; None for a share of the free memory.
     """
 
     task: Task
@@ -46,6 +47,7 @@ class Run:
     max_tokens: int
     device: torch.device
     ranks: Topology = ONE_RANK
+    cache_gib: float | None = None
 
     @classmethod
     def prepared(
@@ -132,7 +134,9 @@ class Run:
     def _result(self, reading: Reading, length: int, advance: Callable[[int], None]) -> Result:
         made = self.task.make(length)
         model, ranks = self.subject.model, self.ranks
-        reader = Reader(model, self.device, self.max_tokens, reading.segment, advance, ranks)
+        reader = Reader(
+            *(model, self.device, self.max_tokens, reading.segment, advance, ranks, self.cache_gib)
+        )
         alone = ranks.data_size == 1 or self.task.shares_itself
         with reading.at(model, length):
             mine = made if alone else share_of(made, ranks)

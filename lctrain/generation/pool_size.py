@@ -1,4 +1,4 @@
-"""pool_pages: the pages of the cache of a call. cache_tokens: what the cache holds by default."""
+"""pool_pages and cache_tokens: what a cache holds. bytes_beside: how large it may be."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ def pool_pages(
     return min(wanted, fitting)
 
 
-def cache_tokens(model: Any) -> int | None:
-    """Returns the most tokens that run together in the cache that `generate` makes by default.
+def cache_tokens(model: Any, cache_gib: float | None = None) -> int | None:
+    """Returns the most tokens that run together in the cache that `generate` makes.
 
     Args:
         model: A causal LM of transformers, in any mode.
+        cache_gib: Most memory of the cache in GiB; None for a share of the free memory.
 
     Returns:
         Tokens of prompts and completions; None if the model generates in padded batches, or is
@@ -70,14 +71,35 @@ def cache_tokens(model: Any) -> int | None:
         shape = find_cache(model)
     if isinstance(shape, str):
         return None
-    return _default_bytes(next(model.parameters()).device) // shape.page_bytes * PAGE
+    if cache_gib is None:
+        room = _default_bytes(next(model.parameters()).device)
+    else:
+        room = int(cache_gib * 2**30)
+    return room // shape.page_bytes * PAGE
+
+
+def bytes_beside(device: torch.device, peak: int) -> int:
+    """Returns the bytes of a cache on a GPU beside which other work still reaches its peak.
+
+    Args:
+        device: A GPU.
+        peak: Most bytes that torch has allocated on it for the other work.
+
+    Returns:
+        At most the share of the free memory that a cache takes by default; 0 if nothing is left.
+    """
+    free = _free_bytes(device)
+    growth = max(peak - torch.cuda.memory_allocated(device), 0)
+    return max(min(int(SHARE * free), free - growth), 0)
 
 
 def _default_bytes(device: torch.device) -> int:
     """Returns the bytes that the cache may take by default: on a GPU, of its free memory."""
-    if device.type != "cuda":
-        return HOST_BYTES
+    return HOST_BYTES if device.type != "cuda" else int(SHARE * _free_bytes(device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Returns the free bytes of a GPU, with those that torch has reserved and does not use."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(SHARE * (free + unused))
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

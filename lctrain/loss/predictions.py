@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.output_head import find_output_head
 
+NO_TOKEN = -1
+"""Prediction of logits without a distribution."""
+
 
 def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: Tensor) -> Tensor:
     """Returns the most likely next token at chosen positions of a forward pass.
@@ -27,7 +30,8 @@ def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: 
         positions: [n] int64, indices into the flattened [B * S] tokens.
 
     Returns:
-        [n] int64, the predicted token ids.
+        [n] int64, the predicted token ids; NO_TOKEN where the logits give none: one is NaN or +inf,
+        or all are -inf.
     """
     packed = "cu_seq_lens_q" in model_kwargs
     head = find_output_head(model, partial(probe, positions.device, packed))
@@ -37,4 +41,5 @@ def greedy_tokens(model: nn.Module, model_kwargs: Mapping[str, Any], positions: 
         else:
             hidden = head.decoder(**model_kwargs)[0].flatten(0, 1)[positions]
             logits = head.finish(head.projection(hidden))
-    return logits.argmax(dim=-1)
+    largest, tokens = logits.max(dim=-1)
+    return tokens.where(largest.isfinite(), NO_TOKEN)

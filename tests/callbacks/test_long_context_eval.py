@@ -205,6 +205,7 @@ def test_an_evaluation_leaves_random_numbers_alone_even_after_an_error(make_llam
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"budget_s": 0}, "budget_s must be above 0, got 0. Use null"),
+        ({"cache_gib": 0}, "cache_gib must be a finite number above 0, got 0. Use null"),
         ({"documents": 0}, "documents must be at least 1, got 0"),
         ({"tasks": []}, "tasks must name at least one, got none"),
         ({"tasks": ["needles"]}, "tasks must be some of perplexity"),

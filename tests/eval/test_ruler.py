@@ -48,7 +48,7 @@ def answering(monkeypatch, subject):
     """Returns answering(read): generation answers `read(text)` to every prompt."""
 
     def use(read):
-        def generate(model, prompts, max_new_tokens):
+        def generate(model, prompts, max_new_tokens, cache_gib):
             for prompt in prompts:
                 text = " " + read(subject.tokenizer.decode(prompt))
                 yield np.array(subject.tokenizer(text)["input_ids"])
