@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lctrain.eval.matching import ruler_score
+
+END_CHARACTERS = 1000
+"""Characters of a prompt's end that are tokenized with the answer."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,56 @@ def tokenized(tokenizer: Any, prompt: Prompt) -> TokenPrompt:
     """
     ids = tokens_of(tokenizer, prompt.text)
     words = prompt.references[:1] if prompt.match == "part" else prompt.references
-    whole = tokens_of(tokenizer, f"{prompt.text} {prompt.answer}")
+    for found in (_at_the_end(tokenizer, prompt, ids), _in_the_whole(tokenizer, prompt, ids)):
+        prefix, answer = next(found, ([], []))
+        if answer and ruler_score(tokenizer.decode(answer), words, "all") == 1.0:
+            return TokenPrompt(np.array(prefix), np.array(answer), prompt)
+    raise ValueError(
+        f"tokenizer must represent the answer {prompt.answer!r}, got "
+        f"{tokenizer.decode(answer)!r} back. Leave this task out with this tokenizer."
+    )
+
+
+def _at_the_end(
+    tokenizer: Any, prompt: Prompt, ids: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the tokens of prompt and answer, if the end of the prompt suffices to find them.
+
+    A tokenizer divides a text at spaces, or nearly so. So the prompt, which may be long, is not
+    tokenized a second time. Nothing is yielded if the end alone has other tokens.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: The prompt.
+        ids: Tokens of the prompt.
+    """
+    border = prompt.text.find(" ", max(len(prompt.text) - END_CHARACTERS, 0))
+    if len(prompt.text) <= END_CHARACTERS or border < 0:
+        return
+    end = prompt.text[border:]
+    alone = tokens_of(tokenizer, end)
+    together = tokens_of(tokenizer, f"{end} {prompt.answer}")
+    same = _common(alone, together)
+    known = len(alone) // 2
+    if known > len(alone) - same and ids[-known:] == alone[-known:]:
+        yield ids[: len(ids) - len(alone) + same], together[same:]
+
+
+def _in_the_whole(
+    tokenizer: Any, prompt: Prompt, ids: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the tokens of prompt and answer, from those of both together."""
+    together = tokens_of(tokenizer, f"{prompt.text} {prompt.answer}")
+    same = _common(ids, together)
+    yield together[:same], together[same:]
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Returns the number of leading tokens that two texts have in common."""
     same = 0
-    while same < min(len(ids), len(whole)) and ids[same] == whole[same]:
+    while same < min(len(first), len(second)) and first[same] == second[same]:
         same += 1
-    answer = whole[same:]
-    if not answer or ruler_score(tokenizer.decode(answer), words, "all") < 1.0:
-        raise ValueError(
-            f"tokenizer must represent the answer {prompt.answer!r}, got "
-            f"{tokenizer.decode(answer)!r} back. Leave this task out with this tokenizer."
-        )
-    prefix = ids if same == len(ids) else whole[:same]
-    return TokenPrompt(np.array(prefix), np.array(answer), prompt)
+    return same
 
 
 def fitting_units(
