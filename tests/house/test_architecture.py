@@ -15,6 +15,9 @@ from tests.house.typecheck import ROOT, package_folders
 # Longest matching prefix decides. A package's modules share its level and see each other.
 LEVELS = {
     "lctrain_kernels.autocast": -8,
+    "lctrain_kernels.checks": -9,
+    "lctrain_kernels.lengths": -9,
+    "lctrain_kernels.overlap": -9,
     "lctrain_kernels.launch": -8,
     "lctrain_kernels.layout": -8,
     "lctrain_kernels.schedule": -8,  # the layout of the tile lists, which the kernels read
@@ -25,7 +28,6 @@ LEVELS = {
     "lctrain_kernels.reference": -4,
     "lctrain_kernels.gluon": -4,
     "lctrain_kernels.backend": -3,
-    "lctrain_kernels.checks": -2,
     "lctrain_kernels.padding": -2,
     "lctrain_kernels.registry": -4,
     "lctrain_kernels.by_head": -3,
@@ -53,6 +55,8 @@ LEVELS = {
     "lctrain.dropout_seed": 3,
     "lctrain.allocator": 1,
     "lctrain.limits": 1,
+    "lctrain.instances": 0,
+    "lctrain.peak_memory": 1,
     "lctrain.made_class": 1,
     "lctrain.module_hooks": 1,
     "lctrain.unchanged": 1,
@@ -69,7 +73,7 @@ LEVELS = {
     "lctrain.optim": 5,
     "lctrain.optimizers": 4,
     "lctrain.options": 4,
-    "lctrain.process_group": 4,
+    "lctrain.process_group": 5,
     "lctrain.model_names": 4,
     "lctrain.memory": 6,
     "lctrain.memory.quantized": 5,
