@@ -185,8 +185,8 @@ def _check(
 ) -> None:
     require_instance("policy", policy, TokenLogProbs, "Call lctrain.loss.token_log_probs.")
     tokens = policy.log_probs.shape
-    for name, value in (("old_log_probs", old_log_probs), ("advantages", advantages)):
-        require_instance(name, value, Tensor, "Pass one number per token.")
+    for name, tensor in (("old_log_probs", old_log_probs), ("advantages", advantages)):
+        require_instance(name, tensor, Tensor, "Pass one number per token.")
     optional = {"reference": reference, "token_weights": token_weights}
     for name, value in {"old_log_probs": old_log_probs, **optional}.items():
         if value is not None and value.shape != tokens:
