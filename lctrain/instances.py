@@ -54,6 +54,18 @@ def require_sequence(name: str, value: Any, remedy: str) -> None:
         raise TypeError(f"{name} must be a list, got {type(value).__name__}. {remedy}")
 
 
+def require_callable(name: str, value: Any, remedy: str) -> None:
+    """Raises a TypeError unless a value is a function, or can be called like one.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The argument.
+        remedy: Sentence that says what to pass.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}. {remedy}")
+
+
 def _words(kind: type) -> str:
     """Returns a type's name with an article."""
     name = {"type": "class", "str": "text"}.get(kind.__name__, kind.__name__)

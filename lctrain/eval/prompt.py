@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lctrain.eval.matching import ruler_score
+from lctrain.instances import require_callable, require_instance
 
 END_CHARACTERS = 1000
 """Characters of a prompt's end that are tokenized with the answer."""
@@ -61,6 +62,7 @@ class TokenPrompt:
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
     """Returns the tokens of a text, which begins as the tokenizer begins texts."""
+    require_callable("tokenizer", tokenizer, "Pass a tokenizer of transformers.")
     ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
     end = tokenizer.eos_token_id
     return ids[:-1] if end is not None and len(ids) > 1 and ids[-1] == end else ids
@@ -79,6 +81,7 @@ def tokenized(tokenizer: Any, prompt: Prompt) -> TokenPrompt:
     Raises:
         ValueError: if the tokenizer cannot represent the answer.
     """
+    require_instance("prompt", prompt, Prompt, "Build one with its text and references.")
     ids = tokens_of(tokenizer, prompt.text)
     words = prompt.references[:1] if prompt.match == "part" else prompt.references
     for found in (_at_the_end(tokenizer, prompt, ids), _in_the_whole(tokenizer, prompt, ids)):
@@ -149,6 +152,7 @@ def fitting_units(
     Raises:
         ValueError: if the smallest prompt does not fit.
     """
+    require_callable("tokens", tokens, "Pass a function of a number of units.")
     shortest = tokens(smallest)
     if shortest > room:
         raise ValueError(

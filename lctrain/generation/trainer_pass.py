@@ -12,6 +12,7 @@ from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.batch import PackedBatch
 from lctrain.generation.options import Completion
 from lctrain.generation.token_choice import require_distributions
+from lctrain.instances import require_instance, require_sequence
 from lctrain.loss import token_log_probs
 
 PACK_TOKENS = 32768
@@ -40,6 +41,9 @@ def completion_packs(
     Raises:
         ValueError: if the completions are not `samples` per prompt.
     """
+    require_sequence("completions", completions, "Pass what generate returned.")
+    for one in completions:
+        require_instance("completions", one, Completion, "Pass what generate returned.")
     if samples < 1 or len(completions) % samples:
         raise ValueError(
             f"completions must be samples={samples} per prompt, got {len(completions)}. Pass all "
