@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lctrain.batch import PackedBatch
 from lctrain.models import patch_model
+from tests.distributed.ranks import join, run_ranks
 from tests.float64 import built_in_float64, float64_throughout
 from tests.models.families import (
     FAMILIES,
@@ -101,11 +101,9 @@ def test_compiled_with_padding():
 
 
 @built_in_float64()
-def _ddp_worker(rank, folder):
-    torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def main():
+    """Computes the gradients as one of two ranks; rank 0 writes them."""
+    rank, _, folder, _ = join()
     model = make_model("llama").train()
     patch_model(model)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -113,17 +111,16 @@ def _ddp_worker(rank, folder):
     arguments = PackedBatch.from_documents(documents[2 * rank : 2 * rank + 2]).model_kwargs()
     parallel(**arguments).logits.square().sum().backward()
     if rank == 0:
-        torch.save({n: p.grad for n, p in model.named_parameters()}, os.path.join(folder, "grads"))
+        torch.save({n: p.grad for n, p in model.named_parameters()}, folder / "grads")
     dist.barrier()
     # Without destructors: freeing DDP's reducer while gloo's thread waits for the interpreter lock
     # deadlocks (torch 2.13).
     os._exit(0)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_ddp_gives_the_mean_of_the_gradients(tmp_path):
-    mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
+    run_ranks("tests.models.test_training", 2, tmp_path)
     found = torch.load(tmp_path / "grads")
     model = make_model("llama").train()
     with patch_model(model):
