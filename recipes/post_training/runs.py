@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lctrain.build import build_model, build_trainer, instantiate_all
+from lctrain.callbacks.stop import StopAtSignal
 from lctrain.config import TrainConfig
 from lctrain.data.passkey import PasskeyFormat
 from lctrain.memory import ReferenceModel
@@ -22,6 +23,7 @@ from lctrain.models.adapters import inside_adapters
 from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.post_training.experiment import Experiment, read_texts
 from lctrain.recipes.post_training.passkeys import QuestionSets, accuracy
+from lctrain.run.signals import StopSignals, ends_in_order
 from lctrain.train import quiet_lightning
 
 
@@ -43,6 +45,7 @@ def train_seeds(
 
     Raises:
         ValueError: as `recorded_runs`.
+        SystemExit: with a status above 128, if a signal stopped a run, which is then not recorded.
     """
     quiet_lightning()
     runs, header = recorded_runs(experiment, stage), _header(experiment, stage)
@@ -51,7 +54,10 @@ def train_seeds(
             print(f"seed {seed}: is in {stage}.json already", flush=True)
             continue
         remove_stopped(experiment.folder(stage, seed))
-        run = _train_seed(experiment, stage, seed, make_module, make_batches, describe)
+        with StopSignals() as signals, ends_in_order(signals, None):
+            run = _train_seed(
+                experiment, stage, seed, make_module, make_batches, describe, StopAtSignal(signals)
+            )
         before, after = run["accuracy"]
         print(
             f"seed {seed}: keys found {before:.1%} -> {after:.1%} in {run['seconds']} s", flush=True
@@ -107,6 +113,7 @@ def _train_seed(
     make_module: Callable[..., Any],
     make_batches: Callable[[QuestionSets, Any], Any],
     describe: Callable[[Any], dict[str, Any]],
+    stop: pl.Callback,
 ) -> dict[str, Any]:
     config, scale = experiment.compose(stage, seed), experiment.scale
     started = time.monotonic()
@@ -126,7 +133,7 @@ def _train_seed(
         fused=config.attention.fused,
         **config.attention.options(),
     )
-    callbacks = list(instantiate_all("callbacks", config.callbacks).values())
+    callbacks = [*instantiate_all("callbacks", config.callbacks).values(), stop]
     loggers = list(instantiate_all("logger", config.logger).values())
     folder = experiment.folder(stage, seed)
     trainer = build_trainer(config.trainer, callbacks, loggers, str(folder))

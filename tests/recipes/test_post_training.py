@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,25 @@ def test_a_stopped_stage_goes_on_with_the_seeds_that_are_missing(tmp_path, monke
     assert [run["seconds"] for run in found] == [1.0, 2.0]
     with pytest.raises(ValueError, match=r"grpo has not run, got .*grpo.json with these seeds"):
         main([*command, *steps])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_signal_stops_a_stage_without_a_record(tmp_path, monkeypatch, capfd):
+    """Lightning alone ends a process that gets SIGTERM with the status 0."""
+    monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
+    training_step = grpo.Grpo.training_step
+
+    def signalled(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(grpo.Grpo, "training_step", signalled)
+    command = ["--scale", "tiny", "--stages", "grpo", "--seeds", "0", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM." in capfd.readouterr().err
+    assert not (tmp_path / "grpo.json").exists()
 
 
 def test_questions_are_those_of_their_seed_and_step(questions, shipped):
