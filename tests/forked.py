@@ -45,7 +45,7 @@ class Forked:
     """A module that runs in a forked process: what `subprocess.Popen` would be of `python -m`.
 
     Args:
-        module: Dotted name of the module, which runs as `__main__`.
+        module: Dotted name of the module, or absolute path of a .py file, which runs as `__main__`.
         *arguments: Its `sys.argv[1:]`.
         stdout: Open file of its output.
         stderr: Open file of its errors.
@@ -122,7 +122,7 @@ def run_forked(
     """Runs a module in a forked process to its end, and returns its status, output and errors.
 
     Args:
-        module: Dotted name of the module.
+        module: Dotted name of the module, or absolute path of a .py file.
         *arguments: Its `sys.argv[1:]`.
         check: Whether another exit status than 0 is an error.
         **settings: `cwd`, `env`, `ignored` and `file_limit` of `Forked`.
@@ -238,9 +238,14 @@ def _run(request: dict, files: list[int]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if request["ignored"]:
         warnings.simplefilter("ignore")
-    sys.path[0] = request["cwd"]
-    sys.argv[1:] = request["arguments"]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    module, sys.argv[1:] = request["module"], request["arguments"]
+    is_file = module.endswith(".py")
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = [str(Path(module).parent) if is_file else request["cwd"], *filter(None, folders)]
+    if is_file:
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,21 @@ def test_it_has_its_own_arguments_environment_folder_and_session(tmp_path, monke
     assert done.stderr == ""
 
 
+def test_it_runs_a_file(tmp_path):
+    """The file sees the modules beside it and those of PYTHONPATH, as with `python FILE`."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "beside_it.py").write_text("word = 'beside'")
+    (tmp_path / "there" / "on_the_path.py").write_text("word = 'path'")
+    file = tmp_path / "here" / "main.py"
+    file.write_text(
+        "import sys, beside_it, on_the_path\n"
+        "if __name__ == '__main__': print(*sys.argv, beside_it.word, on_the_path.word)"
+    )
+    done = run_forked(str(file), "a", env={"PYTHONPATH": str(tmp_path / "there")})
+    assert done.stdout == f"{file} a beside path\n"
+
+
 def test_its_status_is_returned(tmp_path):
     assert run_forked(NAME, "exit", check=False).returncode == 7
     done = run_forked(NAME, "fail", check=False)

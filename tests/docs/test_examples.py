@@ -1,11 +1,8 @@
 """Tests the scripts in docs/examples: they are short, they run, and the guide prints them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.forked import run_forked
 from tests.house.typecheck import ROOT
 
 LINES = {"long_context_module": 30, "own_module": 30, "fabric": 20}
@@ -25,13 +22,7 @@ def test_scripts_are_short_and_printed(name):
 
 @pytest.mark.parametrize("name", LINES)
 def test_scripts_run(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "examples" / f"{name}.py")],
-        cwd=tmp_path,
-        env=os.environ | {"LCTRAIN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = str(ROOT / "docs" / "examples" / f"{name}.py")
+    done = run_forked(script, cwd=tmp_path, env={"LCTRAIN_CACHE": str(tmp_path / "cache")})
     swapped = done.stdout + done.stderr
     assert "lctrain_flash" in swapped or name == "long_context_module"

@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from lctrain_kernels.bench import report
 from lctrain_kernels.bench.record import BenchmarkRecord
 from lctrain_kernels.bench.step_report import newest_step_record, step_table
+from tests.forked import run_forked
 from tests.house.typecheck import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,14 +38,8 @@ def run_as_a_file(page: Path, folder: Path, more: str = "") -> None:
     script = folder / "example.py"
     script.write_text("".join(EXAMPLE.findall(page.read_text())) + more)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env=os.environ | {"LCTRAIN_CACHE": str(folder / "cache"), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"LCTRAIN_CACHE": str(folder / "cache"), "PYTHONPATH": path}
+    run_forked(str(script), cwd=folder, env=environment)
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
