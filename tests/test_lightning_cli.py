@@ -1,8 +1,6 @@
 """Tests LightningCLI: every public class can be built from YAML, and `fit --config` trains."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import fields
 from typing import get_type_hints
 
@@ -12,6 +10,7 @@ import yaml
 import lctrain
 from lctrain import callbacks, data
 from lctrain.config import DataConfig, DataOptions, DataSettings
+from tests.forked import run_forked
 from tests.house.typecheck import ROOT
 
 jsonargparse = pytest.importorskip("jsonargparse")
@@ -197,13 +196,7 @@ def test_fit_from_a_config(tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "main.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "main.py", "fit", "--config", "run.yaml"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_forked(str(tmp_path / "main.py"), "fit", "--config", "run.yaml", cwd=tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert "sdpa -> lctrain_dual_chunk" in done.stderr
 
