@@ -32,6 +32,7 @@ def test_ci_does_nothing_twice(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    assert "\nmake test " in (tmp_path / ".ci" / "run").read_text()  # the README's command
     new = printed()
     for version in ("3.6.0", "3.8.0", "3.9.0"):
         assert f"triton=={version}" in new
