@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -129,14 +131,8 @@ def load_architecture(
     Raises:
         ValueError: if the model does not exist, or is no causal LM.
     """
-    from transformers import AutoConfig
-
     with _naming(config):
-        architecture = AutoConfig.from_pretrained(
-            config.name_or_path,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-        )
+        architecture = _stored_config(config)
         return auto_class(task).from_config(
             architecture,
             trust_remote_code=config.trust_remote_code,
@@ -153,16 +149,44 @@ def stored_task(config: PretrainedModelConfig) -> str:
     Raises:
         ValueError: if the model does not exist.
     """
-    from transformers import AutoConfig
-
     with _naming(config):
-        architecture = AutoConfig.from_pretrained(
-            config.name_or_path,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-        )
+        architecture = _stored_config(config)
     names = getattr(architecture, "architectures", None) or []
     return "mlm" if any(str(name).endswith("ForMaskedLM") for name in names) else "causal"
+
+
+def _stored_config(config: PretrainedModelConfig) -> Any:
+    """Returns transformers' configuration of a stored model; that of its base for adapters."""
+    from transformers import AutoConfig
+
+    trust = config.trust_remote_code
+    revision = config.revision or "main"
+    try:
+        return AutoConfig.from_pretrained(
+            config.name_or_path, revision=revision, trust_remote_code=trust
+        )
+    except (OSError, ValueError):
+        base = _base_of_adapters(config.name_or_path, revision)
+        if base is None:
+            raise
+    return AutoConfig.from_pretrained(base, trust_remote_code=trust)
+
+
+def _base_of_adapters(name: str, revision: str) -> str | None:
+    """Returns the name of the model that stored adapters are for; None if there are no adapters."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    path = find_adapter_config_file(name, revision=revision)
+    if path is None:
+        return None
+    base: str | None = json.loads(Path(path).read_text(encoding="utf-8")).get(
+        "base_model_name_or_path"
+    )
+    if not base:
+        raise ValueError(
+            "adapter_config.json must name the base model, got none. Set base_model_name_or_path"
+        )
+    return base
 
 
 def auto_class(task: str) -> Any:

@@ -14,7 +14,8 @@ from lctrain.build import build_model
 from lctrain.config import AdapterConfig, PretrainedModelConfig
 from lctrain.distributed.sharding import built_to_be_sharded
 from lctrain.memory.tracker import Tracker
-from lctrain.models.pretrained import load_architecture, load_pretrained
+from lctrain.models.pretrained import load_architecture, load_pretrained, stored_task
+from tests.numerics import assert_equal_sums, assert_far_apart
 
 MINE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +106,33 @@ def test_a_damaged_model_is_refused(make_llama, tmp_path, damage, message, conte
     damage(tmp_path)
     with pytest.raises(ValueError, match=message), context():
         load_pretrained(PretrainedModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_stored_adapters_are_read_on_their_base(make_llama, tmp_path):
+    """An export of adapters has no config.json: its model is that of the base."""
+    peft = pytest.importorskip("peft")
+    base, folder = tmp_path / "base", tmp_path / "adapters"
+    make_llama().save_pretrained(base)
+    model = peft.get_peft_model(
+        load_pretrained(PretrainedModelConfig(name_or_path=str(base))),
+        peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
+    model.save_pretrained(folder)
+    config = PretrainedModelConfig(name_or_path=str(folder))
+    assert stored_task(config) == "causal"
+    assert isinstance(load_architecture(config).config, LlamaConfig)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        logits = load_pretrained(config)(input_ids=ids, use_cache=False).logits
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            plain = model(input_ids=ids, use_cache=False).logits
+    assert_equal_sums(logits, expected)
+    assert_far_apart(logits, plain)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="must name the base model, got none"):
+        stored_task(config)
 
 
 class OffMeta(Tracker):
