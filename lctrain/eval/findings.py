@@ -36,6 +36,11 @@ def context_gain(rows: Sequence[PerplexityRow], window: int | None = None) -> st
         f"perplexity {first.perplexity:,.1f} with {first.length:,} tokens of context, "
         f"{last.perplexity:,.1f} with {last.length:,}"
     )
+    if last.mean_context == first.mean_context:
+        return (
+            f"perplexity {first.perplexity:,.1f}; no document has more than {first.length:,} "
+            "tokens, so longer contexts add nothing"
+        )
     if not last.gain_stderr > 0:
         return f"{numbers} (lower is better)"
     errors = last.gain / last.gain_stderr

@@ -1,5 +1,6 @@
 """Tests the sentences about an evaluation: their numbers, the verdict, and missing results."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -41,6 +42,13 @@ def test_gain_inside_the_window_in_paired_standard_errors(gain, stderr, verdict)
 def test_no_gain_of_one_length_or_an_infinite_perplexity():
     assert context_gain([row(16, 3.0), row(64, 2.0)], 16) == ""
     assert context_gain([row(16, 3.0), row(64, math.inf)]) == ""
+
+
+def test_no_verdict_on_documents_that_are_shorter_than_every_length():
+    rows = [dataclasses.replace(row(length, 3.0), mean_context=22.5) for length in (64, 128)]
+    assert context_gain(rows) == (
+        "perplexity 20.1; no document has more than 64 tokens, so longer contexts add nothing"
+    )
 
 
 def comparison(*lengths, window=64):
