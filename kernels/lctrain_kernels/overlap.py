@@ -1,4 +1,7 @@
-"""share_memory, repeats_memory: whether two elements of strided tensors have one address."""
+"""share_memory, repeats_memory: whether two elements of strided tensors have one address.
+
+meeting_rows: which rows of two tensors have an address in common.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,28 @@ def share_memory(first: Tensor, second: Tensor) -> bool:
     distance = second.storage_offset() - first.storage_offset()
     layouts = (first.stride(), tuple(first.shape)), (second.stride(), tuple(second.shape))
     return _meet(*layouts, distance)
+
+
+def meeting_rows(first: Tensor, second: Tensor) -> list[int]:
+    """Returns each d for which row r of one tensor and row r + d of the other share memory.
+
+    In a pool whose pages hold keys and values by turns, `pool[:-1]` and `pool[1:]` meet at -1 only.
+
+    Args:
+        first: A tensor of at least one dimension; its rows may have any strides.
+        second: A tensor with the strides, the dtype and the shape of rows of `first`.
+    """
+    if not share_memory(first, second):
+        return []
+    distance, stride = second.storage_offset() - first.storage_offset(), first.stride(0)
+    pairs = zip(first.stride()[1:], first.shape[1:], strict=True)
+    reach = sum(step * (size - 1) for step, size in pairs)
+    low, high = 1 - len(first), len(second) - 1
+    if stride:
+        low = max(low, -((reach + distance) // stride))
+        high = min(high, (reach - distance) // stride)
+    numbers = range(low, high + 1)
+    return [d for d in numbers if share_memory(first[max(-d, 0)], second[max(d, 0)])]
 
 
 @lru_cache(maxsize=1024)

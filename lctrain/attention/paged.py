@@ -57,7 +57,8 @@ class PagedForward:
         """Returns the pack of the requests and of one document of padding.
 
         transformers pads batches for CUDA graphs. Its padding is the last document of the pack,
-        which has no token in a batch without padding. So nothing is read from the device.
+        which has no token in a batch without padding. So nothing is read from the device, unless
+        the checks of the kernels read values there.
 
         Args:
             queries: Queries [T, H, D].
@@ -65,18 +66,23 @@ class PagedForward:
             cu_seqlens_q: Cumulative numbers of queries, [N + 1] integers.
             found: Keys of the layer.
         """
+        from lctrain_kernels.checks import reads_values
         from lctrain_kernels.pack import checked_pack
 
         key = (id(found.cu_seqlens_k), len(keys))
         if key not in self._packs:
+            longest_q, longest_k = found.longest_q, found.longest_k
+            if reads_values(queries.device):  # the check of a bound counts the padding, too
+                longest_q = max(longest_q, len(queries) - int(cu_seqlens_q[-1]))
+                longest_k = max(longest_k, len(keys) - int(found.cu_seqlens_k[-1]))
             pack = checked_pack(
                 F.pad(cu_seqlens_q.int(), (0, 1), value=len(queries)),
                 F.pad(found.cu_seqlens_k.int(), (0, 1), value=len(keys)),
                 len(queries),
                 len(keys),
                 queries.device,
-                max_seqlen_q=found.longest_q,
-                max_seqlen_k=found.longest_k,
+                max_seqlen_q=longest_q,
+                max_seqlen_k=longest_k,
             )
             self._packs[key] = (found.cu_seqlens_k, pack)  # the tensor lives as long as its id
         return self._packs[key][1]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lctrain_kernels.overlap import repeats_memory, share_memory
+from lctrain_kernels.overlap import meeting_rows, repeats_memory, share_memory
 
 BASE = torch.zeros(400)
 
@@ -49,3 +49,27 @@ def test_tensors_of_two_storages_and_empty_ones() -> None:
     assert not share_memory(BASE, BASE.clone())
     assert not share_memory(BASE, BASE[:0])
     assert not repeats_memory(BASE[:0].expand(3, 0))
+
+
+def test_rows_that_meet() -> None:
+    numbers = random.Random(0)
+    counts = set()
+    for _ in range(300):
+        first = random_view(numbers)
+        shape = [numbers.randint(1, 4), *first.shape[1:]]
+        second = BASE.as_strided(shape, first.stride(), numbers.randint(0, 60))
+        rows = [[set(addresses(row)) for row in tensor] for tensor in (first, second)]
+        expected = {
+            b - a for a, one in enumerate(rows[0]) for b, other in enumerate(rows[1]) if one & other
+        }
+        assert meeting_rows(first, second) == sorted(expected)
+        counts.add(len(expected))
+    assert len(counts) > 3
+
+
+def test_pages_of_one_pool_meet_the_pages_before_them() -> None:
+    pool = torch.zeros(9, 4, 2)
+    assert meeting_rows(pool[:-1], pool[1:]) == [-1]
+    assert meeting_rows(pool[:-3], pool[3:]) == [-3]
+    assert meeting_rows(*pool.view(9, 2, 2, 2).unbind(1)) == []
+    assert meeting_rows(pool, torch.zeros_like(pool)) == []

@@ -6,13 +6,15 @@ needs no synchronisation, on a CPU, and on a GPU if LCTRAIN_CHECK_CACHE=1 is set
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 
 from lctrain_kernels.checks import check_floating, reads_values
 from lctrain_kernels.decode.structures import KVCache, NewTokens
 from lctrain_kernels.options import check_window
-from lctrain_kernels.overlap import repeats_memory, share_memory
+from lctrain_kernels.overlap import meeting_rows, repeats_memory, share_memory
 
 MIN_PAGE, MAX_PAGE = 16, 256
 
@@ -249,14 +251,31 @@ def _check_memory(q: Tensor, cache: KVCache, new: NewTokens) -> None:
                 f"{name} must be no expanded tensor if k and v are given, got strides "
                 f"{side.stride()}. Requests would overwrite each other's tokens; clone it."
             )
-    pairs = [*caches, ("q", q), ("k", new.k), ("v", new.v)]
-    for place, (name, side) in enumerate(caches):
-        for other, tensor in pairs[place + 1 :]:
+    found = [("k_cache", "v_cache")] if _caches_overlap(cache) else []
+    others = (("q", q), ("k", new.k), ("v", new.v))
+    for name, side in caches:
+        for other, tensor in others:
             if tensor is not None and share_memory(side, tensor):
-                raise ValueError(
-                    f"{name} and {other} must not overlap if k and v are given, got tensors that "
-                    f"share memory. The new tokens would overwrite {other}; clone it."
-                )
+                found.append((name, other))
+    for name, other in found:
+        raise ValueError(
+            f"{name} and {other} must not overlap if k and v are given, got tensors that share "
+            f"memory. The new tokens would overwrite {other}; clone it."
+        )
+
+
+def _caches_overlap(cache: KVCache) -> bool:
+    """Returns whether the two caches share memory in a way that no page table can avoid.
+
+    Pages of keys and of values may lie in one pool by turns, as in transformers' paged cache. Both
+    caches are views of the whole pool then, and the page table names other pages than those of the
+    other cache; see check_values.
+    """
+    if not share_memory(cache.k, cache.v):
+        return False
+    if cache.block_table is None or cache.k.stride() != cache.v.stride():
+        return True
+    return 0 in meeting_rows(cache.k, cache.v)
 
 
 def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
@@ -311,6 +330,28 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
                     f"block_table must name a page for one request if its new tokens are written "
                     f"to it, got page {page} for {writer} and {request}. Request {writer} would "
                     "overwrite the other's tokens; nothing was written. Copy the page first."
+                )
+    if writers:
+        _check_pool(cache, {page for _, pages in used_pages for page in pages}, writers)
+
+
+def _check_pool(cache: KVCache, used: Collection[int], written: Iterable[int]) -> None:
+    """Raises if a page of one cache that is written to is a page of the other that is used.
+
+    Args:
+        cache: A paged cache.
+        used: Pages of all requests.
+        written: Pages that get new tokens.
+    """
+    shifts = meeting_rows(cache.k, cache.v)
+    for page in written if shifts else ():
+        for other in (page + sign * shift for shift in shifts for sign in (1, -1)):
+            if other in used:
+                raise ValueError(
+                    "block_table must name pages whose keys and values share no memory, got pages "
+                    f"{page} and {other} of caches that lie in one pool. The new keys of one would "
+                    "overwrite values of the other; nothing was written. Give keys and values "
+                    "pages of their own."
                 )
 
 

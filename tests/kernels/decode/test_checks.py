@@ -305,6 +305,27 @@ def test_interleaved_caches_and_packed_operands_do_not_overlap():
     flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=4)
 
 
+def test_pages_of_keys_and_values_may_lie_in_one_pool():
+    """As in transformers' paged cache: keys lie in pages 0, 2, ..., values in the pages after."""
+    pool, table = zeros(9, 16, 2, 32), ints(0, 2, 4, 6).view(2, 2)
+    torch.nn.init.normal_(pool)
+    q, k, v = torch.randn(2, 1, 8, 32).split([4, 2, 2], 2)
+    arguments = {"cache_seqlens": ints(20, 9), "block_table": table}
+    expected = flash_attn_with_kvcache(q, pool[:-1].clone(), pool[1:].clone(), k, v, **arguments)
+    found = flash_attn_with_kvcache(q, pool[:-1], pool[1:], k, v, **arguments)
+    assert torch.equal(found, expected)
+    written = pool.clone()
+    for pages in ((0, 2, 3, 6), (0, 2, 1, 6), (7, 6, 0, 2)):
+        arguments["block_table"] = ints(*pages).view(2, 2)
+        with pytest.raises(ValueError, match="must name pages whose keys and values share no mem"):
+            flash_attn_with_kvcache(q, pool[:-1], pool[1:], k, v, **arguments)
+    arguments["block_table"] = table
+    for other in (pool[:-1], pool.view(-1)[128:-896].view(8, 16, 2, 32)):
+        with pytest.raises(ValueError, match="k_cache and v_cache must not overlap"):
+            flash_attn_with_kvcache(q, pool[:-1], other, k, v, **arguments)
+    assert torch.equal(pool, written)
+
+
 def test_one_length_of_all_requests_is_checked_without_reading_a_device(monkeypatch):
     monkeypatch.setattr("lctrain_kernels.decode.checks.reads_values", lambda _: False)
     inputs = make_kv(DENSE, "cpu", torch.float32)
