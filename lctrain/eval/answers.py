@@ -17,6 +17,8 @@ from lctrain.eval.prompt import TokenPrompt
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Measure
 from lctrain.generation.pool_size import cache_tokens
+from lctrain.instances import require_callable, require_instance
+from lctrain.limits import check_by
 
 MOST_PROMPTS = 64
 """Most prompts that are answered together from a paged cache, and that are made ahead. Progress
@@ -50,7 +52,7 @@ class Answer:
 def score_prompts(
     reader: Reader, tokenizer: Any, prompts: Iterable[TokenPrompt], by: str
 ) -> Iterator[Answer]:
-    """Yields the scored answer of each prompt.
+    """Returns an iterator over the scored answer of each prompt.
 
     A thread makes the next prompts while the model answers.
 
@@ -64,13 +66,26 @@ def score_prompts(
         by: "generation" or "likelihood".
 
     Raises:
-        ValueError: if documents are cut into parts, which a decoder does not do.
+        TypeError: if an argument has another type.
+        ValueError: if `by` is unknown, or documents are cut into parts, which a decoder does not
+            do.
     """
+    require_instance("reader", reader, Reader, "Pass the one that Task.score is given.")
+    require_callable("tokenizer", tokenizer, "Pass a tokenizer of transformers.")
+    require_instance("prompts", prompts, Iterable, "Make them with lctrain.eval.tokenized.")
+    check_by(by, "by")
     if by == "generation" and reader.segment is not None:
         raise ValueError(
             "methods must not name intra_chunk for a task by generation, got it. Leave it out, or "
             "score by likelihood."
         )
+    return _scored(reader, tokenizer, prompts, by)
+
+
+def _scored(
+    reader: Reader, tokenizer: Any, prompts: Iterable[TokenPrompt], by: str
+) -> Iterator[Answer]:
+    """Yields the scored answer of each prompt, as `score_prompts` describes."""
     answer, room = _decided, None
     if by == "generation":
         answer, room = _generated, cache_tokens(reader.model, reader.cache_gib)

@@ -18,6 +18,7 @@ from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.shared_work import owners
 from lctrain.eval.transfers import HostCopy, on_device
 from lctrain.eval.windows import Windows
+from lctrain.instances import require_instance, require_int, require_sequence
 from lctrain.loss import evaluation_mode, token_losses
 from lctrain.models.frequencies import row_frequencies
 
@@ -56,8 +57,8 @@ def score_windows(
     each window gets those of its own length, so losses do not depend on the batch. Logits are
     computed for scored positions only.
 
-    The next batch is handed to the device before the losses of a batch are awaited, so that the
-    device has no gap between them.
+    The next batch is queued on the device before the losses of a batch are awaited, so that the
+    device has work meanwhile.
 
     Args:
         model: A causal LM. It is in evaluation mode while a batch runs, and unchanged afterwards.
@@ -76,6 +77,11 @@ def score_windows(
         The scored positions of one batch. All batches of all data ranks together hold every scored
         position once.
     """
+    require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
+    require_sequence("documents", documents, "Pass the token ids of each document.")
+    require_instance("windows", windows, Windows, "Call lctrain.eval.cut_windows.")
+    require_int("max_tokens", max_tokens, 1, "Pass the tokens of a batch.")
+    require_instance("device", device, torch.device, "Pass that of the model.")
     packed = is_patched(model)
     if segment is not None and not packed:
         raise ValueError(

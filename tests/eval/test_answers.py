@@ -105,6 +105,12 @@ def test_likelihood_reads_the_tokens_of_a_forward_pass(subject, monkeypatch):
     assert sizes == [2, 1]
 
 
+def test_an_unknown_way_to_score_is_an_error_before_the_first_prompt(subject):
+    reader = answers.Reader(subject.model, subject.model.device, 300)
+    with pytest.raises(ValueError, match=r"by must be one of .*, got 'likelyhood'"):
+        answers.score_prompts(reader, subject.tokenizer, [], "likelyhood")
+
+
 def test_the_default_cache_is_a_share_of_the_memory(make_llama):
     model = make_llama().train()
     assert cache_tokens(model) is None

@@ -47,7 +47,9 @@ def test_wrong_types_are_named(module, tmp_path, monkeypatch):
             given = {parameter.name: value for parameter in required(signature)}
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    made(**given)
+                    result = made(**given)
+                    if inspect.isgenerator(result):
+                        next(result, None)  # its body begins here
             except Exception as error:
                 if not _raised_on_purpose(error):
                     bugs.append(f"{name}({kind}): {type(error).__name__}: {error}")
