@@ -24,11 +24,11 @@ def called_ahead(
     Args:
         functions: Functions that may run at the same time.
         count: Most functions that are called before their results are asked for, at least 1.
-        threads: Number of threads; None for one less than the machine's cores, and at most
-            MOST_THREADS.
+        threads: Number of threads; None for one less than the cores that this process may use,
+            and at most MOST_THREADS.
     """
     if threads is None:
-        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
+        threads = max(1, min(MOST_THREADS, usable_cores() - 1))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="called_ahead")
     try:
         waiting: deque[Future[T]] = deque()
@@ -40,6 +40,13 @@ def called_ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def made_ahead(items: Iterable[T], count: int) -> Iterator[T]:

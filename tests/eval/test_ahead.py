@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from lctrain.eval.ahead import called_ahead, made_ahead
+from lctrain.eval import ahead
+from lctrain.eval.ahead import MOST_THREADS, called_ahead, made_ahead
 
 
 def test_items_keep_their_order_and_are_made_in_another_thread():
@@ -88,3 +89,29 @@ def test_an_error_of_a_function_is_raised_in_its_place_and_ends_the_calls():
     with pytest.raises(ValueError, match="lengths must be at least 9"):
         next(found)
     assert len(called) <= 1 + 1 + 3
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (5, 4), (64, MOST_THREADS)])
+def test_threads_leave_a_core_of_those_that_the_process_may_use(cores, threads, monkeypatch):
+    sizes = []
+    pool = ahead.ThreadPoolExecutor
+
+    def counted(size, **settings):
+        sizes.append(size)
+        return pool(size, **settings)
+
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 512)  # of the machine, which others use too
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {*range(cores)}, raising=False)
+    assert list(called_ahead([lambda: 7], 1)) == [7]
+    assert sizes == [threads]
+
+
+def test_calls_end_when_their_consumer_stops():
+    called = []
+    found = called_ahead([partial(called.append, number) for number in range(50)], 3, threads=1)
+    next(found)
+    found.close()
+    known = len(called)
+    assert known <= 1 + 3
+    assert not [one for one in threading.enumerate() if one.name.startswith("called_ahead")]

@@ -1,5 +1,6 @@
 """Tests RULER's tasks and needles: lengths, seeds, and models whose scores are known."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from lctrain.data import TokenizedDocument
-from lctrain.eval import Run, Subject, answers, computed
+from lctrain.eval import Run, Subject, ahead, answers, computed
 from lctrain.eval.prompt import Prompt, fitting_units, tokenized
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.tasks.needle import Needle
@@ -103,6 +104,23 @@ def test_prompts_fill_their_length_and_depend_on_the_seed(subject, questions, na
         assert again.prompt(name, length, 3).prompt == made.prompt
         assert other.prompt(name, length, 3).prompt != made.prompt
         assert task.prompt(name, length, 4).prompt != made.prompt
+
+
+def test_prompts_that_several_threads_make_are_those_of_one(subject, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "lctrain.eval.tasks.ruler.score_prompts",
+        lambda reader, tokenizer, prompts, by: made.append([*prompts]) or (),
+    )
+    for cores in (1, 64):
+        monkeypatch.setattr(ahead, "usable_cores", lambda cores=cores: cores)
+        task = Ruler(tasks=["niah_single_2", "niah_multikey_1", "vt"], items=3)
+        task.prepare(subject, (1000,))
+        with contextlib.suppress(ValueError):  # there are no answers
+            list(task.score(None, 1000, task.make(1000)))
+    one, several = ([prompt.input_ids.tolist() for prompt in prompts] for prompts in made)
+    assert one == several
+    assert len({*map(tuple, one)}) == 9
 
 
 def test_a_length_that_nothing_fits_is_an_error_and_no_endless_search(subject):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lctrain.eval.ahead import called_ahead
-from lctrain.eval.answers import MEASURES, MOST_PROMPTS, score_prompts
+from lctrain.eval.ahead import MOST_THREADS, called_ahead
+from lctrain.eval.answers import MEASURES, score_prompts
 from lctrain.eval.limits import check_model
 from lctrain.eval.prompt import Prompt, TokenPrompt, fitting_units, tokenized, tokens_of
 from lctrain.eval.reader import Reader
@@ -109,7 +109,7 @@ class Ruler(Task):
         for _ in called_ahead([partial(self._fit, name, length) for name in names], len(names)):
             pass  # prompts of a task then need no search
         functions = [partial(self.prompt, name, length, number) for name, number in made]
-        prompts = called_ahead(functions, MOST_PROMPTS)
+        prompts = called_ahead(functions, MOST_THREADS)  # score_prompts keeps more
         answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
         for (name, number), answer in zip(made, answers, strict=True):
             columns = {"task": name}
