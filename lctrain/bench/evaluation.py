@@ -7,10 +7,10 @@ Parts, in this order:
 
 - `perplexity`: tokens per second of the task at each length, beside plain forward passes with the
   fused loss over the same documents.
-- `answers`: seconds of passkeys and of RULER's tasks at one length, beside forward passes over the
-  same prompts without logits.
-- `suite`: seconds of the default suite of `lctrain-eval` with a stored model, from loading it to
-  its report, for a 1B model and for one of SmolLM2's shape.
+- `answers`: seconds of passkeys and of RULER's tasks at one length, beside forward passes over as
+  many documents of that length without logits.
+- `suite`: seconds of passkeys, RULER's tasks and perplexity by `lctrain-eval` with a stored model,
+  from loading it to its report, for a 1B model and for one of SmolLM2's shape.
 
 The weights are random, so that every answer has its full length. The record is saved after every
 result.

@@ -1,4 +1,4 @@
-"""The runs of `lctrain-bench evaluation`: perplexity, answers, and the default suite."""
+"""The runs of `lctrain-bench evaluation`: perplexity, answers, and a suite."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ class Sizes:
     ruler_tasks: tuple[str, ...] | None = None
     vocab_size: int = 8192
 
+    def documents_of(self, length: int) -> int:
+        """Returns the number of documents of a context length."""
+        return max(1, min(self.documents, self.most_tokens // length))
+
     @classmethod
     def tiny(cls) -> Sizes:
         """Returns sizes for a trial on a CPU."""
@@ -110,7 +114,7 @@ def time_perplexity(model: Any, length: int, sizes: Sizes) -> dict[str, Any]:
         and the speed of the task over theirs.
     """
     device = next(model.parameters()).device
-    count = max(1, min(sizes.documents, sizes.most_tokens // length))
+    count = sizes.documents_of(length)
     draw = np.random.default_rng(length)
     tokens = [draw.integers(model.config.vocab_size, size=length + 1) for _ in range(count)]
     documents = [TokenizedDocument(f"document {i}", ids, i) for i, ids in enumerate(tokens)]
@@ -143,7 +147,7 @@ def time_perplexity(model: Any, length: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def time_answers(model: Any, task: str, sizes: Sizes) -> dict[str, Any]:
-    """Times a task that asks for answers, and forward passes over its prompts without logits.
+    """Times a task that asks for answers, and forward passes over as many documents without logits.
 
     Args:
         model: A patched causal LM in eval mode.
@@ -151,7 +155,8 @@ def time_answers(model: Any, task: str, sizes: Sizes) -> dict[str, Any]:
         sizes: Sizes of the runs.
 
     Returns:
-        Prompts, their tokens, seconds of the task and of the passes, and their ratio.
+        Context length, prompts, seconds of the task and of the passes, and their ratio. A prompt
+        has fewer tokens than a pass, since the length holds its answer too.
     """
     device = next(model.parameters()).device
     length = sizes.answered
@@ -192,7 +197,7 @@ def time_suite(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Times one task of the default suite of `lctrain-eval`, with a stored model.
+    """Times one task of a suite of `lctrain-eval`, with a stored model.
 
     Args:
         shape: Shape of the model.

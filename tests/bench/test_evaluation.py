@@ -73,9 +73,10 @@ def test_no_run_begins_after_the_limit(record, monkeypatch):
 
 def test_documents_of_a_long_context_are_fewer():
     sizes = evaluation_runs.Sizes(most_tokens=2**21)
-    counts = [max(1, min(sizes.documents, sizes.most_tokens // n)) for n in sizes.lengths]
+    counts = [sizes.documents_of(length) for length in sizes.lengths]
     assert counts == [64, 64, 64, 64, 32, 16]
-    assert evaluation_runs.Sizes().most_tokens // sizes.lengths[-1] == sizes.documents
+    assert {evaluation_runs.Sizes().documents_of(length) for length in sizes.lengths} == {64}
+    assert evaluation_runs.Sizes(most_tokens=9).documents_of(4096) == 1
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

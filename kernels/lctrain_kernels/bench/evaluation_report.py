@@ -45,10 +45,10 @@ def _perplexity(shape: str, rows: Iterable[Row]) -> list[str]:
 
 def _answers(shape: str, rows: Iterable[Row]) -> list[str]:
     return [
-        f"{shape}, tasks that ask for answers, and forward passes over as many prompts of the same "
-        "length, without logits:",
+        f"{shape}, tasks that ask for answers, and forward passes over as many documents that fill "
+        "the context, without logits:",
         "",
-        "| task | tokens of a prompt | prompts | seconds | forward passes, s | ratio |",
+        "| task | context | prompts | seconds | forward passes, s | ratio |",
         "|---|---|---|---|---|---|",
         *(_line(f"`{row['task']}`", row, _ratio, 5) for row in rows),
     ]
@@ -62,7 +62,7 @@ def _suite(shape: str, rows: Iterable[Row]) -> list[str]:
     if whole:
         lines.append(f"| all | {sum(row['seconds'] for row in kept):.0f} |")
     return [
-        f"{shape}, the default suite at {lengths} tokens, each task with loading and report:",
+        f"{shape}, `lctrain-eval` at {lengths} tokens, each task with loading and report:",
         "",
         "| task | seconds |",
         "|---|---|",

@@ -308,6 +308,6 @@ def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
     assert "| 4,096 | 2 | 4,096 | 0.95 |" in text
     assert "| 8,192 | error | - | - |" in text
     assert "| `ruler` | 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
-    assert "1B, the default suite at 4,096, 8,192 tokens" in text
+    assert "1B, `lctrain-eval` at 4,096, 8,192 tokens" in text
     assert text.count("| all | 60 |") == text.count("| all |") == 1
     assert "| `ruler` | not run |" in text
