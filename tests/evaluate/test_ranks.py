@@ -1,6 +1,7 @@
 """Tests lctrain-eval under torchrun: two ranks share the work, and rank 0 writes what one does."""
 
 import json
+import os
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -174,9 +175,10 @@ TASK = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
 def launched(monkeypatch):
     """Returns a function that sets a launcher's variables, and returns what the ranks join by."""
     found = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
+    torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+    for name in [*os.environ]:  # the tests themselves may be tasks of srun
+        if name in torchrun | {"MASTER_PORT"} or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *a, **settings: found.append(settings)
     )
