@@ -10,6 +10,7 @@ import torch
 
 from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.batch import PackedBatch
+from lctrain.generation.arguments import check_counts
 from lctrain.generation.options import Completion
 from lctrain.generation.token_choice import require_distributions
 from lctrain.instances import require_instance, require_sequence
@@ -39,12 +40,15 @@ def completion_packs(
         Packs on the CPU, with the completions in their order; see PackedBatch.from_groups.
 
     Raises:
-        ValueError: if the completions are not `samples` per prompt.
+        TypeError: if the completions are no Completions.
+        ValueError: if a count is no int of at least 1, or the completions are not `samples` per
+            prompt.
     """
+    check_counts(samples=samples, max_tokens=max_tokens)
     require_sequence("completions", completions, "Pass what generate returned.")
     for one in completions:
         require_instance("completions", one, Completion, "Pass what generate returned.")
-    if samples < 1 or len(completions) % samples:
+    if len(completions) % samples:
         raise ValueError(
             f"completions must be samples={samples} per prompt, got {len(completions)}. Pass all "
             "completions of a call of generate, and its samples."

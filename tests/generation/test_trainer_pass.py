@@ -138,6 +138,13 @@ def test_samples_must_fit_the_completions(patched):
     assert completion_packs([]) == []
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.0, "2", True])
+@pytest.mark.parametrize("name", ["samples", "max_tokens"])
+def test_counts_of_packs_must_be_positive_ints(name, count):
+    with pytest.raises(ValueError, match=f"{name} must be an int of at least 1, got {count!r}"):
+        completion_packs([], **{name: count})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_bits_of_the_trainer_on_a_gpu(endless, fused):
