@@ -68,7 +68,8 @@ def flash_attn_with_kvcache(
             and float64.
         k_cache: Keys [rows, S, Hk, D], or [pages, page, Hk, D] with a block_table.
         v_cache: Values, in the shape of k_cache. If k and v are given, no other operand may share
-            the memory of a cache; interleaved views of one storage do not.
+            the memory of a cache; interleaved views of one storage do not. Pages of both may lie in
+            one pool, such as pool[:-1] and pool[1:], if block_table names every second one.
         k: New keys [B, S_new, Hk, D], or None. They are written to positions cache_seqlens,
             cache_seqlens + 1, ... of the cache before the attention.
         v: New values [B, S_new, Hk, D], given with k.
