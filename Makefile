@@ -84,7 +84,7 @@ test-versions-sample:
 
 VERSION_SAMPLE := tests/attention tests/models/test_packed_equals_separate.py \
 	tests/models/test_fused.py tests/models/test_inputs.py tests/models/test_sweep.py \
-	tests/test_module.py
+	tests/models/test_continuous_batching.py tests/models/test_static_cache.py tests/test_module.py
 
 lint: $(SETUP)
 	@if [ -z "$(strip $(VENV))" ] && ! $(PY) -c 'import mypy, ruff' 2>/dev/null; then \
