@@ -99,6 +99,7 @@ class _Kept(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
         """Returns a view of x [..., S, E]."""
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)  # no zeros for an input without a gradient
         return x.view_as(x)
 
     @staticmethod
@@ -132,7 +133,8 @@ class _Tiles(torch.autograd.Function):
                 # Hooks, as of a checkpoint: operations choose the kernels of the forward.
                 with torch.enable_grad(), saved_tensors_hooks(same, same):
                     out = work.run(tile)
-                torch.autograd.backward(out, gradients[index])  # adds up the leaves' gradients
+                if out.requires_grad:  # not if it reads nothing that is trained
+                    torch.autograd.backward(out, gradients[index])  # adds up leaves' gradients
                 del out
                 if of_x is not None:
                     of_x.narrow(-2, index * work.tokens, tile.shape[-2]).copy_(tile.grad)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.memory.tiled_function import tiled
-from lctrain.models.fused import CALLS_CLASS
+from lctrain.models.fused import CALLS_CLASS, has_own_forward
 from lctrain_kernels.autocast import autocast_dtype
 
 _PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
@@ -31,8 +31,9 @@ class TiledMLPs:
         tokens: Number of tokens of a tile.
 
     Raises:
-        ValueError: if no layer has a dense MLP, or a trained weight of an MLP is float16 or
-            bfloat16, in which the sum over tiles would lose bits.
+        ValueError: if no layer has a dense MLP, another library has replaced the forward of an MLP,
+            or a trained weight of an MLP is float16 or bfloat16, in which the sum over tiles would
+            lose bits.
     """
 
     def __init__(self, layers: list[Any], tokens: int) -> None:
@@ -42,13 +43,9 @@ class TiledMLPs:
                 f"memory.mlp_tokens must be null for a model without dense MLPs, got {tokens}. "
                 "Leave it out."
             )
-        trained = {p.dtype for mlp in self._mlps for p in mlp.parameters() if p.requires_grad}
-        if trained & set(_LOW):
-            raise ValueError(
-                f"memory.mlp_tokens needs trained weights in float32, got {trained.pop()}: the sum "
-                "of their gradients over tiles would be rounded at every tile. Set "
-                "model.dtype=float32 with trainer.precision=bf16-mixed, or train adapters."
-            )
+        for mlp in self._mlps:
+            _require_own_forward(mlp, tokens)
+            _require_float32(mlp)
         self._forwards = [partial(_forward, mlp, tokens) for mlp in self._mlps]
         for forward in self._forwards:
             setattr(forward, CALLS_CLASS, True)  # patch_model may change the class below
@@ -67,7 +64,10 @@ def _forward(mlp: Any, tokens: int, x: Tensor) -> Tensor:
     own = partial(_uncached, mlp)
     if x.shape[-2] <= tokens or not (mlp.training and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
-    if torch.compiler.is_compiling():  # it cannot trace the saved input of `tiled`
+    is_compiled = torch.compiler.is_compiling()  # it cannot trace the saved input of `tiled`
+    if not is_compiled:
+        _require_float32(mlp)
+    if is_compiled or _has_inner_hooks(mlp):
         tiles = x.split(tokens, dim=-2)
         return torch.cat([checkpoint(own, tile, use_reentrant=False) for tile in tiles], dim=-2)
     return tiled(mlp, own, x, tokens, _same_autocast(x.device.type))
@@ -93,6 +93,40 @@ def _uncached(mlp: Any, x: Tensor) -> Tensor:
         return type(mlp).forward(mlp, x)
     with torch.autocast(device, dtype, cache_enabled=False):
         return type(mlp).forward(mlp, x)
+
+
+def _has_inner_hooks(mlp: nn.Module) -> bool:
+    """Returns whether a module inside the MLP has forward hooks.
+
+    They may pass tensors on, such as activations to an auxiliary loss. Inside `tiled` these would
+    have no autograd history.
+    """
+    inner = (module for module in mlp.modules() if module is not mlp)
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+
+
+def _require_own_forward(mlp: nn.Module, tokens: int) -> None:
+    """Raises ValueError if a forward on the MLP replaces that of its class."""
+    if has_own_forward(mlp):
+        raise ValueError(
+            f"memory.mlp_tokens must be null for an MLP whose forward was replaced on the module, "
+            f"got {tokens}: tiles run the forward of {type(mlp).__name__}, its class. Leave "
+            "mlp_tokens out, or undo the other change."
+        )
+
+
+def _require_float32(mlp: nn.Module) -> None:
+    """Raises ValueError if a trained weight of the MLP is float16 or bfloat16.
+
+    FSDP2 may gather weights in another dtype, so a forward checks them too.
+    """
+    trained = {p.dtype for p in mlp.parameters() if p.requires_grad} & set(_LOW)
+    if trained:
+        raise ValueError(
+            f"memory.mlp_tokens needs trained weights in float32, got {trained.pop()}: the sum "
+            "of their gradients over tiles would be rounded at every tile. Set "
+            "model.dtype=float32 with trainer.precision=bf16-mixed, or train adapters."
+        )
 
 
 def _is_dense(module: nn.Module | None) -> bool:

@@ -58,7 +58,7 @@ class FusedSwap:
         A module whose own `forward` was patched keeps it, and there is a warning.
         """
         model = self.model
-        own = [module for module in model.modules() if _has_own_forward(module)]
+        own = [module for module in model.modules() if has_own_forward(module)]
         if own:
             warn_caller(
                 f"{len(own)} modules keep their forward, which was replaced on the module, such as "
@@ -99,7 +99,7 @@ class FusedSwap:
 
     def _swap(self, module: Any, mixin: Any, **attributes: Any) -> bool:
         """Returns whether the module's class was changed."""
-        if _has_own_forward(module):
+        if has_own_forward(module):
             return False
         own: Any = type(module)
         fused = fused_class(own, mixin, tuple(sorted(attributes.items())))
@@ -128,7 +128,7 @@ class FusedSwap:
             vars(module)[fused_modules.FUSED_FUNCTION] = function  # no submodule
 
 
-def _has_own_forward(module: nn.Module) -> bool:
+def has_own_forward(module: nn.Module) -> bool:
     """Returns whether a forward on the module replaces that of its class."""
     forward = vars(module).get("forward")
     return forward is not None and not getattr(forward, CALLS_CLASS, False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lctrain
-from lctrain.memory import plan, use_policy
+from lctrain.memory import plan, tiles, use_policy
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.tiled_function import tiled
 from lctrain.memory.tiles import TiledMLPs, _forward
@@ -50,16 +50,26 @@ def test_gradients_are_those_without_tiles(family, policy, arguments):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments):
+@pytest.fixture
+def seen(monkeypatch):
+    """The number of tokens of every run of an MLP on a tile."""
+    found, run = [], tiles._uncached
+
+    def record(mlp, x):
+        found.append(x.shape[-2])
+        return run(mlp, x)
+
+    monkeypatch.setattr(tiles, "_uncached", record)
+    return found
+
+
+def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments, seen):
     model = make_model("llama").train()
-    seen, arrived = [], []
+    arrived = []
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**arguments)
         use_policy(model, "checkpoint", mlp_tokens=7)
         projection = model.model.layers[0].mlp.down_proj
-        hook = model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(
-            lambda module, given: seen.append(given[0].shape[-2])
-        )
         other = projection.weight.register_hook(lambda gradient: arrived.append(gradient.dtype))
         gradients(model, arguments)
         assert max(seen) == 7
@@ -67,8 +77,7 @@ def test_an_mlp_sees_one_tile_at_a_time_and_each_gradient_arrives_once(arguments
         seen.clear()
         with torch.no_grad():
             model.eval()(**arguments)
-        assert seen == [arguments["input_ids"].shape[-1]]
-        hook.remove()
+        assert seen == []
         other.remove()
 
 
@@ -156,19 +165,54 @@ def test_a_model_of_experts_is_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_tile_runs_once_in_the_backward_unless_its_output_is_read(family, arguments):
+def test_a_tile_runs_once_in_the_backward_unless_its_output_is_read(family, arguments, seen):
     """Gemma 2 has a norm after the MLP, so the recomputation of its layers runs the MLP too."""
     model = make_model(family).train()
-    seen = []
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**arguments)
         use_policy(model, "checkpoint", mlp_tokens=7)
-        model.model.layers[0].mlp.down_proj.register_forward_hook(
-            lambda module, given, out: seen.append(out.shape[-2])
-        )
         gradients(model, arguments)
+    layers = len(model.model.layers)
     runs = 2 if family == "llama" else 3
-    assert sum(seen) == runs * arguments["input_ids"].shape[-1]
+    assert sum(seen) == runs * layers * arguments["input_ids"].shape[-1]
+
+
+def test_an_auxiliary_loss_on_activations_inside_an_mlp_has_gradients(arguments):
+    """A forward hook passes the activations on, tile by tile; they keep their history."""
+    with float64_throughout():
+        model = make_model("llama").double().train()
+        held = []
+        for layer in model.model.layers:
+            layer.mlp.act_fn.register_forward_hook(lambda module, given, out: held.append(out))
+
+        def found(**options):
+            use_policy(model, "checkpoint", **options)
+            model.zero_grad()
+            held.clear()
+            loss = model(**arguments).loss
+            (loss + sum(x.sum() for x in held)).backward()
+            return [p.grad.clone() for p in model.parameters()]
+
+        for one, other in zip(found(mlp_tokens=7), found(), strict=True):
+            assert_equal_in_float64(one, other)
+
+
+def test_an_mlp_whose_forward_was_replaced_is_refused():
+    """Tiles run the forward of the class, so they would leave the other forward out."""
+    model = make_model("llama").train()
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: 2 * own(x)
+    with pytest.raises(ValueError, match=r"must be null for an MLP whose forward was replaced"):
+        use_policy(model, "checkpoint", mlp_tokens=7)
+
+
+def test_weights_that_become_bfloat16_after_the_policy_are_refused(arguments):
+    model = make_model("llama").train()
+    use_policy(model, "checkpoint", mlp_tokens=7)
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"mlp_tokens needs trained weights in float32, got .*16"):
+        model(**arguments)
 
 
 class Shared(torch.nn.Module):
@@ -228,6 +272,13 @@ def test_tiles_of_what_is_frozen_have_no_history():
         found, x.grad = x.grad, None
         module(x).sum().backward()
     assert_equal_in_float64(found, x.grad)
+
+
+def test_tiles_that_read_nothing_trained_give_no_gradient():
+    module = Shared().requires_grad_(False)
+    module.unread.requires_grad_(True)
+    run_tiled(module, torch.randn(1, 10, 8)).sum().backward()
+    assert module.unread.grad is None
 
 
 def test_a_graph_of_tiles_can_be_read_twice():
