@@ -82,7 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged, or holds an object that is not accepted.
         """
-        location = (lambda storage, _: storage) if map_location is None else map_location
+        location = "cpu" if map_location is None else map_location
         if weights_only is False:
             return dict(torch.load(path, map_location=location, weights_only=False))
         return read_checkpoint(Path(path), map_location=location)

@@ -115,6 +115,32 @@ def test_what_may_be_read_is_a_list(tmp_path, monkeypatch):
     assert isinstance(read_checkpoint(path)["mine"], Kept)
 
 
+class Packed(torch.Tensor):
+    """A tensor that computes from tensors inside it, as torchao's states of optimizers."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_tensors_of_subclasses_are_read(tmp_path, monkeypatch):
+    """torch restores them only if map_location names a device."""
+    monkeypatch.setattr("lctrain.run.checkpoint_file.ALLOWED", [Packed])
+    path = tmp_path / "x.ckpt"
+    inner = torch.arange(5.0)
+    AtomicCheckpointIO().save_checkpoint({"moment": Packed(inner)}, path)
+    found = AtomicCheckpointIO().load_checkpoint(path)["moment"]
+    assert type(found) is Packed
+    assert torch.equal(found.inner, inner)
+
+
 def test_unreadable_and_foreign_files(tmp_path):
     (tmp_path / "empty.ckpt").write_bytes(b"")
     with pytest.raises(DamagedCheckpointError, match=r"empty.ckpt, which is damaged"):
