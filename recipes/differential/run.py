@@ -56,7 +56,7 @@ def train_runs(experiment: Experiment) -> None:
         content = {
             "variant": variant.name,
             "seed": seed,
-            **machine(),
+            **machine(config.trainer.accelerator),
             "steps": report.steps,
             "training_loss": [report.first_loss, report.last_loss],
             "held_out_loss": report.held_out_last,

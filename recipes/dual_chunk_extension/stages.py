@@ -8,7 +8,11 @@ from typing import Any
 from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.eval import METHODS
 from lctrain.evaluate import EvalConfig, PasskeyConfig, evaluate
-from lctrain.recipes.dual_chunk_extension.experiment import Experiment, run_training
+from lctrain.recipes.dual_chunk_extension.experiment import (
+    Experiment,
+    compose_training,
+    run_training,
+)
 from lctrain.recipes.machine import machine
 
 SHARD = "14MB"
@@ -16,12 +20,14 @@ SHARD = "14MB"
 
 def train_short(experiment: Experiment) -> None:
     """Trains on the short window, and stores the model in bfloat16."""
-    report = run_training(experiment.short_training(), experiment.output / "train")
+    overrides, folder = experiment.short_training(), experiment.output / "train"
+    accelerator = compose_training(overrides, folder).trainer.accelerator
+    report = run_training(overrides, folder)
     store_half(experiment.output / "train" / "model", experiment.model)
     experiment.save(
         "train",
         {
-            **machine(),
+            **machine(accelerator),
             "steps": report.steps,
             "training_loss": [report.first_loss, report.last_loss],
             "held_out_loss": [report.held_out_first, report.held_out_last],

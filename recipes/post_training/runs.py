@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +18,7 @@ from lctrain.data.passkey import PasskeyFormat
 from lctrain.memory import ReferenceModel
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
+from lctrain.recipes.machine import machine
 from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.post_training.experiment import Experiment, read_texts
 from lctrain.recipes.post_training.passkeys import QuestionSets, accuracy
@@ -98,9 +97,11 @@ def recorded_runs(experiment: Experiment, stage: str) -> list[dict[str, Any]]:
 
 
 def _header(experiment: Experiment, stage: str) -> dict[str, Any]:
-    """Returns what all runs in a record have in common."""
+    """Returns what all runs in a record have in common; a stage may go on on another day."""
+    facts = machine(experiment.compose(stage, experiment.seeds[0]).trainer.accelerator)
+    del facts["date"]
     return {
-        **machine(experiment.compose(stage, experiment.seeds[0])),
+        **facts,
         "length": experiment.scale.length,
         "overrides": list(experiment.overrides),
     }
@@ -149,6 +150,7 @@ def _train_seed(
         after = accuracy(policy, format, held_out, scale)
     return {
         "seed": seed,
+        "date": time.strftime("%Y-%m-%d"),
         "steps": trainer.global_step,
         "accuracy": [round(before, 4), round(after, 4)],
         "held_out_keys": scale.keys_per_depth * len(scale.depths),
@@ -170,18 +172,3 @@ def reference_of(policy: Any, config: TrainConfig) -> ReferenceModel:
     return ReferenceModel(
         policy, config.memory, attention.name, fused=attention.fused, **attention.options()
     )
-
-
-def machine(config: TrainConfig) -> dict[str, str]:
-    """Returns the device of a run and the versions, for its record.
-
-    Args:
-        config: Configuration of the run.
-    """
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }

@@ -15,9 +15,9 @@ from lctrain.eval.shipped import passkey_folder
 from lctrain.loss import evaluation_mode
 from lctrain.models import patch_model
 from lctrain.models.pretrained import load_pretrained
+from lctrain.recipes.machine import machine
 from lctrain.recipes.output import remove_stopped
 from lctrain.recipes.post_training.experiment import Experiment
-from lctrain.recipes.post_training.runs import machine
 from lctrain.train import quiet_lightning, train
 
 
@@ -35,7 +35,7 @@ def train_sft(experiment: Experiment) -> None:
     experiment.save(
         "sft",
         {
-            **machine(config),
+            **machine(config.trainer.accelerator),
             "steps": report.steps,
             "held_out_loss": [report.held_out_first, report.held_out_last],
             "answers": after["answers"],

@@ -119,6 +119,7 @@ def test_a_stopped_stage_goes_on_with_the_seeds_that_are_missing(tmp_path, monke
         return {"seed": seed, "accuracy": [0.4, 0.7], "seconds": 2.0}
 
     monkeypatch.setattr(runs, "_train_seed", train_in_new_folder)
+    monkeypatch.setattr("time.strftime", lambda form: "2030-01-01")  # on another day
     main([*command, *steps])
     assert "seed 0: is in grpo.json already" in capsys.readouterr().out
     found = json.loads((tmp_path / "grpo.json").read_text())["runs"]
