@@ -53,13 +53,15 @@ COMMANDS = sorted({line for page in COMMON for line in printed_commands(page.rea
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty working folder with the files that the printed commands name."""
+    """A working folder with the files that the printed commands name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LCTRAIN_CACHE", str(tmp_path / "cache"))
     for number in range(12):
         text = f"Book {number}. " + f"Sentence {number} of a book. " * (20 + number)
         (tmp_path / "books").mkdir(exist_ok=True)
         (tmp_path / "books" / f"{number}.txt").write_text(text)
+    for name in ("recipes", "lctrain"):  # of a clone
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
@@ -81,9 +83,17 @@ def test_a_printed_command_has_options_that_exist(command, folder):
 def run(command: str, monkeypatch, *more: str) -> None:
     program, *overrides = shlex.split(command)
     main = train.main if program == "lctrain-train" else evaluate.main
-    small = shlex.split(SMALL[program])
-    monkeypatch.setattr(sys, "argv", [program, *overrides, *small, *more])
+    monkeypatch.setattr(sys, "argv", [program, *overrides, *more])
     main()
+
+
+def printed(capfd) -> str:
+    """Returns what was printed since the last call."""
+    return "".join(capfd.readouterr())
+
+
+def run_small(command: str, monkeypatch, *more: str) -> None:
+    run(command, monkeypatch, *shlex.split(SMALL[command.split()[0]]), *more)
 
 
 @pytest.mark.slow
@@ -103,7 +113,23 @@ def test_the_commands_of_the_readme_run(folder, monkeypatch):
     assert {command.split()[0] for command in commands} == {"lctrain-train", "lctrain-eval"}
     for command in commands:
         if "ckpt_path=last" in command:
-            run(command.replace("ckpt_path=last", ""), monkeypatch, "trainer.max_steps=1")
-        run(command, monkeypatch)
+            run_small(command.replace("ckpt_path=last", ""), monkeypatch, "trainer.max_steps=1")
+        run_small(command, monkeypatch)
     assert list(folder.rglob("metrics.csv"))
     assert list(folder.rglob("passkey_retrieval.csv"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trial_of_the_guide_of_chats_runs_and_so_does_the_command_that_it_ends_with(
+    folder, monkeypatch, capfd
+):
+    pytest.importorskip("peft")
+    guide = (ROOT / "docs" / "guides" / "chat.md").read_text()
+    (command,) = (line for line in printed_commands(guide) if "shipped_model" in line)
+    assert "adapter=lora" in command
+    small = "trainer.accelerator=cpu trainer.enable_progress_bar=false data.num_workers=0"
+    run(command, monkeypatch, *small.split(), "trainer.max_steps=2")
+    pattern = r"^next +\S*lctrain-eval (.*)$"  # with its folder, if it is not in PATH
+    (then,) = re.findall(pattern, printed(capfd), re.MULTILINE)
+    run(f"lctrain-eval {then}", monkeypatch, "device=cpu", "lengths=[16,32]")
+    assert "Perplexity by context length of model" in printed(capfd)
