@@ -85,13 +85,21 @@ def equal_rows(datamodule: PackedDataModule, steps: int, rows: int, tokens: int)
 
     Returns:
         [rows, tokens] int64 for each step.
+
+    Raises:
+        ValueError: if an epoch has fewer tokens.
     """
     needed = steps * rows * tokens
     packs: list[Tensor] = []
-    for batch in datamodule.train_dataloader():  # endless
+    for batch in datamodule.train_dataloader():
         packs.append(batch.input_ids[0])
         if sum(map(len, packs)) >= needed:
             break
+    else:
+        raise ValueError(
+            f"data must hold {needed:,} training tokens for {steps} steps of {rows} rows of "
+            f"{tokens}, got {sum(map(len, packs)):,}. Use more data."
+        )
     return list(torch.cat(packs)[:needed].view(steps, rows, tokens))
 
 

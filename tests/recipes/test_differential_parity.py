@@ -88,3 +88,5 @@ def test_rows_are_the_tokens_of_the_packs(tmp_path):
     packs = iter(second.train_dataloader())
     stream = torch.cat([next(packs).input_ids[0] for _ in range(3)])
     assert torch.equal(torch.cat(rows).flatten(), stream[:120])
+    with pytest.raises(ValueError, match=r"data must hold 40,000 training tokens .* Use more data"):
+        equal_rows(first, steps=1000, rows=2, tokens=20)
