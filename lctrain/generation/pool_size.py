@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lctrain.distributed.gather import free_bytes
 from lctrain.generation.pages import PAGE, CacheShape, pages_of
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
@@ -99,7 +100,8 @@ def _default_bytes(device: torch.device) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Returns the free bytes of a GPU, with those that torch has reserved and does not use."""
+    """Returns the free bytes of a GPU, after torch has given back what it holds unused."""
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_bytes(device)
+    assert free is not None
+    return free
