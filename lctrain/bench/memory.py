@@ -277,7 +277,7 @@ def _estimate(
         bench = _build(options, with_layers(shape, count), device)
         for (tokens, run, config, plan), found in zip(runs, measured, strict=True):
             fewer = with_fewer(config, count)
-            report = _reporter(record, run) if options.progress else None
+            report = _reporter(record, run, whole=False) if options.progress else None
             found[count] = bench.measured(fewer, tokens, plan, report)
             record.update(run, measured=list(found.values()))
         del bench
@@ -346,14 +346,21 @@ def _start(
     return run, config, plan
 
 
-def _reporter(record: Record, run: dict[str, Any]) -> Report:
-    """Returns the function that prints which layer the GPU has reached, and adds it to a run."""
+def _reporter(record: Record, run: dict[str, Any], whole: bool = True) -> Report:
+    """Returns the function that prints which layer the GPU has reached, and adds it to a run.
+
+    Args:
+        record: The record.
+        run: The run.
+        whole: Whether the run has all layers of the model. The peak of fewer layers is not the
+            run's.
+    """
 
     def report(phase: str, layer: int, seconds: float) -> None:
         print(f"{seconds:7.1f} s  {phase} reached layer {layer}", flush=True)
         reached = [*run.get("progress", ()), [phase, layer, round(seconds, 1)]]
         peak = {}
-        if torch.cuda.is_available():  # a step that is stopped keeps the peak until there
+        if whole and torch.cuda.is_available():  # a step that is stopped keeps the peak until there
             peak = {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3)}
         record.update(run, progress=reached, **peak)
 

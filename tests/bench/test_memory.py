@@ -79,13 +79,28 @@ def test_policies_run_in_turn(tmp_path, monkeypatch):
     assert {one["status"] for one in record["runs"]} == {"ok"}
 
 
-def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def reach(monkeypatch):
+    """Returns reach(report, *progress): reports a layer as on a GPU with a peak of 3 GiB."""
+
+    def call(report, *progress):
+        with monkeypatch.context() as gpu:
+            gpu.setattr("torch.cuda.is_available", lambda: True)
+            gpu.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
+            report(*progress)
+
+    return call
+
+
+def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, reach, capsys):
     layers = []
 
     def measured(bench, config, tokens, plan, report):
         count = len(checkpointed_layers(bench.inner))
         assert (config.keep_inputs or 0) <= count
         layers.append((count, config.keep_attention, plan is None))
+        if report is not None:
+            reach(report, "forward", 1, 0.5)
         time = [100.0 + 10 * count, 100.0 + 10 * count, 1e6]
         return {"status": "ok", "step_ms": time, "peak_gib": 2.0 + count, "host_gib": 0.5 * count}
 
@@ -103,9 +118,10 @@ def test_a_model_is_estimated_from_two_numbers_of_layers(tmp_path, monkeypatch, 
     assert "estimated" in capsys.readouterr().out
     layers.clear()
     counts = ("--segment-layers", "2", "--reuse-attention", "32", "--keep-inputs", "10")
-    (found,) = run(tmp_path, *options, "--policies", "offload", *counts)["runs"]
+    (found,) = run(tmp_path, *options, "--policies", "offload", *counts, "--progress")["runs"]
     assert layers == [(2, 0, False), (4, 0, False)]
     assert found["step_ms"] == [420.0]
+    assert found["progress"]
     assert "peak_gib" not in found  # two and four layers keep all inputs, unlike the model
 
 
@@ -162,14 +178,11 @@ def test_estimates_that_mean_nothing_are_refused(options, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch):
+def test_a_run_that_is_cut_leaves_its_plan_and_progress(tmp_path, monkeypatch, reach):
     output = tmp_path / "memory.json"
 
     def cut(bench, config, tokens, plan, report):
-        with monkeypatch.context() as gpu:
-            gpu.setattr("torch.cuda.is_available", lambda: True)
-            gpu.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
-            report("forward", 3, 12.5)
+        reach(report, "forward", 3, 12.5)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(memory.MemoryBench, "measured", cut)
