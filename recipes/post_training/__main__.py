@@ -23,9 +23,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m lctrain.recipes.post_training",
         description="Trains a small model on conversations, on preference pairs and with rewards.",
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs/post_training"))
-    parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/post_training"),
+        help="folder of the records and runs; default: outputs/post_training",
+    )
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="full",
+        help="tiny checks the code in seconds; default: full",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="one run of DPO and GRPO each, SFT takes the first; default: 0 1 2",
+    )
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all of them"
     )
