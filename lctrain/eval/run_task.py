@@ -135,7 +135,7 @@ class Run:
         made = self.task.make(length)
         model, ranks = self.subject.model, self.ranks
         reader = Reader(
-            *(model, self.device, self.max_tokens, reading.segment, advance, ranks, self.cache_gib)
+            model, self.device, self.max_tokens, reading.segment, advance, ranks, self.cache_gib
         )
         alone = ranks.data_size == 1 or self.task.shares_itself
         with reading.at(model, length):
