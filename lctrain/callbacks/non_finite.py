@@ -60,8 +60,9 @@ class NonFiniteLossGuard(pl.Callback):
     step, so weights and optimizer state do not change; the learning-rate schedule advances. This
     mode checks the loss and the gradients of every step, and waits for the device at every step.
 
-    No checkpoint contains weights that are NaN or infinite: saving one raises NonFiniteLossError,
-    even if all losses were finite.
+    No checkpoint contains trained weights that are NaN or infinite: saving one raises
+    NonFiniteLossError, even if all losses were finite. Frozen weights do not change, and may be
+    quantized; they are not checked.
 
     Args:
         read_batch: Function from a batch to a PackedBatch or a mapping with transformers' names,
@@ -216,14 +217,18 @@ class NonFiniteLossGuard(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Checks the kept losses and all weights before a checkpoint is written.
+        """Checks the kept losses and all trained weights before a checkpoint is written.
 
         Raises:
             NonFiniteLossError: if a loss or a weight is not finite.
         """
         if self.on_batch == "stop":
             self._check_losses(trainer)
-        weights = {name: local_part(value) for name, value in pl_module.named_parameters()}
+        weights = {
+            name: local_part(value)
+            for name, value in pl_module.named_parameters()
+            if value.requires_grad
+        }
         finite = [value.isfinite().all() for value in weights.values()]
         ranks = Topology.of(trainer)
         if finite and not bool(ranks.minimum(torch.stack(finite).all().int())):

@@ -226,8 +226,9 @@ def _run_by_head(layer: Callable[..., Any], *given: Any, **options: Any) -> Any:
 def _refuse_compilation() -> None:
     """Raises the ValueError for a policy that torch.compile cannot trace."""
     raise ValueError(
-        "memory must keep nothing but inputs on the GPU under torch.compile, got offloaded inputs "
-        "or kept attention. Use memory=checkpoint with keep_attention=0, or do not compile."
+        "memory must keep the input of every layer on the GPU, and nothing else, under "
+        "torch.compile, got offload, segments, kept attention or backward_by_head. Use "
+        "memory=checkpoint without these options, or do not compile."
     )
 
 

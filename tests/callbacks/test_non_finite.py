@@ -221,3 +221,26 @@ def test_skip_passes_over_a_batch_without_a_loss(tmp_path, make_llama):
 def test_settings_of_skip(setting, message):
     with pytest.raises(ValueError, match=message):
         NonFiniteLossGuard(**setting)
+
+
+class Unchecked(torch.Tensor):
+    """Stands for a quantized weight, on which torchao has no `isfinite`."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.isfinite:
+            raise NotImplementedError("isfinite")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_frozen_weights_may_be_quantized(tmp_path, make_llama):
+    model = make_llama()
+    layer = model.model.layers[0].mlp.down_proj
+    frozen = layer.weight.detach().as_subclass(Unchecked)
+    layer.weight = torch.nn.Parameter(frozen, requires_grad=False)
+    module = LongContextModule(model)
+    guard = NonFiniteLossGuard()
+    guard.on_save_checkpoint(make_trainer(tmp_path), module, {})
+    layer.weight.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match="isfinite"):
+        guard.on_save_checkpoint(make_trainer(tmp_path), module, {})
