@@ -383,6 +383,7 @@ def test_attention_that_is_not_ours_cannot_be_kept(packs):
         ({"keep_inputs": 0}, False),
         ({"keep_inputs": 0}, True),
         ({"keep_attention": 1, "keep_inputs": 2}, True),
+        ({"segment_layers": 2, "keep_inputs": 2}, False),
     ],
 )
 def test_offloading_is_refused_by_name_under_torch_compile(options, fullgraph, packs):
