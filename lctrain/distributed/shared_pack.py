@@ -13,6 +13,7 @@ from torch import Tensor
 from lctrain.distributed.collectives import Selection
 from lctrain.distributed.context import Chunk, ContextShard
 from lctrain.distributed.topology import Topology
+from lctrain.transfer import upload
 
 if TYPE_CHECKING:
     from lctrain_kernels.pack import Pack
@@ -218,7 +219,4 @@ def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
 
 def _on_device(values: Any, device: torch.device) -> Tensor:
     """Copies int64 values to a device without a synchronisation."""
-    tensor = torch.as_tensor(values, dtype=torch.int64)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return upload(torch.as_tensor(values, dtype=torch.int64), device)

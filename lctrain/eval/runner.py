@@ -16,11 +16,11 @@ from lctrain.batch import PackedBatch
 from lctrain.data.packing import plan_rows
 from lctrain.distributed import ONE_RANK, Topology
 from lctrain.eval.shared_work import owners
-from lctrain.eval.transfers import HostCopy, on_device
 from lctrain.eval.windows import Windows
 from lctrain.instances import require_instance, require_int, require_sequence
 from lctrain.loss import evaluation_mode, token_losses
 from lctrain.models.frequencies import row_frequencies
+from lctrain.transfer import HostCopy, upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +127,13 @@ def score_windows(
             losses = token_losses(model, kwargs, _to(places, device), _to(targets, device))
             copied = HostCopy(losses.double())
         if waiting is not None:
-            yield ScoredTokens(waiting[0], waiting[1], waiting[2].numpy())
+            yield ScoredTokens(waiting[0], waiting[1], waiting[2].wait().numpy())
             waiting = None
         if number < len(mine):
             numbers = np.repeat(windows.documents[batch], windows.scored[batch])
             waiting = numbers, np.concatenate(chosen), copied
     if waiting is not None:
-        yield ScoredTokens(waiting[0], waiting[1], waiting[2].numpy())
+        yield ScoredTokens(waiting[0], waiting[1], waiting[2].wait().numpy())
 
 
 def _planned(
@@ -197,8 +197,8 @@ def row_kwargs(parts: Sequence[np.ndarray], width: int, device: torch.device) ->
     rows = np.zeros((len(parts), width), dtype=np.int64)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part
-    return {"input_ids": on_device(rows, device), "use_cache": False}
+    return {"input_ids": upload(torch.from_numpy(rows), device), "use_cache": False}
 
 
 def _to(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    return on_device(np.concatenate(parts).astype(np.int64), device)
+    return upload(torch.from_numpy(np.concatenate(parts).astype(np.int64)), device)

@@ -24,7 +24,7 @@ from lctrain.generation.slot_tokens import SlotTokens
 from lctrain.generation.stops import StopStrings
 from lctrain.generation.task import GenerationTask
 from lctrain.generation.token_choice import TokenChoice, require_distributions
-from lctrain.generation.transfer import Readback, upload
+from lctrain.transfer import HostCopy, upload
 from lctrain.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ContinuousBatch:
         self._capture = capture
         self._shared_pages = SharedPages(shared_prefixes, self._pool, device)
         self._decoders: dict[tuple[int, PrefixBounds | None], DecodeStep] = {}
-        self._unread: deque[Readback] = deque()
+        self._unread: deque[tuple[list[Request], HostCopy]] = deque()
         self._completions: list[Completion | None] = [None] * task.count
         self.steps = self.shared_steps = 0
         self.most_unread = UNREAD
@@ -186,9 +186,9 @@ class ContinuousBatch:
 
         Args:
             requests: Running requests.
-            values: Ids and log-probabilities of the tokens, [2, n] float64.
+            values: Ids and log-probabilities of the tokens, [2, n] float64, in which ids are exact.
         """
-        self._unread.append(Readback(requests, values))
+        self._unread.append((list(requests), HostCopy(values)))
         for request in requests:
             request.launched += 1
             if request.launched == self._task.max_new_tokens:
@@ -203,13 +203,13 @@ class ContinuousBatch:
 
     def _read(self) -> None:
         """Reads the tokens of the oldest step, and retires the requests that have ended."""
-        step = self._unread.popleft()
+        launched, values = self._unread.popleft()
         requests = []
-        for request, token, log_prob in zip(step.requests, *step.read(), strict=True):
+        for request, token, log_prob in zip(launched, *values.wait().tolist(), strict=True):
             if request.ended:
                 continue
             requests.append(request)
-            request.token_ids.append(token)
+            request.token_ids.append(int(token))
             request.log_probs.append(log_prob)
             if math.isnan(log_prob):
                 require_distributions(request.log_probs, request.index // self._task.samples)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.pages import PAGE, PagePool
-from lctrain.generation.transfer import upload
+from lctrain.transfer import upload
 
 TOKENS = 8192
 """Most tokens of a pack. Longer prompts are cut, and each piece attends to those before it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lctrain.generation.request import Request
-from lctrain.generation.transfer import upload
+from lctrain.transfer import upload
 
 
 class SlotTokens:

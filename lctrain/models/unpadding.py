@@ -26,6 +26,7 @@ from lctrain.models.architectures import (
 from lctrain.models.cache import given_cache
 from lctrain.models.code import parameters, strings, unwrapped
 from lctrain.models.holes import refuse_holes
+from lctrain.transfer import upload
 from lctrain_kernels.schedule import make_schedule
 
 _PER_TOKEN = re.compile(r"For(MaskedLM|TokenClassification)$")
@@ -166,9 +167,7 @@ def find_unpadded(mask: Tensor, device: torch.device, windows: str | None) -> Bo
 
 
 def _moved(values: Tensor | None, device: torch.device) -> Any:
-    if values is None:
-        return None
-    return values.pin_memory().to(device, non_blocking=True)
+    return None if values is None else upload(values, device)
 
 
 def is_padded(boundaries: Boundaries) -> bool:

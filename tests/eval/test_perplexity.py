@@ -122,7 +122,7 @@ def test_a_batch_is_computed_before_the_losses_of_the_last_one_are_awaited(
     model, documents, monkeypatch
 ) -> None:
     events = []
-    compute, read = runner.token_losses, runner.HostCopy.numpy
+    compute, read = runner.token_losses, runner.HostCopy.wait
 
     def computed(*args):
         events.append("compute")
@@ -133,7 +133,7 @@ def test_a_batch_is_computed_before_the_losses_of_the_last_one_are_awaited(
         return read(copy)
 
     monkeypatch.setattr(runner, "token_losses", computed)
-    monkeypatch.setattr(runner.HostCopy, "numpy", awaited)
+    monkeypatch.setattr(runner.HostCopy, "wait", awaited)
     perplexity_by_length(model, documents, [13], max_tokens=64)
     batches = len(events) // 2
     assert batches > 2

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lctrain
-from lctrain.generation import continuous, decode
+from lctrain.generation import decode
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import batch_sizes
 from lctrain.generation.forward import CachedForward
@@ -13,6 +13,7 @@ from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
+from lctrain.transfer import HostCopy
 
 WARM_UP = 2
 FILTERS = {"top_k": 40, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
@@ -75,7 +76,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(make_batc
         monkeypatch.setattr(owner, name, watched)
 
     watch(decode.DecodeStep, "__call__", "launch")
-    watch(continuous.Readback, "read", "read")
+    watch(HostCopy, "wait", "read")
     make_batch(PROMPTS, max_new_tokens=5).run()
     # The tokens of the prefill are read first.
     assert order == ["launch", "read"] * 4 + ["read"]

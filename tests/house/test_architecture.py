@@ -61,6 +61,7 @@ LEVELS = {
     "lctrain.module_hooks": 1,
     "lctrain.unchanged": 1,
     "lctrain.pluralize": 0,
+    "lctrain.transfer": 0,
     "lctrain.warn": 1,
     "lctrain.flops": 3,
     "lctrain.local_paths": 2,
