@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,26 +55,17 @@ def tiled(
     return _Tiles.apply(work, kept, *(owner._parameters[name] for owner, name in places))
 
 
+@dataclass(frozen=True)
 class _Work:
     """What both passes of `tiled` share; its arguments, and the node that saves the input."""
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        tokens: int,
-        places: list[tuple[nn.Module, str]],
-        again: Callable[[], Any],
-        node: Any,
-        random: RandomState,
-        needs_gradient: bool,
-    ) -> None:
-        self.run = run
-        self.tokens = tokens
-        self.places = places
-        self.again = again
-        self.node = node
-        self.random = random
-        self.needs_gradient = needs_gradient
+    run: Callable[[Tensor], Tensor]
+    tokens: int
+    places: list[tuple[nn.Module, str]]
+    again: Callable[[], Any]
+    node: Any
+    random: RandomState
+    needs_gradient: bool
 
     @contextmanager
     def parameters(self) -> Iterator[list[Tensor]]:
