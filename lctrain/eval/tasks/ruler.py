@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lctrain.eval.ahead import MOST_THREADS, called_ahead
 from lctrain.eval.answers import MEASURES, score_prompts
+from lctrain.eval.kept_prompts import KeptPrompts
 from lctrain.eval.limits import check_model
 from lctrain.eval.prompt import Prompt, TokenPrompt, fitting_units, tokenized, tokens_of
 from lctrain.eval.reader import Reader
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 class Ruler(Task):
     """RULER's synthetic tasks (arXiv 2404.06654). Its items are prompts.
+
+    Every prompt is tokenized once, and kept for further methods and evaluations.
 
     Args:
         tasks: Names of the tasks, some of RULER_TASKS; None for all but qa.
@@ -65,6 +68,8 @@ class Ruler(Task):
         self.methods = methods
         self.entries = () if questions is None else read_questions(questions)
         self._units: dict[tuple[str, int], int] = {}
+        self._kept = KeptPrompts()
+        self._made_for: tuple[Any, Any] = (None, None)
 
     @classmethod
     def of(cls, config: EvalConfig) -> Ruler:
@@ -87,7 +92,11 @@ class Ruler(Task):
             ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
         """
         super().prepare(subject, lengths)
-        subject.require_tokenizer(self.name)
+        made_for = (subject.require_tokenizer(self.name), subject.documents)
+        if any(new is not old for new, old in zip(made_for, self._made_for, strict=True)):
+            self._units.clear()
+            self._kept.clear()
+            self._made_for = made_for
         in_text = any(haystack == "text" for haystack, _ in self._haystacks())
         text = self._text() if in_text else []
         require(
@@ -127,8 +136,13 @@ class Ruler(Task):
             length: Length in tokens.
             number: Number of the prompt.
         """
+        key = (name, length, number)
+        if (kept := self._kept.get(key)) is not None:
+            return kept
         self._fit(name, length)
-        return self._fitted(name, length, number, self._units[name, length])
+        made = self._fitted(name, length, number, self._units[name, length])
+        self._kept.add(key, made)
+        return made
 
     def _fit(self, name: str, length: int) -> None:
         """Finds how many units of a task fill a length, unless they are known."""

@@ -1,0 +1,43 @@
+"""KeptPrompts: tokenized prompts that several methods, or several evaluations, read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+
+from lctrain.eval.prompt import TokenPrompt
+
+MOST_TOKENS = 2**26
+"""Most tokens of the kept prompts; with their texts these need less than 1 GiB."""
+
+
+class KeptPrompts:
+    """Prompts by key. Threads may use them at the same time.
+
+    Args:
+        most_tokens: Most tokens of all prompts together. Prompts beyond it are not kept.
+    """
+
+    def __init__(self, most_tokens: int = MOST_TOKENS) -> None:
+        self.most_tokens = most_tokens
+        self._tokens = 0
+        self._prompts: dict[Hashable, TokenPrompt] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> TokenPrompt | None:
+        """Returns the prompt of a key; None if it is not kept."""
+        return self._prompts.get(key)
+
+    def add(self, key: Hashable, prompt: TokenPrompt) -> None:
+        """Keeps a prompt, unless all would hold too many tokens."""
+        size = len(prompt.input_ids) + len(prompt.answer_ids)
+        with self._lock:
+            if key not in self._prompts and self._tokens + size <= self.most_tokens:
+                self._tokens += size
+                self._prompts[key] = prompt
+
+    def clear(self) -> None:
+        """Removes all prompts."""
+        with self._lock:
+            self._prompts.clear()
+            self._tokens = 0

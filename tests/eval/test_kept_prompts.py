@@ -1,0 +1,121 @@
+"""Tests that prompts are tokenized once for all methods, and within a bound of memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from lctrain.data import TokenizedDocument
+from lctrain.eval import Run, Subject, answers, computed
+from lctrain.eval.kept_prompts import KeptPrompts
+from lctrain.eval.prompt import Prompt, TokenPrompt
+from lctrain.eval.reading import GivenReading
+from lctrain.eval.tasks.ruler import Ruler
+from tests.eval.word_tokenizer import WordTokenizer
+
+LENGTHS = (700, 900)
+TASKS = ("niah_single_2", "niah_multikey_2")
+
+
+class Counting(WordTokenizer):
+    """Counts the texts that are tokenized."""
+
+    calls = 0
+
+    def __call__(self, text, **options):
+        self.calls += 1
+        return super().__call__(text, **options)
+
+
+@dataclass(frozen=True)
+class Method(GivenReading):
+    """Reads as the model is, under another name."""
+
+    name: str = ""
+
+    @property
+    def method(self):
+        return self.name
+
+
+@pytest.fixture
+def subject(make_llama) -> Subject:
+    tokenizer = Counting()
+    text = " ".join(f"Sentence {n} tells of a calm river and its old mill." for n in range(90))
+    ids = np.array(tokenizer(text)["input_ids"])
+    model = make_llama(vocab_size=30_000, hidden_size=8, head_dim=2, max_position_embeddings=4096)
+    return Subject(model, tokenizer, [TokenizedDocument("book", ids, 0)], name="m")
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Returns the prompts that a model is asked, in their order."""
+    asked = []
+
+    def generate(model, prompts, max_new_tokens, cache_gib):
+        asked.extend(prompt.tolist() for prompt in prompts)
+        yield from (np.zeros(1, dtype=np.int64) for _ in prompts)
+
+    monkeypatch.setattr(answers, "generate_answers", generate)
+    return asked
+
+
+def run_of(task, subject, methods=("a", "b", "c")):
+    return Run.prepared(
+        task, subject, list(map(Method, [None] * 3, methods)), LENGTHS, max_tokens=4096
+    )
+
+
+def test_further_methods_tokenize_no_prompt_again(subject, read):
+    one, several = (Ruler(tasks=TASKS, items=3) for _ in range(2))
+    calls = []
+    for task, methods in ((one, ("a",)), (several, ("a", "b", "c"))):
+        before = subject.tokenizer.calls
+        computed(run_of(task, subject, methods))
+        calls.append(subject.tokenizer.calls - before)
+    assert calls[0] == calls[1] > 0
+    count = len(TASKS) * 3 * len(LENGTHS)
+    assert read[:count] == read[count : 2 * count] == read[3 * count :]
+
+
+def test_further_evaluations_tokenize_the_shortest_prompts_only(subject, read):
+    task = Ruler(tasks=TASKS, items=3)
+    computed(run_of(task, subject, ("a",)))
+    before = subject.tokenizer.calls
+    run = run_of(task, Subject(subject.model, subject.tokenizer, subject.documents), ("a",))
+    checked = subject.tokenizer.calls - before
+    computed(run)
+    assert subject.tokenizer.calls - before == checked
+    half = len(read) // 2
+    assert read[:half] == read[half:]
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "documents"])
+def test_prompts_of_another_tokenizer_or_text_are_made_anew(subject, read, changed):
+    task = Ruler(tasks=TASKS, items=1)
+    computed(run_of(task, subject, ("a",)))
+    ids = subject.documents[0].input_ids
+    tokenizer, documents = subject.tokenizer, [TokenizedDocument("other", ids[::-1].copy(), 0)]
+    if changed == "tokenizer":
+        tokenizer, documents = Counting(), subject.documents
+        tokenizer("These words come first, and get the lowest numbers.")
+        tokenizer(subject.tokenizer.decode(ids))
+    other = Subject(subject.model, tokenizer, documents)
+    computed(run_of(task, other, ("a",)))
+    fresh = Ruler(tasks=TASKS, items=1)
+    computed(run_of(fresh, other, ("a",)))
+    first, again, expected = (read[n * len(read) // 3 : (n + 1) * len(read) // 3] for n in range(3))
+    assert first != again == expected
+
+
+def test_prompts_beyond_the_bound_are_not_kept():
+    kept = KeptPrompts(most_tokens=25)
+    prompts = [TokenPrompt(np.arange(n), np.arange(1), Prompt("a", ("b",))) for n in (9, 14, 9)]
+    for key, prompt in enumerate(prompts):
+        kept.add(key, prompt)
+        kept.add(key, prompt)  # counted once
+    assert [kept.get(key) for key in range(3)] == [prompts[0], prompts[1], None]
+    kept.clear()
+    kept.add(2, prompts[2])
+    assert kept.get(0) is None
+    assert kept.get(2) is prompts[2]
