@@ -14,9 +14,11 @@ from torch import Tensor
 from lctrain.batch_input import (
     IntegerSequence,
     as_integers,
+    as_token_ids,
     check_cu_seqlens,
     check_label_lengths,
     check_max_tokens,
+    check_token_ids,
     read_document_ids,
 )
 from lctrain.groups import PatchedOnly, PrefixGroups, group_documents, prefix_groups
@@ -97,8 +99,8 @@ class PackedBatch:
             The batch, on the CPU.
 
         Raises:
-            ValueError: if there is no document, a document is empty, a length does not fit, or an
-                identifier is out of range.
+            ValueError: if there is no document, a document is empty, a length does not fit, a token
+                id is negative, a label other than -100 is, or an identifier is out of range.
             TypeError: if tokens, labels or identifiers are not integers.
         """
         if len(documents) == 0:
@@ -148,7 +150,8 @@ class PackedBatch:
             The batch, on the CPU, with its tile schedule.
 
         Raises:
-            ValueError: if a length, a boundary or an identifier does not fit; the message names it.
+            ValueError: if a length, a boundary, an identifier, a token id or a label does not fit;
+                the message names it.
             TypeError: if a sequence does not hold integers, or cu_seqlens is not int32.
         """
         from lctrain.kernels import make_schedule
@@ -170,6 +173,7 @@ class PackedBatch:
                 f"names must have one entry per document ({len(lengths)}), got {len(names)}. "
                 "Pass None if documents have no names."
             )
+        check_token_ids(tokens_T, targets_T, IGNORE_INDEX, cu_seqlens, names)
         shifted_T = _shift(targets_T, cu_seqlens)
         starts_T = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
         lengths_list = lengths.tolist()
@@ -212,10 +216,11 @@ class PackedBatch:
             The batch, on the CPU. Its attribute `groups` holds the documents of each group.
 
         Raises:
-            ValueError: if a prompt or completion is missing or empty, or a length does not fit.
+            ValueError: if a prompt or completion is missing or empty, a token id is negative, or a
+                length does not fit.
             TypeError: if tokens or identifiers are not integers.
         """
-        documents, labels, parents, members = group_documents(groups, as_integers)
+        documents, labels, parents, members = group_documents(groups, as_token_ids)
         batch = cls.from_documents(documents, document_ids, max_tokens=max_tokens, labels=labels)
         offsets = [0 if parent < 0 else batch.lengths[parent] for parent in parents]
         lengths = torch.tensor(batch.lengths)

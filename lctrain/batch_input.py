@@ -5,7 +5,7 @@ These checks run once, on the CPU. Later steps do not check a batch again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,6 +104,74 @@ def as_integers(name: str, values: IntegerSequence) -> Tensor:
     if tensor.dim() != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(tensor.shape)}.")
     return tensor.to("cpu", torch.int64)
+
+
+def as_token_ids(name: str, values: IntegerSequence) -> Tensor:
+    """Returns token ids as a tensor [n] int64 on the CPU.
+
+    Args:
+        name: Name of the sequence, for messages.
+        values: Token ids of shape [n] or [1, n].
+
+    Raises:
+        TypeError: if the values are not integers.
+        ValueError: if there is more than one dimension, or an id is negative.
+    """
+    tokens_n = as_integers(name, values)
+    if len(tokens_n) and int(tokens_n.min()) < 0:
+        place = int((tokens_n < 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must hold token ids of at least 0, got {int(tokens_n[place])} at position "
+            f"{place}. {_NO_IDS}"
+        )
+    return tokens_n
+
+
+def check_token_ids(
+    tokens_T: Tensor,
+    targets_T: Tensor,
+    ignored: int,
+    cu_seqlens: Tensor,
+    names: Sequence[str] | None,
+) -> None:
+    """Raises a ValueError if a token id is negative, or a label is, other than `ignored`.
+
+    On a GPU, such an index would abort the process.
+
+    Args:
+        tokens_T: [T] int64 on the CPU, the token ids.
+        targets_T: [T] int64 on the CPU, the labels.
+        ignored: Label of tokens without a loss.
+        cu_seqlens: [N + 1] int32 on the CPU, checked boundaries of the documents.
+        names: N names for the message, or None.
+    """
+    wrong_T = tokens_T < 0
+    if bool(wrong_T.any()):
+        where = _place(wrong_T, cu_seqlens, names)
+        raise ValueError(
+            f"documents must hold token ids of at least 0, got {where(tokens_T)}. {_NO_IDS}"
+        )
+    wrong_T = (targets_T < 0) & (targets_T != ignored)
+    if bool(wrong_T.any()):
+        where = _place(wrong_T, cu_seqlens, names)
+        raise ValueError(
+            f"labels must be token ids, or {ignored} for tokens without a loss, got "
+            f"{where(targets_T)}. Set it to {ignored}."
+        )
+
+
+_NO_IDS = "Remove padding and placeholders, or map them to tokens of the vocabulary."
+
+
+def _place(
+    wrong_T: Tensor, cu_seqlens: Tensor, names: Sequence[str] | None
+) -> Callable[[Tensor], str]:
+    """Returns a function that describes the first wrong value of a tensor [T], and its place."""
+    first = int(wrong_T.nonzero()[0])
+    document = int(torch.searchsorted(cu_seqlens, first, right=True)) - 1
+    name = "" if names is None else f" ({names[document]})"
+    place = f"position {first - int(cu_seqlens[document])} of document {document}{name}"
+    return lambda values_T: f"{int(values_T[first])} at {place}"
 
 
 def read_document_ids(document_ids: IntegerSequence | None, documents: int) -> Tensor:

@@ -71,6 +71,40 @@ def test_given_labels_are_shifted_and_keep_their_mask():
     assert batch.num_valid_tokens == 2
 
 
+@pytest.mark.parametrize(
+    ("documents", "labels", "names", "message"),
+    [
+        ([[1, 2], [3, 4, -7]], None, None, "token ids of at least 0, got -7 at position 2 of doc"),
+        ([[-100]], None, ["a"], r"got -100 at position 0 of document 0 \(a\)\. Remove padding"),
+        ([[1], [2, 3]], [[1], [-100, -1]], ["a", "b"], r"got -1 at position 1 of document 1 \(b\)"),
+        ([[1, 2]], [[-101, 2]], None, "labels must be token ids, or -100 for .* Set it to -100"),
+    ],
+    ids=["token", "placeholder", "label", "other label"],
+)
+def test_negative_ids_are_refused_with_document_and_position(documents, labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatch.from_documents(documents, labels=labels, names=names)
+
+
+def test_a_negative_id_after_an_empty_document_is_that_of_the_next_one():
+    boundaries = torch.tensor([0, 0, 2, 2, 4, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="got -5 at position 0 of document 3"):
+        PackedBatch.from_packed([1, 2, -5, 4], boundaries)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (([1, -2], [[3]]), r"groups\[0\]\[0\] must hold token ids .* got -2 at position 1"),
+        (([1, 2], [[3], [4, -1]]), r"groups\[0\]\[1\]\[1\] must hold .* got -1 at position 1"),
+    ],
+    ids=["prompt", "completion"],
+)
+def test_negative_ids_of_groups_are_refused_with_their_place(group, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatch.from_groups([group])
+
+
 def test_model_kwargs_are_names_of_transformers(batch):
     kwargs = batch.model_kwargs()
     assert kwargs["cu_seq_lens_q"] is kwargs["cu_seq_lens_k"] is batch.cu_seqlens
