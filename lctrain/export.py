@@ -14,7 +14,7 @@ from lctrain.distributed.hugging_face import is_sharded, save_weights
 from lctrain.model_card import model_card
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.differential_configs import CONFIGS
-from lctrain.models.low_rank import has_reloaded_base
+from lctrain.models.low_rank import has_reloaded_base, resolve_base
 from lctrain.models.sharded_adapters import merge_shards
 from lctrain.module import LongContextModule
 
@@ -73,6 +73,7 @@ def export_model(
         if inside_adapters(model) is model:
             _delete_adapters(folder)
         else:
+            resolve_base(model)
             _delete_whole_model(folder, model)
         model.save_pretrained(folder)
         _save_description(model, tokenizer, folder, spec, trained_length)
@@ -93,6 +94,8 @@ def _export_shards(
     if merge and hasattr(module.model, "merge_and_unload"):
         module.model = merge_shards(module.model)
     adapters = inside_adapters(module.model) is not module.model
+    if adapters:
+        resolve_base(module.model)
     if ranks.is_first:
         if adapters:
             _delete_whole_model(folder, module.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lctrain.attention import AttentionSpec, DualChunkSpec
+from lctrain.model_names import looks_like_path, resolved_name
 
 _LOAD = """```python
 {imports}
@@ -44,12 +45,12 @@ def model_card(
         adapters: Whether the folder holds only PEFT adapters, without the model's own weights.
     """
     config = model.config
-    base = getattr(config, "_name_or_path", "")
+    base = resolved_name(getattr(config, "_name_or_path", ""))
     library = "peft" if adapters else "transformers"
     masked = type(model).__name__.endswith("ForMaskedLM")
     tag = "fill-mask" if masked else "text-generation"
     header = [f"library_name: {library}", f"pipeline_tag: {tag}", "tags: [lctrain]"]
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a name on the hub
+    if base.count("/") == 1 and not looks_like_path(base):  # a name on the hub
         header.append(f"base_model: {base}")
     facts = [
         f"family: `{config.model_type}`, {type(model).__name__}",

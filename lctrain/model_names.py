@@ -69,6 +69,15 @@ def check_tokenizer_name(name: str | None) -> None:
     )
 
 
+def resolved_name(name: str) -> str:
+    """Returns a folder as an absolute path, which holds from any folder; other names unchanged.
+
+    Args:
+        name: Name of a model, as transformers takes it: a folder, or a name on the hub.
+    """
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name can only be a path; names on the hub are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

@@ -123,6 +123,47 @@ def test_a_merged_export_replaces_adapters_in_the_same_folder(tokenizer, tmp_pat
     assert (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize("made_by", ["lctrain", "peft"])
+def test_adapters_of_a_relative_base_load_from_another_folder(
+    tokenizer, tmp_path, monkeypatch, made_by
+):
+    peft = pytest.importorskip("peft")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    AutoModelForCausalLM.from_config(llama()).save_pretrained("models/base")
+    base = AutoModelForCausalLM.from_pretrained("models/base")
+    if made_by == "lctrain":
+        model = add_adapter(base, AdapterConfig(rank=2))
+        monkeypatch.chdir("elsewhere")  # before the export
+    else:
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = logits(model)
+    module = LongContextModule(model, attention=None)
+    folder = export_model(module, tokenizer, tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "models" / "base")
+    assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+    card = (folder / "README.md").read_text()
+    assert "base_model:" not in card  # a folder is no name on the hub
+
+
+@pytest.mark.parametrize("name", ["owner/name", None])
+def test_adapters_keep_a_name_on_the_hub(tokenizer, tmp_path, name):
+    pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_config(llama())
+    base.name_or_path = base.config._name_or_path = name or ""
+    module = LongContextModule(add_adapter(base, AdapterConfig(rank=2)), attention=None)
+    folder = export_model(module, tokenizer, tmp_path / "model")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == name
+    assert ("base_model: owner/name" in (folder / "README.md").read_text()) == (name is not None)
+
+
 def test_adapters_replace_a_whole_model_of_an_earlier_export_only(tokenizer, tmp_path):
     pytest.importorskip("peft")
     AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path / "base")

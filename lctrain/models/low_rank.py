@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lctrain.config.adapter import ALL_LINEAR, AdapterConfig, require_packages
+from lctrain.model_names import resolved_name
 
 _MARK = "lctrain_base_is_reloaded"
 _REFUSED = {
@@ -109,7 +110,19 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
             f"got {', '.join(config.targets)}: {error}"
         ) from error
     setattr(adapted, _MARK, True)
+    resolve_base(adapted)
     return adapted
+
+
+def resolve_base(model: Any) -> None:
+    """Makes the base model's folder an absolute path in the configs of a PeftModel.
+
+    Exported adapters then load from any working directory. Names on the hub are unchanged.
+    """
+    own = model.get_base_model().config
+    own._name_or_path = resolved_name(getattr(own, "_name_or_path", None) or "")
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = resolved_name(config.base_model_name_or_path or "") or None
 
 
 _CASTS = "cast_input_dtype_enabled"  # peft's attribute of layers with adapters
