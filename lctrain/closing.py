@@ -32,6 +32,8 @@ from lctrain.module import LongContextModule
 if TYPE_CHECKING:
     from lctrain.data import TokenizedDocument
 
+from lctrain.warn import warn_once
+
 log = logging.getLogger(__name__)
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -73,9 +75,10 @@ def evaluate_at_end(
     documents = longest_documents(held_out, config.documents, config.document_tokens)
     if not documents or len(documents[0].input_ids) < 2:
         if Topology.of(trainer).is_first:
-            log.warning(
+            warn_once(
+                log,
                 "No perplexity by length: data.held_out_fraction holds out no document of two "
-                "tokens."
+                "tokens.",
             )
         return NOTHING
     module.to(trainer.strategy.root_device)

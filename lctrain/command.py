@@ -16,6 +16,7 @@ from lctrain.composition import CONFIGS, known_keys
 from lctrain.failure import FULL_ERROR, report_failure
 from lctrain.help import Interface, describe, pasteable
 from lctrain.run.new_folder import begin_command
+from lctrain.warn import begin_warnings
 
 HELP = frozenset({"--help", "-h"})
 CFG = frozenset({"--cfg", "-c"})
@@ -38,6 +39,7 @@ class Command(Interface):
                 option, and 1 for a bug. With HYDRA_FULL_ERROR=1 the error itself is raised.
         """
         begin_command()
+        begin_warnings()
         sys.argv[1:] = arguments = options_first(expand_home(sys.argv[1:]))
         if (show := self._shown(arguments)) is not None:
             self._guard(lambda: print(show(self, overrides_of(arguments)).rstrip()))

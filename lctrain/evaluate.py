@@ -212,7 +212,8 @@ def run_tasks(
     from lctrain.eval.reading import ConfiguredReading, Reading, make_extensions
     from lctrain.eval.run_task import Run, progress_bar
 
-    runs = []
+    runs: list[Run] = []
+    unextended: dict[str, tuple[int, ...]] = {}
     with ranks.failing_together():
         for task in tasks:
             lengths = check_lengths(task.lengths or config.lengths, config.forward_tokens())
@@ -222,12 +223,13 @@ def run_tasks(
                 window = trained_window(subject.model, config.window)
                 readings = make_extensions(methods, window, config.attention)
             elif config.attention is None or config.attention.name != "dual_chunk":
-                warn_beyond_positions(subject.model, config.window, lengths, task.name)
+                unextended[task.name] = lengths
             shared: dict[str, Any] = {"max_tokens": config.forward_tokens(), "device": device}
             shared["ranks"] = ranks
             runs.append(Run.prepared(task, subject, readings, lengths, **shared))
             if isinstance(done, CellStore):
                 done.describe(task)
+        warn_beyond_positions(subject.model, config.window, unextended)
     own = sum(run.work(done) for run in runs) / ranks.data_size
     with progress_bar(own, "token", ranks.is_first, in_tokens=True) as bar:
         for run in runs:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lctrain.warn import forget_logged
 from tests.float64 import built_in_float64, float64_throughout
 from tests.process_state import process_state_kept
 
@@ -94,6 +95,12 @@ def state_after_a_test():
     """Runs each test inside `process_state_kept`."""
     with process_state_kept():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_warning_logged_yet():
+    """Lets every test see the warnings that a process logs once."""
+    forget_logged()
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ from lctrain.instances import require_int
 from lctrain.limits import check_lengths, require
 from lctrain.loggers import log_evaluation, log_picture
 from lctrain.peak_memory import split_peak
+from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -200,14 +201,15 @@ class LongContextEval(pl.Callback):
                     run.compute_cell(cell, done, bar)
                 except ValueError as error:  # such as no key tokens yet; the training goes on
                     done[cell] = Result(())
-                    log.warning(
-                        "LongContextEval left out %s at %d: %s", cell.task, cell.length, error
+                    warn_once(
+                        log, "LongContextEval left out %s at %d: %s", cell.task, cell.length, error
                     )
         if not together:
             done = _gathered(done, ranks)
         left = len(cells) - len(done)
         if left and ranks.is_first:
-            log.warning(
+            warn_once(
+                log,
                 "LongContextEval left out %d of %d cells, which budget_s=%s did not allow. Raise "
                 "it, or ask for less.",
                 left,

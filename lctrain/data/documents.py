@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lctrain.data.faults import warn_once
+from lctrain.data.faults import warn_first_rank
 from lctrain.data.fields import BYTE_ORDER_MARK
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Documents:
         beginning, end = text[:place], text[place:]
         if not beginning.strip() or not end.strip():
             return None
-        warn_once(
+        warn_first_rank(
             f"The data hold only one text, {self.names[0]}: its end, from character {place:,} of "
             f"{len(text):,} on, is held out (data.held_out_fraction={held_out_fraction})."
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lctrain.pluralize import pluralize
+from lctrain.warn import warn_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +61,9 @@ def report_faults(dataset: Dataset, on_error: str) -> Dataset:
     if skipped < count:
         counts += f", {count - skipped:,} are empty or were read in part"
     rest = f"\n  and {count - len(shown):,} more" if count > len(shown) else ""
-    warn_once(f"{counts} (data.on_error=raise stops at the first):\n  " + "\n  ".join(shown) + rest)
+    warn_first_rank(
+        f"{counts} (data.on_error=raise stops at the first):\n  " + "\n  ".join(shown) + rest
+    )
     return dataset
 
 
@@ -74,11 +76,10 @@ def _one_per_file(names: list[str], messages: list[str]) -> list[str]:
     return list(first.values())[:_SHOWN]
 
 
-@lru_cache(maxsize=1024)
-def warn_once(message: str) -> None:
+def warn_first_rank(message: str) -> None:
     """Logs a warning on the first rank, and only once per process for the same message."""
     if on_first_rank():
-        log.warning(message)
+        warn_once(log, message)
 
 
 def shared_message(shared: int, documents: int, place: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from lctrain.config import DataSettings
 from lctrain.data.collator import PackedRows
 from lctrain.data.dataset import DatasetTokens, pack, pack_tokens
-from lctrain.data.faults import shared_message, warn_once
+from lctrain.data.faults import shared_message, warn_first_rank
 from lctrain.data.mix import placed
 from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.prepared import OWN_SET, PreparedData
@@ -176,7 +176,7 @@ def _warn_of_trained(held_out: Any, trained: np.ndarray | None, place: str) -> N
     tokens = held_out if isinstance(held_out, DatasetTokens) else DatasetTokens(held_out)
     shared = int(np.isin(_digests(tokens), trained).sum())
     if shared:
-        warn_once(shared_message(shared, len(tokens), place))
+        warn_first_rank(shared_message(shared, len(tokens), place))
 
 
 def _kept(digests: np.ndarray, held_out_fraction: float) -> np.ndarray:

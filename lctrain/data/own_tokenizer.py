@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lctrain.data.faults import warn_once
+from lctrain.data.faults import warn_first_rank
 from lctrain.data.tokenizer import load_tokenizer, same_ids
 
 
@@ -46,7 +46,7 @@ def warn_of_other_ids(module: Any, tokenizer: Any) -> None:
     except ValueError:
         return
     if not same_ids(own, used):
-        warn_once(
+        warn_first_rank(
             f"The tokenizer's ids mean other tokens than those that {name} was trained on. Pass "
             f"tokenizer={name!r} to the data module, unless you mean to give the weights other ids."
         )

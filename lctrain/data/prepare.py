@@ -19,7 +19,7 @@ from lctrain.data.chat.template import ChatTemplate
 from lctrain.data.chat.tokenizing import ChatTokenizing
 from lctrain.data.collator import PackedRows
 from lctrain.data.documents import Documents, TokenStore, count_shared, read_documents
-from lctrain.data.faults import on_first_rank, shared_message, warn_once
+from lctrain.data.faults import on_first_rank, shared_message, warn_first_rank
 from lctrain.data.hub import HubSource
 from lctrain.data.mix import overlong_of, placed
 from lctrain.data.packing import Overlong, PackingPlan, document_limit, plan_rows
@@ -145,7 +145,7 @@ class Preparation:
         """
         if not isinstance(self.source, ChatSource):
             if tokenizer.eos_token_id is None:
-                warn_once(
+                warn_first_rank(
                     "The tokenizer has no end token: documents end without one, and the model does "
                     "not learn to stop. To change that, set tokenizer.eos_token, save the "
                     "tokenizer, and name that folder as data.tokenizer."
@@ -153,12 +153,12 @@ class Preparation:
             return None
         template = ChatTemplate(tokenizer, self.source.rendering)
         if not template.ends_turns:
-            warn_once(
+            warn_first_rank(
                 "The chat template ends an assistant turn without a special token: the model "
                 "does not learn to stop. Name another template as data.chat_template."
             )
         if template.written_date is not None:
-            warn_once(
+            warn_first_rank(
                 "The chat template writes today's date into conversations: on another day "
                 "their tokens differ, and this run cannot be resumed. " + template.date_remedy
             )
@@ -379,7 +379,7 @@ def warn_of_shared(held_out: Documents, train: Sequence[Documents], place: str =
     """
     shared = sum(count_shared(held_out, documents) for documents in train)
     if shared:
-        warn_once(shared_message(shared, len(held_out), place))
+        warn_first_rank(shared_message(shared, len(held_out), place))
 
 
 @contextmanager

@@ -30,8 +30,11 @@ from lctrain.limits import DUAL_CHUNK_METHODS, ROPE_METHODS, check_methods
 from lctrain.models import patch_model
 from lctrain.models.rotary import find_rotary
 from lctrain.models.window import configured_window
+from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
+
+PADDED_ROWS = "Evaluating the model as it is, on padded rows instead of packs: %s"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ class Extension:
         except ValueError as error:
             if self.method in (*DUAL_CHUNK_METHODS, "intra_chunk"):
                 raise
-            log.warning("Evaluating the model as it is, on padded rows instead of packs: %s", error)
+            warn_once(
+                log, "Evaluating the model as it is, on padded rows instead of packs: %s", error
+            )
             yield
             return
         with handle:

@@ -6,7 +6,7 @@ On a GPU, an index beyond an embedding table aborts the process, so it is checke
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from lctrain.data.vocabulary import vocabulary_size
 from lctrain.models.positions import require_positions
 from lctrain.models.window import configured_window
+from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -69,23 +70,24 @@ def require_kind(task: str, reads: str, model: Any) -> None:
 
 
 def warn_beyond_positions(
-    model: Any, window: int | None, lengths: Sequence[int], task: str
+    model: Any, window: int | None, lengths: Mapping[str, Sequence[int]]
 ) -> None:
-    """Warns about lengths that the model was not trained on, and that no method extends.
+    """Warns once about lengths that the model was not trained on, and that no method extends.
 
     Args:
         model: A causal LM of transformers.
         window: Length of the texts that the model was trained on; None for that of its config.
-        lengths: Context lengths in tokens.
-        task: Name of the task.
+        lengths: Context lengths in tokens, by name of the task.
     """
     window = configured_window(model.config) if window is None else window
-    beyond = [length for length in lengths if window is not None and length > window]
+    if window is None:
+        return
+    beyond = {name: longest for name, of in lengths.items() if (longest := max(of)) > window}
     if beyond:
-        log.warning(
-            "%s reads %s tokens with a model of %s positions. Compare methods that read beyond "
-            "them, with methods=[plain,yarn,dual_chunk], or leave longer lengths out.",
-            task,
-            f"{beyond[-1]:,}",
+        warn_once(
+            log,
+            "lengths must be at most the %s positions of the model, got %s. Compare methods that "
+            "read beyond them, with methods=[plain,yarn,dual_chunk], or leave longer lengths out.",
             f"{window:,}",
+            ", ".join(f"{longest:,} for {name}" for name, longest in beyond.items()),
         )

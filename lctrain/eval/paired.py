@@ -17,6 +17,7 @@ from lctrain.eval.interval import bootstrap_interval
 from lctrain.eval.ratio import token_mean
 from lctrain.eval.records import Item, Measure
 from lctrain.pluralize import pluralize
+from lctrain.warn import warn_once
 
 STEM = "comparison"
 # Settings of a task that choose among its items. Paths of files may differ between machines.
@@ -173,7 +174,8 @@ def _require_same_items(stores: tuple[CellStore, CellStore], paths: tuple[Path, 
             )
     texts = "hash of the documents"
     if first.get(texts) != second.get(texts):
-        log.warning(
+        warn_once(
+            log,
             "The documents of %s and %s have other texts or other tokens. Their items are paired "
             "by name, so compare losses only if you know the texts to be the same.",
             *paths,

@@ -18,6 +18,7 @@ from lctrain import models
 from lctrain.config import AttentionConfig
 from lctrain.eval.extension import Extension
 from lctrain.limits import DUAL_CHUNK_METHODS
+from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ class ConfiguredReading:
         except ValueError as error:
             if self.attention.name != "flash":
                 raise
-            log.warning("Evaluating the model as it is, on padded rows instead of packs: %s", error)
+            warn_once(
+                log, "Evaluating the model as it is, on padded rows instead of packs: %s", error
+            )
             yield
             return
         with handle:

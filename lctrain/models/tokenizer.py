@@ -11,6 +11,8 @@ from lctrain.data.tokenizer import load_tokenizer, same_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+from lctrain.warn import warn_once
+
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,8 @@ def tokenizer_for(model: ModelConfig, named: str | None) -> PreTrainedTokenizerB
                 f"data.tokenizer must name the tokenizer that {model.name_or_path} was trained "
                 f"with, got none, and its own cannot be used: {error}"
             ) from error
-        log.warning(
+        warn_once(
+            log,
             "%s has no tokenizer of its own; whether %s is the one that it was trained with cannot "
             "be checked.",
             model.name_or_path,
@@ -59,7 +62,8 @@ def tokenizer_for(model: ModelConfig, named: str | None) -> PreTrainedTokenizerB
             f"than those that {model.name_or_path} was trained on. Leave data.tokenizer out, or "
             "set model.allow_other_tokenizer=true to use the model on other ids all the same."
         )
-    log.warning(
+    warn_once(
+        log,
         "%s goes on with the ids of another tokenizer, %s, as model.allow_other_tokenizer says.",
         model.name_or_path,
         named,

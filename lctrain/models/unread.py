@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lctrain.distributed.stored import StoredTensor, mark_stored
+from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,8 @@ def _report(model: Any, unexpected: list[str], name: str) -> None:
     ignored = _pattern(patterns)
     unused = sorted(weight for weight in unexpected if not ignored.search(weight))
     if unused:
-        log.warning(
+        warn_once(
+            log,
             "%s holds %d weights that %s does not have, %s among them; they are not read.",
             name,
             len(unused),

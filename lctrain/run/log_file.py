@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lctrain.warn import warn_once
+
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
 _only_file = logging.getLogger("lctrain.run.only_file")
@@ -57,7 +59,7 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
 
     def show_and_keep(*arguments: Any, **options: Any) -> None:
         shown(*arguments, **options)
-        _only_file.warning("%s", warnings.formatwarning(*arguments[:4]).rstrip())
+        warn_once(_only_file, "%s", warnings.formatwarning(*arguments[:4]).rstrip())
 
     warnings.showwarning = show_and_keep
     try:

@@ -18,6 +18,7 @@ from lctrain.recipes.differential.run import prepare_data, train_runs
 from lctrain.recipes.differential.scale import SCALES
 from lctrain.recipes.differential.variant import VARIANTS
 from lctrain.recipes.output import messages, refuse_earlier_runs
+from lctrain.warn import begin_warnings
 
 STAGES = {
     "prepare": prepare_data,
@@ -29,6 +30,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the requested stages in their order."""
+    begin_warnings()
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = _parser().parse_args(given)
     experiment = Experiment(

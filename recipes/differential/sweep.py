@@ -22,6 +22,7 @@ from lctrain.recipes.differential.run import prepare_data, train_runs
 from lctrain.recipes.differential.scale import SCALES
 from lctrain.recipes.differential.variant import VARIANTS
 from lctrain.recipes.output import messages, remove_stopped, require_same_settings
+from lctrain.warn import begin_warnings
 
 PROGRAM = "python -m lctrain.recipes.differential.sweep"
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
@@ -97,6 +98,7 @@ class Sweep:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the requested stages in their order."""
+    begin_warnings()
     chosen = _parser().parse_args(arguments)
     for rate in chosen.rates:
         require(rate > 0, f"--rates must be positive, got {rate:g}. Try 0.001.")

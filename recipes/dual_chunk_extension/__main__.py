@@ -18,6 +18,7 @@ from lctrain.recipes.dual_chunk_extension.stages import (
     train_short,
 )
 from lctrain.recipes.output import messages, refuse_earlier_runs
+from lctrain.warn import begin_warnings
 
 STAGES = {
     "train": train_short,
@@ -38,6 +39,7 @@ FOLDERS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the requested stages in their order."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.dual_chunk_extension",
         description="Trains on a short window, and reads far beyond it with dual chunk attention.",

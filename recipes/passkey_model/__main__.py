@@ -20,6 +20,7 @@ from lctrain.recipes.output import messages
 from lctrain.recipes.passkey_model.network import build_network
 from lctrain.recipes.passkey_model.tokenizer import train_tokenizer
 from lctrain.recipes.passkey_model.training import Material, train_network
+from lctrain.warn import begin_warnings
 
 WINDOW = 128
 SEED = 0
@@ -32,6 +33,7 @@ METHODS = ("plain", "dual_chunk")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains the model, stores it, and measures how many passkeys it finds."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.passkey_model",
         description="Trains the small model in lctrain's wheel that finds passkeys.",

@@ -21,6 +21,7 @@ from lctrain.eval import METHODS, Extension, passkey_retrieval
 from lctrain.eval.shipped import SHIPPED, load_passkey_model
 from lctrain.recipes.output import messages
 from lctrain.recipes.passkey_model.__main__ import DEPTHS, HELD_OUT, TEXT_BYTES, WINDOW
+from lctrain.warn import begin_warnings
 
 PROGRAM = "python -m lctrain.recipes.passkey_model.methods"
 RATIOS = (1, 2, 4, 8)
@@ -31,6 +32,7 @@ BEGIN, END = "<!-- method tables: begin -->", "<!-- method tables: end -->"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the share of passkeys that the shipped model finds, by method and length."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Measures how many passkeys the shipped model finds, by every method.",

@@ -13,12 +13,14 @@ from lctrain.recipes.post_training.grpo import train_grpo
 from lctrain.recipes.post_training.runs import recorded_runs
 from lctrain.recipes.post_training.scale import SCALES
 from lctrain.recipes.post_training.sft import train_sft
+from lctrain.warn import begin_warnings
 
 STAGES = {"sft": train_sft, "dpo": train_dpo, "grpo": train_grpo}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the requested stages in their order."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog="python -m lctrain.recipes.post_training",
         description="Trains a small model on conversations, on preference pairs and with rewards.",

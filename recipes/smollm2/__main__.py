@@ -17,6 +17,7 @@ from lctrain.recipes.smollm2.stages import (
     measure_gain,
     run_ruler,
 )
+from lctrain.warn import begin_warnings
 
 PROGRAM = "python -m lctrain.recipes.smollm2"
 STAGES = {
@@ -31,6 +32,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the requested stages in their order. A stage that was stopped goes on."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Measures how SmolLM2-135M-Instruct uses its context, and what extends it.",

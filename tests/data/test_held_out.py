@@ -1,8 +1,8 @@
 """Tests which documents are held out."""
 
 from lctrain.data import TextSource
-from lctrain.data.faults import warn_once
 from lctrain.data.tokenizer import END_TOKEN
+from lctrain.warn import forget_logged
 
 
 def test_one_long_file_leaves_something_to_hold_out(make_data, tmp_path):
@@ -16,7 +16,7 @@ def test_one_long_file_leaves_something_to_hold_out(make_data, tmp_path):
 
 
 def test_files_on_both_sides_are_counted_in_a_warning(make_data, corpus, caplog):
-    warn_once.cache_clear()
+    forget_logged()
     source = TextSource(files=f"{corpus}/*.txt", held_out_files=f"{corpus}/0*.txt")
     make_data(source=source).setup()
     assert "10 of 10 held-out documents are in the training data, too" in caplog.text

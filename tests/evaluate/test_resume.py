@@ -154,8 +154,12 @@ def test_the_command_resumes_and_compares(run_main, model_folder, tmp_path, caps
 def test_lengths_beyond_the_positions_are_a_warning_with_the_remedy(
     make_config, small_window_folder, caplog
 ) -> None:
-    evaluate(make_config(small_window_folder, lengths=[8, 64]))
-    assert "perplexity reads 64 tokens with a model of 16 positions. Compare methods" in caplog.text
+    tasks = ["perplexity", "context_gain"]
+    evaluate(make_config(small_window_folder, lengths=[8, 64], tasks=tasks))
+    found = [message for message in caplog.messages if "positions of the model" in message]
+    assert len(found) == 1  # for all tasks
+    assert "at most the 16 positions of the model, got 64 for perplexity, 64 for" in found[0]
+    assert "Compare methods that read beyond them, with methods=[plain,yarn," in found[0]
     caplog.clear()
     evaluate(make_config(small_window_folder, lengths=[8, 64], methods=["yarn"]))
     evaluate(make_config(small_window_folder, lengths=[8, 16]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from lctrain.batch import IGNORE_INDEX
 from lctrain.data.documents import TokenStore
-from lctrain.data.faults import warn_once
+from lctrain.data.faults import warn_first_rank
 from lctrain.pluralize import pluralize
 
 if TYPE_CHECKING:
@@ -137,12 +137,12 @@ class ChatStore:
             more = f" The data hold {pluralize(count - 1, 'more fault')}." if count > 1 else ""
             raise ValueError(f"{self.faults[0]} Nothing else could be used.{more}")
         if count:
-            warn_once(
+            warn_first_rank(
                 f"{count:,} of {pluralize(count + len(self), 'conversation')} could not be used "
                 f"(data.on_error=raise stops at the first):{_listed(self.faults)}"
             )
         if self.lost:
-            warn_once(
+            warn_first_rank(
                 f"The chat template leaves out parts of {len(self.lost):,} of "
                 f"{pluralize(len(self), 'conversation')}. To train on them, name another template "
                 "as data.chat_template:"

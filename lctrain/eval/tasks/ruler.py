@@ -26,6 +26,8 @@ from lctrain.limits import RULER_TASKS, check_ruler, require
 if TYPE_CHECKING:
     from lctrain.config import EvalConfig
 
+from lctrain.warn import warn_once
+
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +203,8 @@ class Ruler(Task):
         """Warns if the text is shorter than a prompt."""
         family, units = self._families[name], self._units[name, length]
         if isinstance(family, Needles) and family.haystack == "text" and units > len(family.text):
-            log.warning(
+            warn_once(
+                log,
                 "%s repeats its text at length %s: the documents hold %s words, and a prompt %s. "
                 "Use more documents.",
                 name,

@@ -18,6 +18,7 @@ from lctrain.eval.task import Task
 from lctrain.eval.windows import Windows
 from lctrain.limits import require
 from lctrain.pluralize import pluralize
+from lctrain.warn import warn_once
 
 if TYPE_CHECKING:
     from lctrain.config import EvalConfig
@@ -148,7 +149,8 @@ class SlidingPerplexity(Task):
         """Returns the numbers of documents: see Task."""
         short = sum(len(ids) < length for ids in self._tokens)
         if short:
-            log.warning(
+            warn_once(
+                log,
                 "%s leaves out %s of fewer than %s tokens.",
                 self.name,
                 pluralize(short, "document"),

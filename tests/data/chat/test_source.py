@@ -148,9 +148,9 @@ FAULTY = [
 
 
 def test_faults_are_counted_with_file_and_line(data, write, caplog):
-    from lctrain.data.faults import warn_once
+    from lctrain.warn import forget_logged
 
-    warn_once.cache_clear()
+    forget_logged()
     path = write("a.jsonl", FAULTY)
     module = data(path, settings={"held_out_fraction": 0.0})
     assert module.packing_report.documents == 2

@@ -11,7 +11,7 @@ from lctrain.data.chat import template as template_module
 from lctrain.data.chat.conversation import read_conversation
 from lctrain.data.chat.source import Rendering
 from lctrain.data.chat.template import ChatTemplate, ConversationError
-from lctrain.data.faults import warn_once
+from lctrain.warn import forget_logged
 from tests.data.chat.conftest import CONVERSATIONS, HERE, template_text
 from tests.data.chat.test_masks import tokenized
 
@@ -68,12 +68,12 @@ def test_what_a_template_leaves_out_is_named(tokenizer_of, name):
 
 
 def test_a_warning_names_what_is_left_out(tokenizer_of, tmp_path, caplog):
-    warn_once.cache_clear()
+    forget_logged()
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(CASES[c]) for c in ("system", "system, then a question")))
     settings = {"max_tokens": 256, "cache_dir": tmp_path, "held_out_fraction": 0.0}
     for _ in range(2):  # also from the cache
-        warn_once.cache_clear()
+        forget_logged()
         caplog.clear()
         module = PackedDataModule(ChatSource(files=path), tokenizer_of("mistral"), **settings)
         module.setup()
@@ -122,7 +122,7 @@ def test_a_run_with_todays_date_is_not_resumed_on_another_day(
     template.write_text(DATED + template_text("chatml"))
 
     def data(**arguments):
-        warn_once.cache_clear()
+        forget_logged()
         caplog.clear()
         source = ChatSource(files=files, chat_template=template, template_arguments=arguments)
         settings = {"max_tokens": 256, "cache_dir": tmp_path, "held_out_fraction": 0.0}
@@ -185,7 +185,7 @@ def test_special_tokens_in_tools_and_calls_stay_text(tokenizer_of, train_on):
 
 
 def test_a_held_out_part_without_a_usable_conversation(tokenizer_of, tmp_path, caplog):
-    warn_once.cache_clear()
+    forget_logged()
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     good.write_text(json.dumps(CASES["system"]))
     bad.write_text(json.dumps({"messages": [ASK]}))
