@@ -16,7 +16,7 @@ from lctrain.generation.forward import CachedForward
 from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.options import Completion
 from lctrain.generation.pages import CacheShape, PagePool
-from lctrain.generation.pool_size import longest_pages, pool_pages
+from lctrain.generation.pool_size import give_back, longest_pages, pool_pages
 from lctrain.generation.request import Request
 from lctrain.generation.schedule import Schedule
 from lctrain.generation.shared_pages import PrefixBounds, SharedPages, bounds_of
@@ -52,6 +52,7 @@ class ContinuousBatch:
             them: "auto", "always" or "never".
 
     Attributes:
+        device: Device of the model and the cache.
         schedule: The requests and their pages.
         steps: Number of decode steps.
         shared_steps: Number of decode steps that read shared pages once.
@@ -70,7 +71,7 @@ class ContinuousBatch:
     ) -> None:
         self._task = task
         self._forward = CachedForward(model)
-        device = self._forward.device
+        self.device = device = self._forward.device
         self._pool = PagePool(shape, pool_pages(task, shape, device, cache_gib), device)
         self._width = max(longest_pages(task))
         self._choice = TokenChoice(task.options)
@@ -88,6 +89,11 @@ class ContinuousBatch:
         self._completions: list[Completion | None] = [None] * task.count
         self.steps = self.shared_steps = 0
         self.most_unread = UNREAD
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self._pool.pages * self._pool.shape.page_bytes
 
     def run(self) -> list[Completion]:
         """Returns the completions of each prompt, in the order of the prompts."""
@@ -248,7 +254,7 @@ def complete_continuously(
         cuda_graphs: Whether decode steps on a GPU are captured.
         shared_prefixes: See ContinuousBatch.
     """
-    capture: Capture | None = None
+    capture: GraphCapture | None = None
     device = next(model.parameters()).device
     if cuda_graphs and device.type == "cuda":
         refusal = capture_refusal(model)
@@ -259,4 +265,9 @@ def complete_continuously(
                 f"CUDA graphs need a forward pass that only launches kernels, got {refusal}. Steps "
                 "run without graphs; pass cuda_graphs=False to generate to avoid this warning."
             )
-    return ContinuousBatch(model, task, shape, cache_gib, capture, shared_prefixes).run()
+    batch = ContinuousBatch(model, task, shape, cache_gib, capture, shared_prefixes)
+    device, size = batch.device, batch.cache_bytes
+    found = batch.run()
+    del batch  # frees the cache and the graphs
+    give_back(device, size, has_graphs=capture is not None and capture.used)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -210,6 +209,3 @@ def _as_before(model: Any) -> Iterator[None]:
             yield
     finally:
         owner.generation_config = config
-        if on_gpu:
-            gc.collect()
-            torch.cuda.empty_cache()

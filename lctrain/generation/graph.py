@@ -17,9 +17,13 @@ class GraphCapture:
 
     Args:
         device: GPU on which the functions run.
+
+    Attributes:
+        used: Whether a capture has begun, and so taken memory from the pool.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.used = False
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -35,6 +39,7 @@ class GraphCapture:
         Raises:
             RuntimeError: if an operation of the function cannot be captured.
         """
+        self.used = True
         with torch.cuda.device(self._device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # Other threads, such as those that pin batches, may go on meanwhile.

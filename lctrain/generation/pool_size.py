@@ -1,4 +1,4 @@
-"""pool_pages and cache_tokens: what a cache holds. bytes_beside: how large it may be."""
+"""Sizes of the paged cache: what it holds, how large it may be, and whether it goes back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lctrain.models.kept_frequencies import kept_frequencies
 
 SHARE = 0.8
 """Share of the free memory of a GPU that the cache may take; activations need the rest."""
+LARGE = 1 / 16
+"""Share of a GPU's memory from which a cache goes back to the driver at the end of a call."""
 HOST_BYTES = 4 * 2**30
 """Most bytes of a cache on a CPU, unless one request needs more or the caller gives a size."""
 
@@ -43,7 +45,9 @@ def pool_pages(
     if cache_gib is not None:
         room = int(cache_gib * 2**30)
     elif device.type == "cuda":
-        room = _default_bytes(device)
+        room = int(SHARE * _certain_bytes(device))
+        if room < wanted * shape.page_bytes:
+            room = _default_bytes(device)
     else:
         room = max(_default_bytes(device), needs[0] * shape.page_bytes)
     fitting = room // shape.page_bytes
@@ -94,9 +98,44 @@ def bytes_beside(device: torch.device, peak: int) -> int:
     return max(min(int(SHARE * free), free - growth), 0)
 
 
+def give_back(device: torch.device, size: int, has_graphs: bool) -> None:
+    """Returns the unused memory of torch's allocator to the driver, if a call needs that.
+
+    This synchronises with the GPU, and the allocator asks for the memory again later. So a small
+    cache stays in the allocator. A large one does not: the allocator may split its block for other
+    tensors, and the next cache would need a second one. Nothing else can use the memory pool of
+    CUDA graphs, and each call has one.
+
+    Args:
+        device: Device of the cache, which is freed already.
+        size: Bytes of the cache.
+        has_graphs: Whether CUDA graphs were captured.
+    """
+    if device.type != "cuda":
+        return
+    _, total = torch.cuda.mem_get_info(device)
+    if has_graphs or size >= LARGE * total:
+        torch.cuda.empty_cache()
+
+
 def _default_bytes(device: torch.device) -> int:
     """Returns the bytes that the cache may take by default: on a GPU, of its free memory."""
-    return HOST_BYTES if device.type != "cuda" else int(SHARE * _free_bytes(device))
+    if device.type != "cuda":
+        return HOST_BYTES
+    torch.cuda.empty_cache()  # may free parts of split blocks, if segments are expandable
+    return int(SHARE * _certain_bytes(device))
+
+
+def _certain_bytes(device: torch.device) -> int:
+    """Returns the bytes of a GPU that torch can certainly allocate, without emptying its cache.
+
+    The allocator gives back blocks that nothing is using before it runs out of memory, but not the
+    unused parts of blocks that it has split.
+    """
+    free = free_bytes(device)
+    assert free is not None
+    split = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    return max(free - int(split), 0)
 
 
 def _free_bytes(device: torch.device) -> int:
