@@ -4,6 +4,9 @@
 
 For every model and machine the command searches the largest number of tokens of one document whose
 plan fits under `memory=auto`. Nothing is run, and no GPU is needed.
+
+The bytes of a step do not quite grow with the tokens: a tile of an MLP has the same size in every
+pack. So the search scales the bytes of one length, and is repeated with those of the length found.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,8 @@ from lctrain_kernels.bench.peers import installed_version
 
 RANK = 16
 MLP_TOKENS = 4096
-PROFILED = 16_384  # tokens; other lengths are scaled from it
+PROFILED = 2**18  # tokens of the first profile: 64 tiles, so that a layer's attention sets its peak
+NEAR = 64  # a result is scaled from a profile at most a 64th shorter or longer
 STEP = 1024  # tokens; lengths are multiples of it
 MOST = 2**23  # tokens
 MACHINES = ((8, 8), (16, 16), (24, 32), (48, 64), (80, 128), (139, 100))  # GiB of GPU and host
@@ -61,7 +66,7 @@ def scaled(measured: Profile, tokens: int) -> Profile:
     """Returns the bytes of a step on another number of tokens.
 
     Activations grow with the tokens. An MLP's tile and the dense copy of a quantized weight do not,
-    so for longer packs the result is too large by their growth.
+    so the result is too large by their growth for longer packs, and too small for shorter ones.
 
     Args:
         measured: Bytes of a step, from `profile`.
@@ -86,11 +91,11 @@ def scaled(measured: Profile, tokens: int) -> Profile:
     )
 
 
-def longest(measured: Profile, device_gib: float, host_gib: float) -> int:
+def longest(profile_of: Callable[[int], Profile], device_gib: float, host_gib: float) -> int:
     """Returns the largest number of tokens that fits under `memory=auto`; 0 if none does.
 
     Args:
-        measured: Bytes of a step, from `profile`.
+        profile_of: Function that returns the bytes of a step on a number of tokens.
         device_gib: Memory of the GPU in GiB.
         host_gib: Host memory in GiB that the step may use.
     """
@@ -98,21 +103,48 @@ def longest(measured: Profile, device_gib: float, host_gib: float) -> int:
         name="auto", mlp_tokens=MLP_TOKENS, device_gib=device_gib, host_gib=host_gib
     )
     limits = int(device_gib * GIB), int(host_gib * GIB)
-    low, high = 0, MOST // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = plan_of(scaled(measured, middle * STEP), config, *limits).fits
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * STEP
+
+    def search(measured: Profile) -> int:
+        """Returns the largest number of tokens that fits, from the bytes of another number."""
+        measured = _recomputing_attention(measured)
+        low, high = 0, MOST // STEP
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = plan_of(scaled(measured, middle * STEP), config, *limits).fits
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * STEP
+
+    profiled = PROFILED
+    found = search(profile_of(profiled))
+    while found > 0 and NEAR * abs(found - profiled) > profiled:
+        profiled = found
+        found = search(profile_of(profiled))
+    return found
 
 
-def measure(setting: Setting) -> Profile:
-    """Returns the bytes of a step that trains adapters on a model of a setting."""
+def _recomputing_attention(measured: Profile) -> Profile:
+    """Returns the bytes of a step in which no attention can be kept.
+
+    Keeping it takes memory, so it never fits where recomputing does not. There are a hundred times
+    fewer policies without it.
+    """
+    layers = tuple(replace(layer, attention=0) for layer in measured.layers)
+    return replace(measured, layers=layers)
+
+
+def profiles(setting: Setting) -> Callable[[int], Profile]:
+    """Returns a function: tokens -> bytes of a step that trains adapters on a setting's model."""
     model = build_shape(setting.shape, "sdpa", torch.device("meta"), torch.bfloat16)
     patch_model(model, fused=True)
     model = add_adapter(model, AdapterConfig(rank=RANK)).train()
     leave_casts_to_autocast(model)
-    return profile(model, PROFILED, "bf16-mixed", MLP_TOKENS, setting.quantize)
+    return partial(
+        profile,
+        model,
+        precision="bf16-mixed",
+        mlp_tokens=MLP_TOKENS,
+        quantize=setting.quantize,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,9 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for setting in SETTINGS:
         if options.tiny:
             setting = replace(setting, shape=tiny(setting.shape))
-        measured = measure(setting)
+        profile_of = profiles(setting)
         for device, host in MACHINES:
-            tokens = longest(measured, device, host)
+            tokens = longest(profile_of, device, host)
             found.append(
                 {"model": setting.title, "device_gib": device, "host_gib": host, "tokens": tokens}
             )
