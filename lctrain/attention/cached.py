@@ -45,6 +45,23 @@ def cached_rows(
     return torch.stack((first, lengths))[..., None, None]
 
 
+def left_padded_rows(
+    mask: Tensor | None, batch: int, length: int | Tensor, device: torch.device | str
+) -> Tensor:
+    """Returns the result of cached_rows, whose arguments it takes.
+
+    Raises:
+        ValueError: if a row has padding between or after its tokens.
+    """
+    rows = cached_rows(mask, batch, length, device)
+    if rows is None:
+        raise ValueError(
+            "padding must be on the left with a cache of fixed size, got padding after a token. "
+            "Set the tokenizer's padding_side to 'left', or use a DynamicCache."
+        )
+    return rows
+
+
 def is_cached_rows(mask: Tensor | None) -> bool:
     """Returns whether the mask of a layer is a result of cached_rows."""
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lctrain.attention.cached import cached_rows
+from lctrain.attention.cached import left_padded_rows
 
 UNPATCH = (
     "Call unpatch() on the handle of patch_model first, or load the model with another "
@@ -108,27 +108,26 @@ def flash_attention_mask(
     Returns:
         None if each row is one document without padding; [B, Sk] bool, True at keys that are not
         padding, for padded rows; [B, S] int64, the number of each token's document from 1, for
-        packed rows; the result of `cached_rows` for a cache of fixed size.
+        packed rows; the result of `cached_rows` for a cache of fixed size. A layer with a window
+        may have a part of the row in its cache, and `cached_rows` counts from its first column.
 
     Raises:
         ValueError: if boundaries of documents cannot express the mask, or a cache of fixed size has
-            a window or padding after a token.
+            padding after a token.
     """
     longer = isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length
-    if longer and not use_vmap and _is_causal(mask_function):
-        rows = cached_rows(attention_mask, batch_size, q_offset + q_length, device)
-        if rows is None:
-            raise ValueError(
-                "padding must be on the left with a cache of fixed size, got padding after a "
-                "token. Set the tokenizer's padding_side to 'left', or use a DynamicCache."
-            )
-        return rows
+    # transformers forbids this skip for one query over a cache that it may compile.
+    compiles = q_length == 1 and not allow_is_causal_skip
+    known = _is_causal(mask_function) or _is_window(mask_function)
+    if known and not use_vmap and (longer or compiles):
+        columns = None if attention_mask is None else attention_mask[:, kv_offset:]
+        return left_padded_rows(columns, batch_size, q_offset + q_length - kv_offset, device)
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if use_vmap or (attention_mask is not None and not plain and not isinstance(q_offset, Tensor)):
         raise ValueError(
             "the mask must be causal or full, with windows, padding or packing, got one that the "
-            "model extends by a pattern of its own (prefix, image or block mask), or windows in a "
-            f"cache of fixed size. Use a DynamicCache for windows. {UNPATCH}"
+            "model extends by a pattern of its own (prefix, image or block mask), or chunks in a "
+            f"cache of fixed size. Use a DynamicCache for chunks. {UNPATCH}"
         )
     fixed_size = isinstance(q_offset, Tensor) or (
         allow_is_causal_skip and q_offset + q_length != kv_offset + kv_length
@@ -151,6 +150,15 @@ def _is_causal(mask_function: Callable | None) -> bool:
     from transformers.masking_utils import causal_mask_function
 
     return mask_function is causal_mask_function
+
+
+def _is_window(mask_function: Callable | None) -> bool:
+    """Returns whether a mask function of transformers is causal with a window, and nothing else."""
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return False
+    (parts,) = (cell.cell_contents for cell in mask_function.__closure__)  # type: ignore[union-attr]
+    windows = [part.__qualname__.startswith("sliding_window_overlay.") for part in parts]
+    return len(parts) == 2 and any(windows) and any(map(_is_causal, parts))
 
 
 def _packed_segments(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lctrain.attention.cached import is_cached_rows
+from lctrain.attention.cached import is_cached_rows, left_padded_rows
 from lctrain.pluralize import pluralize
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -49,33 +49,82 @@ def given_rows(arguments: Mapping[str, Any]) -> Tensor | None:
     return next(rows, None)
 
 
-def refuse_full(arguments: Mapping[str, Any], rows: int, tokens: int) -> None:
-    """Raises a ValueError if a cache of fixed size has windows, or no room for a call's tokens.
+def _fixed_layers(arguments: Mapping[str, Any]) -> list[Any]:
+    """Returns the layers of a call's cache that have a fixed size, those without a window first."""
+    layers = getattr(given_cache(arguments), "layers", ())
+    fixed = [layer for layer in layers if isinstance(getattr(layer, "max_cache_len", None), int)]
+    return sorted(fixed, key=_slides)
 
-    A call with one token per row is checked on a CPU only: reading the length of the cache from a
-    GPU would synchronise.
+
+def _slides(layer: Any) -> bool:
+    """Returns whether a layer of a cache forgets keys that are behind a window."""
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def give_rows(arguments: dict[str, Any], rows: int, tokens: int) -> None:
+    """Replaces masks that transformers made for a cache of fixed size by results of cached_rows.
+
+    transformers makes the masks before the model is called. Where a layer with a window gets
+    exactly the keys in its window, they are padding masks, of which the model would cut off columns
+    once more. Masks of one query per row are results of cached_rows already.
+
+    Args:
+        arguments: Keyword arguments of a model, which are changed.
+        rows: Rows B of the call.
+        tokens: Tokens S per row of the call.
+
+    Raises:
+        ValueError: if a row has padding after a token.
+    """
+    if torch.compiler.is_compiling():
+        return
+    fixed = _fixed_layers(arguments)
+    if not fixed or not _slides(fixed[-1]):
+        return
+    mask = arguments.get("attention_mask")
+    keys = fixed[-1].get_mask_sizes(tokens)[0]
+    if isinstance(mask, dict):
+        arguments["attention_mask"] = {
+            kind: left_padded_rows(one, rows, one.shape[1], one.device)
+            if isinstance(one, Tensor) and one.dim() == 2
+            else one
+            for kind, one in mask.items()
+        }
+    elif _slides(fixed[0]) and isinstance(mask, Tensor) and tuple(mask.shape) == (rows, keys):
+        found = left_padded_rows(mask, rows, keys, mask.device)
+        if keys != fixed[0].get_seq_length() + tokens:  # else the model cuts off nothing
+            arguments["attention_mask"] = found
+
+
+def refuse_full(
+    arguments: Mapping[str, Any], rows: int, tokens: int, window: int | None = None
+) -> None:
+    """Raises a ValueError if a cache of fixed size has no room for a call's tokens.
+
+    A cache whose layers all have the model's window forgets keys, and is never full. A call with
+    one token per row is checked on a CPU only: reading the length of the cache from a GPU would
+    synchronise.
 
     Args:
         arguments: Keyword arguments of a model.
         rows: Rows B of the call.
         tokens: Tokens S per row of the call.
+        window: Keys in the window of the model's layers; None without windows.
     """
-    layers = getattr(given_cache(arguments), "layers", ())
-    layer = next((x for x in layers if isinstance(getattr(x, "max_cache_len", None), int)), None)
-    if layer is None or torch.compiler.is_compiling():
+    fixed = _fixed_layers(arguments)
+    if not fixed or torch.compiler.is_compiling():
         return
-    if any(getattr(x, "is_sliding", False) for x in layers):
-        raise ValueError(
-            "a key/value cache of fixed size must hold all keys of a row in every layer, got a "
-            "StaticCache with sliding windows. Use a DynamicCache."
-        )
+    layer = fixed[0]
     keys = layer.keys if layer.is_initialized else None
     if keys is not None and keys.shape[0] != rows:
         raise ValueError(
             f"the key/value cache must have a row per row of the input ({rows}), got a StaticCache "
             f"with {pluralize(keys.shape[0], 'row')}. Make a new cache for each batch."
         )
-    if keys is not None and keys.device.type != "cpu" and tokens == 1:
+    if _slides(layer) and window is not None and layer.max_cache_len >= window:
+        return
+    on_device = isinstance(layer.get_seq_length(), Tensor) and keys.device.type != "cpu"
+    if on_device and tokens == 1:
         return
     stored = int(layer.get_seq_length())
     if stored + tokens > layer.max_cache_len:

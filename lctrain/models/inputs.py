@@ -22,7 +22,7 @@ from lctrain.models.architectures import (
     counts_positions_itself,
     embeddings_read_mask,
 )
-from lctrain.models.cache import given_cache, given_rows, refuse_full
+from lctrain.models.cache import give_rows, given_cache, given_rows, refuse_full
 from lctrain.models.code import parameters
 from lctrain.models.continued_rows import (
     continued_lengths,
@@ -47,6 +47,7 @@ from lctrain.models.positions import (
 from lctrain.models.read_boundaries import read_boundaries, refuse_unread
 from lctrain.models.shared_attention import covered_tokens, give_positions, read_share
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
+from lctrain.models.window import cache_window
 from lctrain.pluralize import pluralize
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
@@ -75,6 +76,7 @@ class InputHook:
         rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
         names: Names of the forward's positional parameters.
         within_windows: Length up to which rows lie within a window; None without windows.
+        cache_window: Keys that layers with windows keep in a cache; None without windows.
         unpads: Whether rows with padding become one pack; UnpadSwap sets it.
     """
 
@@ -86,6 +88,7 @@ class InputHook:
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
         self.within_windows = row_length_within_windows(model, spec)
+        self.cache_window = cache_window(model.config)
         self.unpads = False
         self.rotaries = tuple(length_dependent(model))
         for name in self.rotaries:
@@ -116,7 +119,9 @@ class InputHook:
             packs = is_padded(given) and is_packable(model, inputs)
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
-        refuse_full(inputs, tokens.shape[0], tokens.shape[1])
+        rows = (tokens.shape[0], tokens.shape[1])
+        refuse_full(inputs, *rows, self.cache_window)
+        give_rows(inputs, *rows)
         if paged_cache(inputs) is not None or given_rows(inputs) is not None:
             self._refuse_lengths(model, inputs)
             return (), self._leave_to_layers(model, inputs, tokens)

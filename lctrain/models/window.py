@@ -1,4 +1,7 @@
-"""configured_window: the trained window (length of the training texts) that a config states."""
+"""configured_window: the trained window (length of the training texts) that a config states.
+
+cache_window: the keys that layers with windows keep in a cache.
+"""
 
 from typing import Any
 
@@ -17,3 +20,14 @@ def configured_window(config: Any) -> int | None:
     published = getattr(config, "dual_chunk_attention_config", None) or {}
     window = published.get("original_max_position_embeddings")
     return window or getattr(config, "max_position_embeddings", None)
+
+
+def cache_window(config: Any) -> int | None:
+    """Returns the number of keys that layers with windows keep in a cache; None without windows.
+
+    Args:
+        config: A transformers configuration.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    return window or getattr(text, "attention_chunk_size", None)

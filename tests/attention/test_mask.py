@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.masking_utils import (
     causal_mask_function,
+    chunked_causal_mask_function,
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -100,14 +101,26 @@ def test_blocks_that_see_the_future_are_refused(mask_of, attention_mask):
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(1, 5).bool()])
 def test_caches_of_fixed_size(q_offset, attention_mask):
     arguments = (1, 5, 8, q_offset)
-    rows = flash_attention_mask(
-        *arguments, mask_function=causal_mask_function, attention_mask=attention_mask
-    )
-    assert rows.dtype == torch.int32
-    assert rows.flatten().tolist() == [0, 5]
+    for seen in (causal_mask_function, sliding_window_causal_mask_function(3)):
+        rows = flash_attention_mask(*arguments, mask_function=seen, attention_mask=attention_mask)
+        assert rows.dtype == torch.int32
+        assert rows.flatten().tolist() == [0, 5]
     with pytest.raises(ValueError, match=r"got one of fixed size|pattern of its own"):
         flash_attention_mask(
             *arguments,
-            mask_function=sliding_window_causal_mask_function(3),
+            mask_function=chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64)),
             attention_mask=attention_mask,
         )
+
+
+def test_one_query_over_a_full_window_of_fixed_size():
+    """Columns of the mask before the window are left out; padding reaches into it in row 1."""
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :2] = mask[1, :7] = False
+    rows = flash_attention_mask(
+        *(2, 1, 6, 11, 6),
+        mask_function=sliding_window_causal_mask_function(6),
+        attention_mask=mask,
+        allow_is_causal_skip=False,
+    )
+    assert rows[..., 0, 0].tolist() == [[0, 1], [6, 6]]
