@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from lctrain.loggers import MetricsCSV
 from lctrain.module import LongContextModule
 from lctrain.next_command import pasteable
 from lctrain.pluralize import pluralize
+from lctrain_kernels.strict_json import write_json
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ class RunReport:
     def save(self, folder: Path) -> None:
         """Writes the printed report to report.txt, and all figures to report.json.
 
+        A figure that is not finite, such as a loss of NaN, is null there.
+
         Args:
             folder: Folder of the run.
         """
         (folder / "report.txt").write_text(f"{self}\n")
-        content = json.dumps(asdict(self), indent=2, default=str)
-        (folder / "report.json").write_text(f"{content}\n")
+        write_json(folder / "report.json", asdict(self), default=str)
 
 
 def summarize(

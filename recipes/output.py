@@ -13,6 +13,7 @@ from typing import Any
 from lctrain.failure import FULL_ERROR, report_failure
 from lctrain.run.folder import RECORD
 from lctrain.run.lock import FolderLock
+from lctrain_kernels.strict_json import write_json
 
 SETTINGS = "settings.json"
 
@@ -58,7 +59,7 @@ def require_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
         return
     earlier = json.loads(path.read_text())
     for name, value in settings.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from lctrain.data.order import BALANCE_WINDOW, epoch_order
 from lctrain.data.packing import PackingPlan, plan_rows
 from lctrain_kernels.bench.__main__ import positive, results_folder
 from lctrain_kernels.bench.balance_report import balance_table
+from lctrain_kernels.strict_json import write_json
 
 PACKS = (1, 4)
 
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "results": results,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(output, record, indent=1)
     print(balance_table(record))
     print(f"Wrote {output}")
     return 0

@@ -35,6 +35,7 @@ from lctrain_kernels.bench.__main__ import positive
 from lctrain_kernels.bench.chat_report import chat_table
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 _TEXT = 4_000_000  # characters from which messages are cut
 _VOCABULARY = 32_000
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             record["parts"].append(measure(given, tokenizer, rendering, Path(folder)))
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.output, record, indent=1)
     print(chat_table(record))
     print(f"Wrote {options.output}")
     return 0

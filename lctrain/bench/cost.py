@@ -17,7 +17,6 @@ Efficiency is the compute time with evenly divided FLOPs, divided by the time of
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from lctrain.distributed.context import ContextShard, choose_heads
 from lctrain.distributed.traffic import AttentionWidths, received_backward, received_forward
 from lctrain.flops import FlopCounter, peak_flops
 from lctrain_kernels.bench.__main__ import positive
+from lctrain_kernels.strict_json import write_json
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MODELS = {**SHAPES, llama_8b.name: llama_8b}
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{BEYOND.format(beyond[0])}")
     if options.output:
         record = {"assumptions": asdict(assumed), "rows": rows}
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.output, record, indent=1)
         print(f"Wrote {options.output}")
     return 0
 

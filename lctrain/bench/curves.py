@@ -12,7 +12,6 @@ the spread of the seeds is that of the initialisation.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from lctrain.pluralize import pluralize
 from lctrain_kernels.bench.__main__ import default_output, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 CURVE_SHAPES = {llama_100m.name: llama_100m, **SHAPES}
 KINDS = {"on": OURS, "off": "sdpa"}
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "curves": curves,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(output, record, indent=1)
     plot(curves, f"{shape.title}, {header.device}", output.with_suffix(".png"))
     print(
         f"on and off differ by {found['difference']:.2e}, seeds by {found['spread']:.2e} (means "

@@ -26,6 +26,7 @@ from lctrain.kernels import flash_attn_varlen_func, merge_attn_states
 from lctrain_kernels.bench.__main__ import positive
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 RESULTS = ("out", "dq", "dk", "dv")
 WAYS = ("differentiable", "detached")
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "errors": {deviation: measure(lengths, deviation) for deviation in DEVIATIONS},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.output, record, indent=1)
     print(detached_table(json.loads(options.output.read_text())))
     print(f"Wrote {options.output}")
     return 0

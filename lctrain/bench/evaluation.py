@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.evaluation_report import PARTS, evaluation_lines
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 Row = dict[str, Any]
 
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     traceback.print_exc()
                     result, failed = {"error": f"{type(error).__name__}: {error}"[:400]}, True
             record[part].append({**about, **result})
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(options.output, record, indent=1)
             print(f"{part}: {record[part][-1]}", flush=True)
             gc.collect()
             if on_gpu:

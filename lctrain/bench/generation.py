@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 import traceback
@@ -46,6 +45,7 @@ from lctrain.models import patch_model
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
 CONTENDERS = ("graphs", "sampled", "waiting", "eager", "padded", "generate_batch")
@@ -188,7 +188,7 @@ class Bench:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{case['shape']}, {case['requests']} requests, {contender}: {result}", flush=True)
-        self._options.output.write_text(json.dumps(self.record, indent=1) + "\n")
+        write_json(self._options.output, self.record, indent=1)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

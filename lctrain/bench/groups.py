@@ -16,7 +16,6 @@ other. The weights are random; llama-8b trains LoRA adapters.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from lctrain.models.low_rank import add_adapter, leave_casts_to_autocast
 from lctrain_kernels.bench.__main__ import positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
 _RANK = 16  # of the adapters of llama-8b
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.output, record, indent=1)
     print(f"Wrote {options.output}")
     return 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter, leave_casts_to_autocast
 from lctrain_kernels.bench.peers import installed_version
+from lctrain_kernels.strict_json import write_json
 
 RANK = 16
 MLP_TOKENS = 4096
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mlp_tokens": MLP_TOKENS,
         "plans": found,
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.output, record, indent=1)
     print(f"Wrote {options.output}")
     return 0
 

@@ -47,6 +47,7 @@ from lctrain.memory.plan import GIB, Plan
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
+from lctrain_kernels.strict_json import write_json
 
 UNFINISHED = "unfinished"
 _SHAPES = {llama_8b.name: llama_8b, **SHAPES}
@@ -80,7 +81,7 @@ class Record:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_json(part, self.content, indent=1)
         part.replace(self.path)  # so that a process that is killed leaves a whole file
 
 

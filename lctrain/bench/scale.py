@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import re
@@ -51,6 +50,7 @@ from lctrain.run.rank import is_launched, local_rank
 from lctrain_kernels.bench.__main__ import names_of, positive, results_folder
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.scale_report import scale_table
+from lctrain_kernels.strict_json import write_json
 
 PARTS = (
     "attention",
@@ -222,7 +222,7 @@ def save(record: dict[str, Any], output: Path | None) -> Path:
     output = output or results_folder() / "scale" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     partial_file = output.with_suffix(".part")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(partial_file, record, indent=1)
     os.replace(partial_file, output)
     return output
 

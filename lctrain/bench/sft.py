@@ -13,7 +13,6 @@ FlashAttention-4, and there is no Liger. The record is written after every conte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 from lctrain_kernels.bench.sft_report import sft_table
+from lctrain_kernels.strict_json import to_json, write_json
 
 PROCESS = "lctrain.bench.sft_process"
 
@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["runs"].append(
                 {"contender": name, "title": SFT_CONTENDERS[name].title, **result}
             )
-            print(json.dumps(record["runs"][-1]), flush=True)
+            print(to_json(record["runs"][-1]), flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(options.output, record, indent=1)
     finally:
         for process in processes.values():
             process.close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import platform
 import statistics
 import sys
@@ -37,6 +36,7 @@ from lctrain_kernels.backend import select_backend
 from lctrain_kernels.bench.__main__ import positive, results_folder
 from lctrain_kernels.bench.shares_report import share_rows, step_rows
 from lctrain_kernels.bench.workloads import WORKLOADS
+from lctrain_kernels.strict_json import write_json
 from lctrain_kernels.varlen.api import flash_attn_pack_func
 
 STRATEGIES = ("auto", "fsdp2")
@@ -226,7 +226,7 @@ def save(record: dict[str, Any], output: Path | None) -> Path:
     name = f"{record['date'][:10].replace('-', '')}-{record['device'].lower().replace(' ', '-')}"
     output = output or results_folder() / "shares" / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(output, record, indent=1)
     return output
 
 

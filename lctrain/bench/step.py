@@ -32,6 +32,7 @@ from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 from lctrain_kernels.bench.step_report import CHECKPOINTED, KEPT, step_table
 from lctrain_kernels.bench.workloads import WORKLOADS, lognormal_lengths
+from lctrain_kernels.strict_json import write_json
 
 PROCESS = "lctrain.bench.step_process"
 TITLES = {"none": "none", "full": CHECKPOINTED, "kept": KEPT}
@@ -352,7 +353,7 @@ def _run(options: argparse.Namespace, processes: Mapping[str, StepProcess]) -> i
             print(describe(run), flush=True)
             failed |= run["contender"] == CONTENDERS[OURS].title and run["status"] != "ok"
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(output, record, indent=1)
     print(step_table(record))
     print(f"Wrote {output}")
     return int(failed)

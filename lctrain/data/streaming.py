@@ -36,6 +36,7 @@ from lctrain.data.packing import Overlong, plan_rows
 from lctrain.data.readers import Row
 from lctrain.data.tokenizing import tokenize_window
 from lctrain.pluralize import pluralize
+from lctrain_kernels.strict_json import to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -362,7 +363,7 @@ def _write_journal(path: Path, windows: list[Window]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             written = Path(folder) / path.name
-            written.write_text(json.dumps(rows))
+            written.write_text(to_json(rows))
             os.replace(written, path)
     except OSError as error:
         log.warning("The counts of the stream could not be written to %s: %s", path, error.strerror)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from lctrain.eval.records import Item, Measure, Result
 from lctrain.eval.task import Task
+from lctrain_kernels.strict_json import number, to_json
 
 CELLS = "cells.jsonl"
 
@@ -49,7 +51,8 @@ class CellStore(MutableMapping[Cell, Result]):
     """Results by cell, which are written to a file as they are added.
 
     Each line of the file is a JSON object: first the identity of the evaluation, then tasks and
-    cells. A kill can damage the last line only, which is then left out.
+    cells. A kill can damage the last line only, which is then left out. A number that is not finite
+    is null in the file, and NaN when it is read.
 
     Attributes:
         identity: Settings on which the results depend.
@@ -131,7 +134,7 @@ class CellStore(MutableMapping[Cell, Result]):
         lines = [{"identity": store.identity}, *map(_task_line, store.tasks.items())]
         lines += [_cell_line(cell, result) for cell, result in store.items()]
         temporary = store._path.with_suffix(".tmp")  # without the line that a kill cut off
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text("".join(to_json(line) + "\n" for line in lines))
         os.replace(temporary, store._path)
         return store
 
@@ -187,7 +190,7 @@ class CellStore(MutableMapping[Cell, Result]):
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -196,14 +199,20 @@ class CellStore(MutableMapping[Cell, Result]):
             measures = tuple(Measure(**measure) for measure in line["measures"])
             self.tasks[line["task"]] = TaskRecord(line["title"], line["unit"], measures)
         else:
-            items = tuple(Item(**item) for item in line["items"])
+            items = tuple(Item(**item | _numbers(item)) for item in line["items"])
             cell = Cell(line["task"], line["method"], line["length"])
-            self._results[cell] = Result(items, line["facts"])
+            facts = {name: math.nan if v is None else v for name, v in line["facts"].items()}
+            self._results[cell] = Result(items, facts)
+
+
+def _numbers(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the totals of a stored item, NaN where the file holds null."""
+    return {"totals": {name: number(total) for name, total in item["totals"].items()}}
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings as JSON stores them."""
-    return dict(json.loads(json.dumps(identity, default=str)))
+    return dict(json.loads(to_json(identity, default=str)))
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Writes the rows of an evaluation as CSV, and the rows with the settings as JSON."""
 
 import csv
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lctrain_kernels.strict_json import finite, write_json
 
 
 def write_rows(
@@ -42,16 +42,11 @@ def write_table(
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "json")}
-    known = [{key: _known(value) for key, value in row.items()} for row in rows]
+    known = [finite(row) for row in rows]
     with paths["csv"].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(known[0]))
         writer.writeheader()
         writer.writerows(known)
     content = {**settings, "rows": known}
-    paths["json"].write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_json(paths["json"], content)
     return paths
-
-
-def _known(value: Any) -> Any:
-    """Returns the value; None if it is a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -237,5 +237,7 @@ def _start() -> dict[str, Any]:
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    from lctrain_kernels.strict_json import write_json  # imports torch: not for --help
+
+    write_json(temporary, record)
     os.replace(temporary, path)

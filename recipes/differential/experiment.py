@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lctrain.config import TrainConfig
 from lctrain.recipes.differential.scale import Scale
 from lctrain.recipes.differential.variant import VARIANTS, Variant
 from lctrain.recipes.dual_chunk_extension.experiment import compose_training
+from lctrain_kernels import strict_json
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,5 @@ def trained_window(config: TrainConfig) -> int:
 def write_json(path: Path, content: Any) -> Path:
     """Writes a JSON file, and creates the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    strict_json.write_json(path, content)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from lctrain.recipes.dual_chunk_extension.scale import Scale
 from lctrain.report import RunReport
 from lctrain.schemas import register_schemas
 from lctrain.train import quiet_lightning, train
+from lctrain_kernels.strict_json import write_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Experiment:
         """Writes a JSON file into the output folder."""
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / f"{name}.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
         return path
 
 

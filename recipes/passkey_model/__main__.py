@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -21,6 +20,7 @@ from lctrain.recipes.passkey_model.network import build_network
 from lctrain.recipes.passkey_model.tokenizer import train_tokenizer
 from lctrain.recipes.passkey_model.training import Material, train_network
 from lctrain.warn import begin_warnings
+from lctrain_kernels.strict_json import write_json
 
 WINDOW = 128
 SEED = 0
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    (chosen.output / "train.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(chosen.output / "train.json", record)
     table = passkey_retrieval(
         model.float(),
         format,

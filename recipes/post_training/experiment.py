@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lctrain.eval.shipped import passkey_folder
 from lctrain.limits import require
 from lctrain.recipes.post_training.conversations import FILE, TEMPLATE
 from lctrain.recipes.post_training.scale import Scale
+from lctrain_kernels.strict_json import write_json
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Experiment:
         """Writes a JSON file into the output folder."""
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / f"{name}.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
         return path
 
 

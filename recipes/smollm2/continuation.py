@@ -21,6 +21,7 @@ from lctrain.recipes.output import remove_stopped, require_same_settings
 from lctrain.recipes.smollm2.experiment import Experiment, rows_of
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
 from lctrain.recipes.smollm2.stages import document_tokens
+from lctrain_kernels.strict_json import write_json
 
 WAYS = ("dual_chunk", "yarn")
 
@@ -91,7 +92,7 @@ def _write_yarn(model: Path, folder: Path, window: int, long: int) -> None:
         "factor": long / window,
         "original_max_position_embeddings": window,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def _held_out(

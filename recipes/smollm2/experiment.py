@@ -19,6 +19,7 @@ from lctrain.recipes.smollm2.model import FILES
 from lctrain.recipes.smollm2.novels import HELD_OUT, NOVELS
 from lctrain.recipes.smollm2.scale import Scale
 from lctrain.schemas import TextData
+from lctrain_kernels.strict_json import write_json
 
 FETCH = "python -m lctrain.recipes.smollm2.fetch"
 
@@ -115,7 +116,7 @@ class Experiment:
         record = {"stage": name, **machine(), "seconds": timed, **content}
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / f"{name}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(path, record)
         return path
 
     def _texts(self, names: tuple[str, ...]) -> TextData:

@@ -18,6 +18,7 @@ LEVELS = {
     "lctrain_kernels.checks": -9,
     "lctrain_kernels.lengths": -9,
     "lctrain_kernels.overlap": -9,
+    "lctrain_kernels.strict_json": -9,
     "lctrain_kernels.launch": -8,
     "lctrain_kernels.layout": -8,
     "lctrain_kernels.schedule": -8,  # the layout of the tile lists, which the kernels read

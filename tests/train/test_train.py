@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lctrain.data.prepare import Preparation
 from lctrain.optim import learning_rate_factor
 from lctrain.train import main, train
 from tests.numerics import as_float32, assert_equal_in_float64
+from tests.strict import parse_files
 from tests.train.runs import config, rows, train_losses, wandb_files, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -62,6 +64,18 @@ def test_report_says_what_happened_and_where_it_is(finished):
     saved = json.loads((folder / "report.json").read_text())
     assert saved["held_out_packing"] == report.held_out_packing
     assert saved["paths"] == {name: str(path) for name, path in report.paths.items()}
+
+
+def test_files_are_json_for_every_reader_whatever_the_losses_are(finished, tmp_path):
+    report, folder, _ = finished
+    assert {"report.json", "run.json", "model/config.json"} <= parse_files(folder).keys()
+    changed = {"held_out_last": math.nan, "perplexities": ((16, math.inf), (64, 2.0))}
+    replace(report, **changed, held_out_sets={"a": (1.0, math.nan)}).save(tmp_path)
+    saved = parse_files(tmp_path)["report.json"]
+    assert saved["held_out_last"] is None
+    assert saved["perplexities"] == [[16, None], [64, 2.0]]
+    assert saved["held_out_sets"] == {"a": [1.0, None]}
+    assert saved["steps"] == report.steps
 
 
 def test_report_is_ten_lines_that_name_what_is_to_be_looked_at(finished):

@@ -16,7 +16,6 @@ with 256 keys each after a prefix of 16k keys that all share.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,7 @@ from lctrain_kernels.bench.operations import copy_bandwidth, wall_timer
 from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import DTYPE, new_record
 from lctrain_kernels.decode.launch_config import DecodeConfig, decode_config, override_decode_config
+from lctrain_kernels.strict_json import write_json
 from lctrain_kernels.tile.config import TileConfig
 
 MERGED = DecodeConfig(TileConfig(16, 64, 4, 3), 64).merge_unroll
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for result in measured:
                 record["results"].append({"case": name, **result})
                 _show(name, result, fastest)
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(output, record, indent=1)
     print(f"Wrote {output}")
     ours_failed = [r for r in record["results"] if r["contender"].startswith(OURS) and "error" in r]
     return int(bool(ours_failed))

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lctrain_kernels.strict_json import write_json
+
 SCHEMA = 1
 STATUSES = ("ok", "unsupported", "error", "failed_check")
 
@@ -73,7 +75,7 @@ class BenchmarkRecord:
     def save(self, path: Path) -> None:
         """Writes the record as a JSON file, and creates the folders above it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+        write_json(path, {"schema": SCHEMA, **asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, path: Path) -> "BenchmarkRecord":

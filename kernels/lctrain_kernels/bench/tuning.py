@@ -6,7 +6,6 @@ it does not compile, does not fit, or gives another result than the table's conf
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from lctrain_kernels.bench.measure import Timer
 from lctrain_kernels.bench.workloads import Workload
+from lctrain_kernels.strict_json import write_json
 
 MAX_DIFFERENCE = 1e-2  # between two configurations' results in bfloat16, relative norm
 TINY_LENGTHS = (300, 20)  # compile what the real workload needs: lengths do not specialise
@@ -227,5 +227,5 @@ def main(
             tuner, workload, operation, candidates, options.dropout, timer, device
         )
         if options.output:  # a run that is cut short keeps what it has
-            options.output.write_text(json.dumps(rows, indent=1))
+            write_json(options.output, rows, indent=1)
     return rows
