@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import site
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lctrain.data.sources import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+FOLDER_NAMES = ("site-packages", "dist-packages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,16 @@ class PackagesSource(Source):
 
 
 def package_folders() -> list[Path]:
-    """Returns the existing folders that hold installed packages, each once."""
+    """Returns the existing folders that hold installed packages, each once.
+
+    An environment may take packages from another one, by a .pth file or by PYTHONPATH. So folders
+    of packages on the path of imports count too.
+    """
     paths = sysconfig.get_paths()
     folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
-    return [folder for folder in map(Path, dict.fromkeys(folders)) if folder.is_dir()]
+    folders += [folder for folder in sys.path if Path(folder).name in FOLDER_NAMES]
+    found = dict.fromkeys(Path(folder).resolve() for folder in folders if Path(folder).is_dir())
+    return list(found)
 
 
 def read_distinct(files: tuple[File, ...]) -> Iterator[Row]:

@@ -65,3 +65,14 @@ def test_sizes_that_leave_nothing_are_an_error(installed):
         PackagesSource(with_stdlib=False, min_file_bytes=5000, max_file_bytes=6000).load(installed)
     with pytest.raises(ValueError, match=r"min_file_bytes must be in \[0, max_file_bytes = 5\]"):
         PackagesSource(min_file_bytes=6, max_file_bytes=5)
+
+
+def test_packages_of_another_environment_on_the_path_of_imports_count(tmp_path, monkeypatch):
+    """As with a .pth file that names the site-packages of another environment."""
+    other, project = tmp_path / "other" / "site-packages", tmp_path / "project"
+    for folder in (other, project):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("sys.path", [str(project), str(other), str(other / ".." / "site-packages")])
+    folders = packages.package_folders()
+    assert folders.count(other) == 1
+    assert project not in folders
