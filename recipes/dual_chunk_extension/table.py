@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+from lctrain.recipes.dual_chunk_extension.misses import misses
 from lctrain.recipes.dual_chunk_extension.scale import TRAIN_RATIO
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,7 +92,7 @@ def _passkeys(rows: list[dict[str, str]]) -> list[str]:
         f"At {TRAIN_RATIO} windows, from most to fewest keys: {found}. "
         f"At its worst depth, {depth}, {order[0]} finds {a / b:.0%}."
     )
-    return ["\n".join(table), said]
+    return ["\n".join(table), said, *misses(rows, order[0], at, lengths[0])]
 
 
 def _share(cells: list[tuple[int, int]]) -> float:

@@ -13,6 +13,7 @@ from lctrain.recipes.dual_chunk_extension import table
 from lctrain.recipes.dual_chunk_extension.__main__ import main
 from lctrain.recipes.dual_chunk_extension.continuation import _smooth
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
+from lctrain.recipes.dual_chunk_extension.misses import at_most, misses
 from lctrain.recipes.dual_chunk_extension.published import published_gradient
 from lctrain.recipes.dual_chunk_extension.scale import SCALES
 from tests.numerics import assert_equal_in_float64, assert_far_apart, near, near_roundings
@@ -128,3 +129,31 @@ def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp
     assert "| dual_chunk_yarn | 98% | 98% |" in text
     assert "from most to fewest keys: dual_chunk_yarn 98%, plain 52%." in text
     assert "At its worst depth, 0.5, dual_chunk_yarn finds 95%." in text
+    assert "| 8 | 20 of 20 | 19 of 20 |" in text
+    assert "At 8 windows dual_chunk_yarn finds 39 of 40 keys, 98%." in text
+    assert "explain the distance" not in text  # it is above what it should find
+
+
+def test_misses_are_given_by_depth_with_what_chance_would_do():
+    rows = [
+        {"method": name, "length": str(length), "depth": str(depth), "found": str(n), "keys": "4"}
+        for name, at_eight in (("yarn", (1, 4, 4)), ("plain", (0, 0, 0)))
+        for length, found in ((16, (4, 4, 3)), (128, at_eight))
+        for depth, n in zip((0.0, 0.5, 1.0), found, strict=True)
+    ]
+    table_of, said = misses(rows, "yarn", 128, 16)
+    assert table_of.splitlines()[-1] == "| 8 | 1 of 4 | 4 of 4 | 4 of 4 |"
+    assert "yarn finds 9 of 12 keys, 75%" in said
+    assert "The 95 % interval (Wilson, keys as independent draws) is 47% to 91%" in said
+    # three misses avoid 8 of 12 keys in 4 of 220 ways
+    assert "at most 9 of 12 with probability 0.11, so sampling alone may explain" in said
+    assert "At one window it finds 11 of 12." in said
+    assert "The 3 misses lie at 1 of 3 depths: 3 at depth 0.0 (128 tokens before" in said
+    assert "with probability 1.8e-02" in said
+    assert "sampling alone does not explain" in misses(rows, "plain", 128, 16)[1]
+
+
+def test_the_binomial_tail_is_the_sum_of_its_terms():
+    assert at_most(3, 3, 0.9) == near_roundings(1.0, 8)
+    assert at_most(0, 3, 0.9) == near_roundings(0.1**3, 8)
+    assert at_most(2, 3, 0.9) == near_roundings(1 - 0.9**3, 8)
