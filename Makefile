@@ -33,6 +33,8 @@ endif
 
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
+# Images of containers often set it; then every process of the tests compiles torch's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test pytest setup test-versions test-versions-oldest test-versions-newest \
 	test-versions-sample test-cpus lint bench clean system-python check-python

@@ -58,3 +58,15 @@ def test_system_python_may_be_a_relative_path(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "pip" not in (tmp_path / "calls").read_text()  # lctrain is there already
+
+
+def test_bytecode_is_kept(tmp_path):
+    """Otherwise every process that a test starts would compile what it imports."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ -z "$PYTHONDONTWRITEBYTECODE" ] && echo kept\n')
+    (tmp_path / "python").chmod(0o755)
+    makefile = f"include {ROOT}/Makefile\nkept:\n\t@./python\n"
+    (tmp_path / "Makefile").write_text(makefile)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "kept"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "kept" in done.stdout.splitlines(), done.stderr
