@@ -2,7 +2,8 @@
 
 `python -m MODULE` imports torch, Lightning and transformers for seconds. Here one process imports
 them once per worker of pytest, and forks a process for every module to run. A forked process has
-its own session, environment, folder and output, and ends as an interpreter does.
+its own session, environment, folder and output, and ends as an interpreter does. Ranks that it
+starts with `subprocess.Popen` of `python -m` can be forked, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = (
@@ -53,6 +54,8 @@ class Forked:
         env: Its environment variables besides those of this process.
         ignored: Whether it ignores warnings, as `python -W ignore` does.
         file_limit: The most bytes that it may write into one file, which simulates a full disk.
+        ranks: How many processes it may start by `Popen` of `python -m` that are forked, too: see
+            `RankPopen`.
 
     Attributes:
         pid: Id of the process, and of its session and process group.
@@ -70,6 +73,7 @@ class Forked:
         env: Mapping[str, str] | None = None,
         ignored: bool = False,
         file_limit: int | None = None,
+        ranks: int = 0,
     ) -> None:
         request = {
             "module": module,
@@ -78,6 +82,7 @@ class Forked:
             "env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             "ignored": ignored,
             "file_limit": file_limit,
+            "ranks": ranks,
         }
         read, write = os.pipe()
         try:
@@ -125,7 +130,7 @@ def run_forked(
         module: Dotted name of the module, or absolute path of a .py file.
         *arguments: Its `sys.argv[1:]`.
         check: Whether another exit status than 0 is an error.
-        **settings: `cwd`, `env`, `ignored` and `file_limit` of `Forked`.
+        **settings: `cwd`, `env`, `ignored`, `file_limit` and `ranks` of `Forked`.
 
     Raises:
         AssertionError: with the output, if the module fails and `check` is true.
@@ -231,13 +236,14 @@ def _run(request: dict, files: list[int]) -> None:
     for own, file in zip((1, 2), files, strict=True):
         os.dup2(file, own)
         os.close(file)
-    os.environ.clear()
-    os.environ.update(request["env"])
-    os.chdir(request["cwd"])
     if (limit := request["file_limit"]) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if request["ignored"]:
         warnings.simplefilter("ignore")
+    request |= _ranks_stand_by(request["ranks"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
     module, sys.argv[1:] = request["module"], request["arguments"]
     is_file = module.endswith(".py")
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -246,6 +252,68 @@ def _run(request: dict, files: list[int]) -> None:
         runpy.run_path(module, run_name="__main__")
     else:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+class RankPopen(subprocess.Popen):
+    """`Popen` of `python -m MODULE` as launchers call it, in a process that stands by.
+
+    The process is a child of this one and in its process group, but for `start_new_session`. It
+    was forked before this one has run anything, so it is as new as a process of `python -m`.
+    """
+
+    standing_by: ClassVar[list[tuple[int, int]]] = []
+    """Id of every process, and the pipe from which it reads what it is to run."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        python, *options = args if isinstance(args, (list, tuple)) else [args]
+        plain = [option for option in options if option != "-u"]
+        if python != sys.executable or plain[:1] != ["-m"]:
+            return super()._execute_child(
+                *(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+            )  # another program than Python
+        assert self.standing_by, "More ranks were started than `ranks` of the forked process."
+        assert preexec_fn is None, "A rank that stands by runs no function of its launcher."
+        files, start_new_session = rest[3:9], rest[14]
+        assert set(files) == {-1}, "The output of a rank that stands by is that of its launcher."
+        self.pid, pipe = self.standing_by.pop()
+        self._child_created = True
+        request = {
+            "module": plain[1],
+            "arguments": plain[2:],
+            "cwd": str(Path(cwd or ".").absolute()),
+            "env": dict(os.environ if env is None else env),
+            "new_session": start_new_session,
+        }
+        with os.fdopen(pipe, "w") as file:
+            json.dump(request, file)
+
+
+def _ranks_stand_by(ranks: int) -> dict:
+    """Forks processes that wait to be ranks.
+
+    Returns:
+        In this process an empty dictionary; in a forked one what it is to run, once it is a rank.
+    """
+    if not ranks:
+        return {}
+    for _ in range(ranks):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(write)
+            for _, pipe in RankPopen.standing_by:
+                os.close(pipe)
+            with os.fdopen(read) as file:
+                asked = file.read()
+            if not asked:  # it was not needed
+                os._exit(0)
+            request = json.loads(asked)
+            if request["new_session"]:
+                os.setsid()
+            return request
+        os.close(read)
+        RankPopen.standing_by.append((child, write))
+    subprocess.Popen = RankPopen
+    return {}
 
 
 if __name__ == "__main__":

@@ -33,8 +33,39 @@ def main(what: str) -> None:
         raise ValueError("it failed")
     elif what == "wait":
         time.sleep(3600)
+    elif what == "launch":
+        launch()
+    elif what == "rank":
+        print(Path.cwd(), os.environ["RANK"], sys.argv[2:], sys.modules["__main__"].__spec__.name)
+        print(
+            os.getppid() == int(os.environ["LAUNCHER"]), os.getpgid(0) == os.getpgid(os.getppid())
+        )
+        if os.environ["RANK"] == "1":
+            sys.stdout.flush()
+            Path("waits").touch()
+            time.sleep(3600)
+        sys.exit(3)
     else:
         sys.exit(7)
+
+
+def launch() -> None:
+    """Starts two ranks as launchers do, ends the second by a signal, and prints how they end."""
+    statuses = []
+    for rank in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", NAME, "rank", "a b"],
+            env=os.environ | {"LAUNCHER": str(os.getpid()), "RANK": str(rank)},
+            cwd="folder",
+            start_new_session=rank == 1,
+        )
+        if rank == 1:
+            while process.poll() is None and not Path("folder/waits").exists():
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGTERM)
+        statuses.append(process.wait())
+    echo = subprocess.run(["echo", "another program"], capture_output=True, text=True)
+    print(statuses, echo.stdout)
 
 
 def test_it_has_its_own_arguments_environment_folder_and_session(tmp_path, monkeypatch):
@@ -86,6 +117,22 @@ def test_it_gets_signals():
     process.send_signal(signal.SIGTERM)
     assert process.wait() == process.poll() == -signal.SIGTERM
     process.send_signal(signal.SIGTERM)  # it has ended, so nobody gets it
+
+
+def test_the_ranks_that_it_starts_are_forked(tmp_path):
+    """They are its children, and have what `Popen` asks for."""
+    (tmp_path / "folder").mkdir()
+    done = run_forked(NAME, "launch", cwd=tmp_path, ranks=3)
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/folder 0 ['a b'] {NAME}",
+        "True True",
+        f"{tmp_path}/folder 1 ['a b'] {NAME}",
+        "True False",
+        "[3, -15] another program",
+        "",
+    ]
+    done = run_forked(NAME, "launch", cwd=tmp_path, ranks=1, check=False)
+    assert "More ranks were started than `ranks` of the forked process." in done.stderr
 
 
 def test_no_command_is_imported_before_it_runs():

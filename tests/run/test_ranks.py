@@ -40,7 +40,7 @@ FALSE_WARNING = "It is recommended to use `self.log("
 def start(overrides, folder, launcher="lightning"):
     """Runs the command in a process group of its own, as a terminal does."""
     command = [*LAUNCHERS[launcher], *overrides, f"hydra.run.dir={folder}"]
-    return run_forked(*command, env={"PYTHONPATH": PYTHONPATH}, check=False)
+    return run_forked(*command, env={"PYTHONPATH": PYTHONPATH}, check=False, ranks=2)
 
 
 @pytest.fixture(scope="module")
