@@ -90,6 +90,7 @@ class Clock:
 
     Args:
         warmup: Number of steps before the timed ones.
+        steps: Number of timed steps.
         device: Device of the training.
 
     Attributes:
@@ -98,11 +99,11 @@ class Clock:
         seconds: Time of the timed steps.
     """
 
-    def __init__(self, warmup: int, device: torch.device) -> None:
+    def __init__(self, warmup: int, steps: int, device: torch.device) -> None:
         self.tokens: list[torch.Tensor] = []
         self.positions: list[int] = []
         self.seconds = 0.0
-        self._warmup, self._device = warmup, device
+        self._warmup, self._last, self._device = warmup, warmup + steps, device
         self._started = 0.0
 
     def count(self, labels: torch.Tensor, shifted: bool) -> None:
@@ -117,23 +118,19 @@ class Clock:
         self.tokens.append((labels != IGNORE_INDEX).sum())
 
     def step_ends(self, number: int) -> None:
-        """Reads the time at the end of the warm-up, and of every step after it.
+        """Reads the time at the end of the warm-up, and at the end of the last timed step.
 
         Args:
             number: Number of steps that have ended.
         """
-        if number < self._warmup:
-            return
+        if number == self._last:
+            self._wait()
+            self.seconds = time.perf_counter() - self._started
         if number == self._warmup:
             self._wait()
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
             self._started = time.perf_counter()
-
-    def ends(self) -> None:
-        """Reads the time at the end of training."""
-        self._wait()
-        self.seconds = time.perf_counter() - self._started
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -202,7 +199,6 @@ def train_lctrain(job: SftJob, model: Any, device: torch.device, clock: Clock) -
         enable_model_summary=False,
     )
     trainer.fit(module, PackedDataModule(rows, max_tokens=job.row_tokens, num_workers=0))
-    clock.ends()
 
 
 def train_trl_packed(job: SftJob, model: Any, device: torch.device, clock: Clock) -> None:
@@ -279,8 +275,7 @@ def _train_trl(
         trained: Any = trainer.model
         trained.register_forward_pre_hook(count_tokens, with_kwargs=True)
         trainer.train()
-        clock.ends()
-
+    
 
 SFT_CONTENDERS = {
     "lctrain": SftContender(
@@ -320,7 +315,7 @@ def measure(contender: SftContender, job: SftJob, device: torch.device) -> dict[
         attention.register()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = build_shape(shape, attention.implementation, device, dtype)
-    clock = Clock(WARMUP, device)
+    clock = Clock(WARMUP, job.steps, device)
     try:
         contender.train(job, model, device, clock)
     except torch.OutOfMemoryError as error:

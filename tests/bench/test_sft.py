@@ -22,6 +22,16 @@ def test_conversations_have_their_mean_length_and_trained_answers():
     assert all(one["labels"][0] == -100 for one in found)
 
 
+def test_time_ends_with_the_last_step(monkeypatch):
+    """What a trainer does after it, such as moving the model to the CPU, is not training."""
+    times = iter([10.0, 13.5])
+    monkeypatch.setattr(sft_process.time, "perf_counter", lambda: next(times))
+    clock = sft_process.Clock(2, 3, CPU)
+    for number in range(1, 8):
+        clock.step_ends(number)
+    assert clock.seconds == 3.5
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_ours_trains_rows_that_are_nearly_full():
     found = measure(SFT_CONTENDERS["lctrain"], JOB, CPU)
