@@ -211,6 +211,7 @@ def plan_memory(config: TrainConfig) -> Plan:
         quantize=quantize,
         optimizer=optimizer,
         shards=shards,
+        accumulates=config.trainer.accumulate_grad_batches > 1,
     )
 
 

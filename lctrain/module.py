@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -188,9 +189,16 @@ class LongContextModule(pl.LightningModule):
             "precision": self._precision(),
             "device": self.trainer.strategy.root_device,
             "ranks": self.trainer.num_devices,
+            "accumulates": self._accumulates(),
         }
         ranks = Topology.of(self.trainer)
         return facts | ({"shards": ranks.shards, "least": ranks.least} if ranks.is_sharded else {})
+
+    def _accumulates(self) -> bool:
+        """Returns whether optimizer steps of the run may have several micro-batches."""
+        kind = GradientAccumulationScheduler
+        scheduled = any(isinstance(one, kind) for one in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return scheduled or self.trainer.accumulate_grad_batches > 1
 
     def _precision(self) -> str:
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
@@ -253,8 +261,15 @@ class LongContextModule(pl.LightningModule):
         restore_casts(self._uncast)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Seeds dropout from (seed, rank, index of the micro-batch)."""
+        """Seeds dropout from (seed, rank, index of the micro-batch), and frees old gradients.
+
+        Lightning frees those of the last step after the first forward of the next one. A plan of
+        memory counts on their room.
+        """
         seed_micro_batch(self.trainer, self.seed)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of one micro-batch, 0-dim float32."""

@@ -75,7 +75,8 @@ def scaled(measured: Profile, tokens: int) -> Profile:
     factor = tokens / measured.tokens
 
     def layer(one: LayerBytes) -> LayerBytes:
-        return LayerBytes(*(int(getattr(one, field.name) * factor) for field in fields(one)))
+        names = {field.name for field in fields(one)} - {"gradients"}
+        return replace(one, **{name: int(getattr(one, name) * factor) for name in names})
 
     return replace(
         measured,

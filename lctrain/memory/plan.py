@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -181,6 +182,7 @@ def plan(
     precision: str = "true",
     quantize: str | None = None,
     optimizer: str = ADAMW,
+    accumulates: bool = True,
     **options: Any,
 ) -> Plan:
     """Predicts the memory of a training step, without a GPU and without running the step.
@@ -200,6 +202,8 @@ def plan(
             Lightning.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
         optimizer: Dotted name of the optimizer's class.
+        accumulates: False if no gradients exist when a step begins: it has one micro-batch, and the
+            gradients of the step before are set to None before the forward.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Raises:
@@ -212,7 +216,7 @@ def plan(
     config = MemoryConfig(name=policy, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
-    return plan_of(measured, config, *limits)
+    return plan_of(replace(measured, accumulates=accumulates), config, *limits)
 
 
 def plan_of(
@@ -286,20 +290,22 @@ def _needed(
         scale: Number of tokens divided by the measured number of tokens: factor of all activations.
     """
     layers = measured.layers
-    if policies:
-        kept, working, host = _checkpointed(layers, policies)
-    else:
-        kept = sum(layer.saved + layer.inputs for layer in layers)
-        working = max(layer.backward - layer.saved for layer in layers)
-        host = 0
-    head = scale * measured.head + measured.loss
+    moments, host = _checkpointed(layers, policies) if policies else (_uncheckpointed(layers), 0)
+    found = [
+        (scale * moment.kept, scale * moment.working, gradients)
+        for moment, gradients in zip(moments, _gradients(measured), strict=True)
+    ]
+    before = measured.gradients if measured.accumulates else 0  # the loss has that of the head
+    found.append((scale * moments[-1].kept, scale * measured.head + measured.loss, before))
+    found.append((0, 0, measured.gradients))  # the optimizer's step
+    kept, working, gradients = max(found, key=sum)
     parts = {
         "weights": measured.weights,
-        "gradients": measured.gradients,
+        "gradients": gradients,
         "optimizer": measured.optimizer,
-        "kept for the backward": int(scale * kept),
+        "kept for the backward": int(kept),
         "outside of the layers": int(scale * measured.around),
-        "largest layer, or the loss": int(max(scale * working, head)),
+        "largest layer, or the loss": int(working),
         ALLOCATOR: 0,
         CUDA: 0,
     }
@@ -309,20 +315,56 @@ def _needed(
     return parts, sum(parts.values()), int(scale * host) + measured.host
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes of activations on the GPU during a layer's backward.
+
+    Attributes:
+        kept: Bytes that this layer and the earlier ones keep for their backward.
+        working: Further bytes that the layer needs.
+    """
+
+    kept: int
+    working: int
+
+
+def _gradients(measured: Profile) -> list[int]:
+    """Returns the bytes of weight gradients beside those that a layer's backward makes, by layer.
+
+    The largest number is that of the first layer, except while gradients accumulate.
+    """
+    if measured.accumulates:
+        return [measured.gradients] * len(measured.layers)
+    found = [measured.head_gradients]  # of the last layer
+    for layer in reversed(measured.layers[1:]):
+        found.append(found[-1] + layer.gradients)
+    return found[::-1]
+
+
+def _uncheckpointed(layers: Sequence[LayerBytes]) -> list[_Moment]:
+    """Returns the bytes during the backward of every layer, if no layer is checkpointed."""
+    kept = accumulate(layer.saved + layer.inputs for layer in layers)
+    return [
+        _Moment(size, layer.backward - layer.saved)
+        for size, layer in zip(kept, layers, strict=True)
+    ]
+
+
 def _checkpointed(
     layers: Sequence[LayerBytes], policies: Sequence[LayerPolicy]
-) -> tuple[int, int, int]:
+) -> tuple[list[_Moment], int]:
     """Returns the bytes of checkpointed layers in a forward and backward.
 
     The backward goes from the last layer to the first, and frees what a layer kept once that layer
     is done. While it is at a layer, the GPU holds what this layer and all earlier layers keep, the
     tensors that are copied from or to the host, the rebuilt inputs of the segment, and the layer's
-    own backward. The peak is the largest such sum.
+    own backward.
 
     Returns:
-        (bytes that all layers together keep on the GPU, peak minus these bytes, bytes on the host)
+        (bytes on the GPU during the backward of every layer, bytes on the host)
     """
-    kept, host, most = 0, 0, 0
+    kept, host = 0, 0
+    found = []
     rebuilt = first = 0  # bytes of a segment's rebuilt tensors, and of its first layer's input
     for layer, policy in zip(layers, policies, strict=True):
         kept += layer.inputs if policy.inputs == DEVICE else 0
@@ -342,8 +384,8 @@ def _checkpointed(
         rebuilt += layer.attention if policy.attention == REBUILT else 0
         again = layer.attention if policy.attention != RECOMPUTE else 0
         backward = layer.backward - again + layer.inputs  # + the gradient of the layer's output
-        most = max(most, kept + fetched + rebuilt + max(backward, layer.forward))
-    return kept, most - kept, host
+        found.append(_Moment(kept, fetched + rebuilt + max(backward, layer.forward)))
+    return found, host
 
 
 def _longest(

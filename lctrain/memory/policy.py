@@ -68,6 +68,7 @@ def apply_config(
     chosen: Plan | None = None,
     shards: int | None = None,
     least: Callable[[int], int] = int,
+    accumulates: bool = True,
 ) -> LayerCheckpoints | None:
     """Applies the memory policy that a configuration describes; see `use_policy`.
 
@@ -85,6 +86,7 @@ def apply_config(
         chosen: Plan of "auto", from `plan_for` with the same arguments; None computes it.
         shards: As in `plan_for`.
         least: As in `plan_for`.
+        accumulates: As in `plan_for`.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -108,6 +110,7 @@ def apply_config(
                 optimizer=optimizer,
                 shards=shards,
                 least=least,
+                accumulates=accumulates,
             )
         log.info("%s", chosen)
         if chosen.fits is False:
@@ -144,6 +147,7 @@ def plan_for(
     optimizer: str = ADAMW,
     shards: int | None = None,
     least: Callable[[int], int] = int,
+    accumulates: bool = True,
 ) -> Plan:
     """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
@@ -165,6 +169,7 @@ def plan_for(
             keeps a copy.
         least: Function that returns the smallest value that any rank passes. Ranks that share
             parameters need the same plan, so all of them plan with the least free memory.
+        accumulates: Whether gradients of earlier micro-batches exist during a step.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -185,6 +190,7 @@ def plan_for(
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(map(stored_bytes, there))
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
+    measured = replace(measured, accumulates=accumulates)
     if shards is not None:
         measured = divided(measured, model, precision, shards)
     measured = replace(measured, on_gpu=device.type != "cpu")

@@ -42,6 +42,7 @@ class LayerBytes:
         forward: Peak bytes of the layer's forward under checkpointing, without the layer's input.
         backward: Peak bytes of the layer's recomputation and backward, without the layer's input.
         by_head: The same if attention's backward runs one key/value head at a time.
+        gradients: Bytes of the gradients of the layer's trained weights.
     """
 
     inputs: int
@@ -50,6 +51,7 @@ class LayerBytes:
     forward: int
     backward: int
     by_head: int
+    gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Profile:
         tokens: Number of tokens of the pack.
         weights: Bytes of weights and buffers.
         gradients: Bytes of the gradients of the trained weights.
+        head_gradients: Those of the output projection, which the backward computes first.
+        accumulates: Whether gradients of earlier micro-batches exist during the step. Otherwise the
+            backward adds the gradients of one layer after the other.
         optimizer: Bytes of the optimizer's states on the GPU.
         host: Bytes of the optimizer's states on the host.
         layers: Bytes of every layer.
@@ -96,6 +101,8 @@ class Profile:
     head_dim: int = 0
     in_bfloat16: bool = False
     on_gpu: bool = True
+    head_gradients: int = 0
+    accumulates: bool = True
 
     def by_head(self) -> Profile:
         """Returns the bytes if attention's backward runs one key/value head at a time."""
@@ -172,8 +179,9 @@ def profile(
                 forward=one.forward + dequantized,
                 backward=one.backward + dequantized,
                 by_head=one.by_head + dequantized,
+                gradients=sum(_bytes(p) for p in layer.parameters() if p.requires_grad),
             )
-            for one, whole in zip(run.layers, plain, strict=True)
+            for one, whole, layer in zip(run.layers, plain, layers, strict=True)
         ),
         around=run.around,
         head=run.head,
@@ -186,6 +194,7 @@ def profile(
         head_operations=2 * tokens * _head_passes(head) * (0 if head is None else head.numel()),
         head_dim=max(layer.head_dim for layer in run.layers),
         in_bfloat16=precision == "bf16-mixed" or dtype == torch.bfloat16,
+        head_gradients=0 if head is None or not head.requires_grad else _bytes(head),
     )
 
 

@@ -41,6 +41,7 @@ def divided(measured: Profile, model: Any, precision: str, shards: int) -> Profi
         measured,
         weights=-(-measured.weights // shards) + weights,
         gradients=-(-measured.gradients // shards) + gradients,
+        accumulates=True,  # the shares of gradients are small, so they count throughout the step
         optimizer=-(-measured.optimizer // shards),
         head_dim=0,  # the time of the collectives is unknown
     )

@@ -20,7 +20,7 @@ OPTIMIZERS = {
 ALL = {
     "none": ("none", {}),
     "checkpoint": ("checkpoint", {}),
-    **{name: POLICIES[name] for name in ("offload", "mixed", "segment-attention", "segment-host")},
+    **POLICIES,
     "auto": ("auto", {"host_gib": 1.0}),
 }
 

@@ -1,0 +1,134 @@
+"""Tests what the plan counts of weight gradients, and that no old ones outlive their step."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+import lctrain
+from lctrain.build import plan_memory
+from lctrain.loss import causal_lm_loss
+from lctrain.memory import plan, use_policy
+from lctrain.memory.tracker import Tracker
+from lctrain.module import LongContextModule
+from tests.configs.composed import load
+from tests.training import loader, make_batch, make_trainer
+
+TOKENS = 256
+
+
+@pytest.fixture
+def whole(make_llama):
+    """Returns a patched Llama whose weights are all trained, and are larger than activations."""
+    model = make_llama(hidden_size=128, intermediate_size=384, num_hidden_layers=5).train()
+    lctrain.patch_model(model, fused=True)
+    return model
+
+
+def taken(model, batch, accumulates):
+    """Returns the most bytes of a step beyond weights; gradients that exist before count, too."""
+    causal_lm_loss(model, batch)[0].backward()  # verifies the head
+    before = [p.grad for p in model.parameters()]
+    if not accumulates:
+        model.zero_grad()
+        before = []
+    tracker = Tracker()
+    tracker.ignore([*model.parameters(), *model.buffers(), *before])
+    with tracker:
+        causal_lm_loss(model, batch)[0].backward()
+    model.zero_grad()
+    return tracker.peak + sum(gradient.nbytes for gradient in before)
+
+
+@pytest.mark.parametrize("mlp_tokens", [None, TOKENS // 4], ids=["", "tiles"])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("none", {}), ("checkpoint", {"keep_attention": 5}), ("offload", {"keep_inputs": 0})],
+    ids=["none", "checkpoint", "offload"],
+)
+def test_the_plan_of_trained_weights_is_within_5_percent(whole, policy, options, mlp_tokens):
+    if policy == "none" and mlp_tokens is not None:
+        pytest.skip("tiles need checkpoints")
+    if policy != "none":
+        options = {**options, "mlp_tokens": mlp_tokens}
+    tokens = torch.randint(29, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    batch = lctrain.PackedBatch.from_documents([tokens])
+    handle = use_policy(whole, policy, tokens=TOKENS, **options)
+    peak = taken(whole, batch, accumulates=False)
+    if handle is not None:
+        handle.remove()
+    planned = {
+        accumulates: plan(whole, TOKENS, policy, accumulates=accumulates, **options)
+        for accumulates in (False, True)
+    }
+    static = sum(planned[False].parts[part] for part in ("weights", "optimizer"))
+    expected = planned[False].tensor_bytes - static
+    if policy == "offload":
+        peak -= planned[False].host_bytes  # on a CPU, the arena is counted too
+    assert 20 * abs(expected - peak) <= peak, (expected, peak)
+    more = planned[True].device_bytes - planned[False].device_bytes
+    assert 0 < more <= planned[True].parts["gradients"]
+
+
+def test_gradients_that_accumulate_are_counted_throughout(whole):
+    tokens = torch.randint(29, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    batch = lctrain.PackedBatch.from_documents([tokens])
+    handle = use_policy(whole, "checkpoint", mlp_tokens=TOKENS // 4)
+    peak = taken(whole, batch, accumulates=True)
+    handle.remove()
+    planned = plan(whole, TOKENS, "checkpoint", mlp_tokens=TOKENS // 4)
+    assert planned.parts["gradients"] == sum(p.nbytes for p in whole.parameters())
+    expected = planned.tensor_bytes - planned.parts["weights"] - planned.parts["optimizer"]
+    assert 20 * abs(expected - peak) <= peak, (expected, peak)
+
+
+class Seen(pl.Callback):
+    """Records, for every micro-batch, whether gradients exist when its forward runs."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_start(self, trainer, module):
+        first = module.model.get_input_embeddings()
+        first.register_forward_pre_hook(lambda *_: self.record(module))
+
+    def record(self, module):
+        if module.model.training:
+            self.found.append(any(p.grad is not None for p in module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "expected"), [(1, [False] * 4), (2, [False, True, False, True])]
+)
+def test_no_gradients_of_the_last_step_exist_in_the_forward(
+    tmp_path, make_llama, micro_batches, expected
+):
+    """Lightning would free them after the first forward of the next step."""
+    batches = [make_batch([9, 5], number) for number in range(4)]
+    seen = Seen()
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=micro_batches, callbacks=[seen])
+    trainer.fit(LongContextModule(make_llama()), loader(batches))
+    assert seen.found == expected
+
+
+def test_a_run_s_plan_follows_its_accumulation():
+    options = ("model=llama_5m", "memory=checkpoint", "trainer.accelerator=cpu")
+    one, two = (
+        plan_memory(load(*options, f"trainer.accumulate_grad_batches={count}")) for count in (1, 2)
+    )
+    assert one.device_bytes < two.device_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"accumulate_grad_batches": 2}, True),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 4})]}, True),
+    ],
+    ids=["one", "two", "scheduled"],
+)
+def test_a_module_knows_whether_gradients_accumulate(tmp_path, make_llama, settings, expected):
+    module = LongContextModule(make_llama())
+    module.trainer = make_trainer(tmp_path, **settings)
+    assert module._memory_facts()["accumulates"] is expected
