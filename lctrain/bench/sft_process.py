@@ -275,7 +275,7 @@ def _train_trl(
         trained: Any = trainer.model
         trained.register_forward_pre_hook(count_tokens, with_kwargs=True)
         trainer.train()
-    
+
 
 SFT_CONTENDERS = {
     "lctrain": SftContender(
