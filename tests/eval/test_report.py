@@ -12,6 +12,9 @@ from matplotlib.image import imread
 from lctrain.eval.plots import new_figure
 from lctrain.eval.report import Section, write_report
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+
 
 class Reader(HTMLParser):
     """Collects the tags with their attributes, and the cells of tables."""
@@ -54,7 +57,7 @@ def test_the_report_holds_tables_and_pictures_and_no_link(tmp_path):
         assert outside not in page.replace(reader.links[0], "")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.skipif(BROWSER is None, reason="needs a headless Chromium or Chrome")
 def test_a_browser_without_a_network_shows_the_picture_and_runs_nothing(tmp_path):
     """Names of models and answers are text; the picture of one colour is seen on the screen."""
     figure = new_figure()
@@ -66,7 +69,7 @@ def test_a_browser_without_a_network_shows_the_picture_and_runs_nothing(tmp_path
     path = write_report(tmp_path / "report.html", script, [section], {script: script})
     seen = subprocess.run(
         [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
             "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={tmp_path / 'browser'}",
             f"--screenshot={tmp_path / 'screen.png'}",
