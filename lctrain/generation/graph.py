@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class GraphCapture:
     """Captures functions as CUDA graphs that share one memory pool.
 
     Args:
-        device: GPU on which the functions run.
+        device: GPU on which the functions run, with its index.
 
     Attributes:
         used: Whether a capture has begun, and so taken memory from the pool.
@@ -30,7 +31,8 @@ class GraphCapture:
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Returns a function that replays the graph, and the tensor that a replay fills.
 
-        A replay of one graph overwrites the results of the others.
+        A replay of one graph overwrites the results of the others. A capture that fails leaves the
+        stream, the allocator and the random state as they were.
 
         Args:
             function: Launches kernels on buffers of fixed places. It has run before, so nothing is
@@ -43,13 +45,37 @@ class GraphCapture:
         with torch.cuda.device(self._device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # Other threads, such as those that pin batches, may go on meanwhile.
-            capture = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+            state = torch.cuda.get_rng_state(self._device)
             try:
-                with capture:
+                with self._capturing(graph):
                     result = function()
-            finally:
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream
+            except BaseException:
+                torch.cuda.set_stream(stream)  # the failed capture has left its own stream
+                self._end_failed(state)
+                raise
         return graph.replay, result
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        return torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+
+    def _end_failed(self, state: Tensor) -> None:
+        """Ends what torch leaves open when the end of a capture raises.
+
+        The allocator goes on taking memory of the stream from the pool, and the random generator
+        stays in its mode of captures, in which every later draw fails. The end of a capture that
+        succeeds leaves that mode.
+
+        Args:
+            state: State of the random generator before the capture.
+        """
+        end_pool = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end_pool is not None:
+            with suppress(RuntimeError):  # the end of the capture did not raise
+                end_pool(self._device.index, self._pool)
+        buffer = torch.zeros(1, device=self._device)
+        with self._capturing(torch.cuda.CUDAGraph()):
+            buffer.add_(1)
+        torch.cuda.set_rng_state(state, self._device)
 
 
 def capture_refusal(model: nn.Module) -> str | None:

@@ -1,5 +1,7 @@
 """Tests decode steps over static buffers: padded batches, captured steps, and refused captures."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,7 +191,78 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_device():
     stream = torch.cuda.current_stream()
     capture = GraphCapture(torch.device("cuda", torch.cuda.current_device()))
     ones = torch.ones(3, device="cuda")
+    state, reserved = torch.cuda.get_rng_state(), torch.cuda.memory_reserved()
     with pytest.raises(RuntimeError):
         capture(lambda: torch.full_like(ones, ones.sum().item()))
     assert torch.cuda.current_stream() == stream
     assert ones.sum().item() == 3
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    torch.rand(3, device="cuda")  # fails while the generator is in its mode of captures
+    replay, doubled = capture(lambda: ones * 2)
+    replay()
+    assert doubled.tolist() == [2.0] * 3
+
+    # While the allocator thinks that a capture runs, it keeps blocks that other streams have used.
+    size = 2**26
+    other = torch.cuda.Stream()
+    for _ in range(3):
+        used = torch.empty(size, dtype=torch.uint8, device="cuda")
+        used.record_stream(other)
+        del used
+    torch.cuda.synchronize()
+    torch.empty(size, dtype=torch.uint8, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved + size
+
+
+@pytest.mark.parametrize("open_pool", [True, False])
+def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool):
+    """The calls of torch in their order; the end of the failed capture raises, as in torch."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    class Capture:
+        def __init__(self, graph, pool, capture_error_mode):
+            assert (pool, capture_error_mode) == ((0, 7), "thread_local")
+
+        def __enter__(self):
+            calls.append("begin")
+
+        def __exit__(self, kind, *_):
+            calls.append("end")
+            if kind is not None:
+                raise RuntimeError("the capture was invalidated")
+
+    def end_pool(index, pool):
+        assert (index, pool) == (3, (0, 7))
+        calls.append("end pool")
+        if not open_pool:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    zeros = torch.zeros
+    stubs = {
+        "graph_pool_handle": lambda: (0, 7),
+        "device": nullcontext,
+        "CUDAGraph": Graph,
+        "graph": Capture,
+        "current_stream": lambda: "stream",
+        "set_stream": calls.append,
+        "get_rng_state": lambda device: "state",
+        "set_rng_state": lambda state, device: calls.append((state, str(device))),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    capture = GraphCapture(torch.device("cuda", 3))
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: 1 / 0)
+    recovery = ["stream", "end pool", "begin", "end", ("state", "cuda:3")]
+    assert calls == ["begin", "end", *recovery]
+    calls.clear()
+    replay, result = capture(lambda: "result")
+    replay()
+    assert (calls, result) == (["begin", "end", "replay"], "result")

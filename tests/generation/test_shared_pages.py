@@ -175,6 +175,7 @@ def test_layers_with_a_window_share_nothing(endless, make, monkeypatch):
     assert set(seen) == {(False, False), (True, True)}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs without a GPU only")
 def test_kernels_read_a_prefix_once(endless, make, monkeypatch):
     """The portable kernels, under the interpreter without a GPU; the prefill is PyTorch's."""
     from lctrain_kernels.decode import launch, plan

@@ -121,6 +121,7 @@ def test_no_document_is_longer_than_the_longest_length(longest, error, message):
 
 def test_the_switch_reads_lengths_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv(checks.SWITCH, raising=False)
     gpu = torch.empty(0, device="meta")
     assert not checks.has_values(gpu)
     assert not checks.reads_values(torch.device("cuda"))
