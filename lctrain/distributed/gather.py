@@ -1,13 +1,14 @@
 """gathered: gathers the parameters of modules that FSDP2 shards, for a run outside of their turn.
 
+run_in_forward: runs a loss that uses a sharded model's weights as a forward pass of the model.
 sharded_modules: the modules to gather for a run of a whole model. gathered_bytes: what they take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lctrain.distributed.sharding import root_of
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -31,17 +34,83 @@ def gathered(module: nn.Module) -> Iterator[None]:
     if not isinstance(module, FSDPModule):
         yield
         return
+    module.unshard()
+    try:
+        with _as_if_recomputed(module._get_fsdp_state()):
+            yield
+    finally:
+        module.reshard()
+
+
+@contextmanager
+def _as_if_recomputed(state: Any) -> Iterator[None]:
+    """Sets FSDP2's own mark of a recomputed forward: its hooks leave the order of layers alone.
+
+    Args:
+        state: The FSDPState of a module.
+    """
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-    module.unshard()
-    state = module._get_fsdp_state()
-    # FSDP2's own mark of a recomputed forward: its hooks then leave the order of layers alone.
     before, state._training_state = state._training_state, TrainingState.PRE_BACKWARD
     try:
         yield
     finally:
         state._training_state = before
-        module.reshard()
+
+
+def run_in_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
+    """Returns `function()`, run as a forward pass of a model that FSDP2 shards.
+
+    A loss calls parts of a model, and reads the weight of its output embedding. FSDP2 gathers
+    weights outside of the layers only in the forward of their root. Nothing changes for a model
+    that is whole, and inside the forward of its root.
+
+    Args:
+        model: A causal LM. If it is sharded, all ranks call this function together.
+        function: Returns a tensor, or a tuple of them. It may call the model.
+
+    Raises:
+        ValueError: if a weight outside of the layers is a shard that the model does not gather.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return function()
+    find_head = getattr(model, "get_output_embeddings", None)
+    head: Any = None if find_head is None else find_head()
+    if isinstance(head, FSDPModule) and isinstance(getattr(head, "weight", None), DTensor):
+        raise _out_of_reach("the weight of the output embedding", "a group of its own")
+    inside = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    of_layers = {id(p) for module in inside if module is not model for p in module.parameters()}
+    shards = [
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor) and id(parameter) not in of_layers
+    ]
+    if not shards:
+        return function()
+    root = root_of(model)
+    held: Any = model if root is None else root
+    if not isinstance(held, FSDPModule):
+        raise _out_of_reach(shards[0], "a module around the model")
+    if root is not None:
+        result: Result = root(function)
+    else:
+        state: Any = held._get_fsdp_state()
+        state._pre_forward(held, (), {})
+        with _as_if_recomputed(state):  # the function may call the model
+            result = function()
+        result = state._post_forward(held, (), result)
+    if not torch.is_grad_enabled():
+        held.reshard()  # a backward does it otherwise
+    return result
+
+
+def _out_of_reach(name: str, group: str) -> ValueError:
+    return ValueError(
+        f"a loss must run while the weights outside of the layers are gathered, got {name}, a "
+        f"shard of {group}. Call the loss in the forward of the module that fully_shard was called "
+        "on last, and leave the output embedding to that module; or train with "
+        "trainer.strategy=fsdp2, and call it in through_root."
+    )
 
 
 def sharded_modules(model: nn.Module, outer: nn.Module | None = None) -> list[Any]:

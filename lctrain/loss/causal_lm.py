@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.distributed.gather import run_in_forward
 from lctrain.instances import require_instance
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.output_head import find_output_head
@@ -31,7 +32,8 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
 
     Args:
         model: A transformers causal LM, patched by `lctrain.patch_model` if the batch holds more
-            than one document. Inside DDP, call this function in the wrapped module's forward.
+            than one document. Inside DDP, call this function in the wrapped module's forward. If
+            `fully_shard` divides the model, all ranks call this function together.
         batch: T packed tokens on the model's device, with shifted labels.
 
     Returns:
@@ -40,8 +42,9 @@ def causal_lm_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor
         synchronises with the device.
 
     Raises:
-        ValueError: if `model` is a DistributedDataParallel wrapper, or documents share a prefix and
-            the attention of the model is not flash.
+        ValueError: if `model` is a DistributedDataParallel wrapper; if documents share a prefix and
+            the attention of the model is not flash; if the weights of a sharded model cannot be
+            gathered for the call.
     """
     require_batch(model, batch)
     token_loss = _loss(
@@ -88,6 +91,22 @@ def _loss(
             "as a LightningModule is, or pass model.module for evaluation."
         )
     require_flash_attention(model, model_kwargs)
+
+    def compute() -> Tensor:
+        return _compute(model, model_kwargs, positions, targets, reduction, packed)
+
+    return run_in_forward(model, compute)
+
+
+def _compute(
+    model: nn.Module,
+    model_kwargs: Mapping[str, Any],
+    positions: Tensor | None,
+    targets: Tensor,
+    reduction: str,
+    packed: bool,
+) -> Tensor:
+    """Returns the loss of `_loss`, with the weights of a sharded model gathered."""
     head = find_output_head(model, partial(probe, targets.device, packed))
     if head is None:
         logits = model(**model_kwargs)["logits"].flatten(0, 1)

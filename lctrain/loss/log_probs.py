@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.distributed.gather import run_in_forward
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
 from lctrain.loss.output_head import OutputHead, find_output_head
@@ -64,6 +66,7 @@ def token_log_probs(
 
     Args:
         model: A transformers causal LM, patched by `lctrain.patch_model` with attention="flash".
+            If `fully_shard` divides it, all ranks call this function together.
         batch: A pack on the model's device.
         temperature: Divisor of the logits, above 0: the one with which the completions were
             sampled.
@@ -73,7 +76,8 @@ def token_log_probs(
     Raises:
         ValueError: if the temperature is not above 0 and finite, or differs from 1 for a model with
             a soft cap on its logits; if the batch is a share of a pack; if documents share a prefix
-            and the attention of the model is not flash.
+            and the attention of the model is not flash; if the weights of a sharded model cannot be
+            gathered for the call.
     """
     require_batch(model, batch)
     if not 0 < temperature < math.inf:
@@ -91,14 +95,40 @@ def token_log_probs(
     trained = torch.nonzero_static(labels != IGNORE_INDEX, size=batch.num_valid_tokens).flatten()
     completion, completions = _completions(batch, trained)
     targets = labels[trained]
-    head = find_output_head(model, partial(probe, labels.device, True))
+
+    def compute() -> tuple[Tensor, Tensor | None]:
+        return _compute(model, arguments, trained, targets, temperature, entropy)
+
+    log_probs, found = run_in_forward(model, compute)
+    return TokenLogProbs(log_probs, completion, completions, found)
+
+
+def _compute(
+    model: nn.Module,
+    arguments: dict[str, Any],
+    trained: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the log-probability [n] of every target, and the entropy [n] or None.
+
+    Args:
+        model: The causal LM.
+        arguments: Keyword arguments of its forward pass over T tokens.
+        trained: Indices of the tokens that predict the targets, [n] int64.
+        targets: Token ids [n] int64.
+        temperature: Divisor of the logits.
+        entropy: Whether to compute entropies.
+    """
+    head = find_output_head(model, partial(probe, targets.device, True))
     if head is None:
         logits = model(**arguments)["logits"].flatten(0, 1)[trained]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         log_probs = logits.log_softmax(-1)
         chosen = log_probs.gather(1, targets[:, None])[:, 0]
         found = -(log_probs.exp() * log_probs).sum(-1).detach() if entropy else None
-        return TokenLogProbs(chosen, completion, completions, found)
+        return chosen, found
     if head.softcap and temperature != 1:
         raise ValueError(
             f"temperature must be 1 for a model with a soft cap on its logits, got {temperature}. "
@@ -114,8 +144,7 @@ def token_log_probs(
         logit_scale=head.logit_scale / temperature,
         reduction="none",
     )
-    found = _entropy(hidden, head, temperature) if entropy else None
-    return TokenLogProbs(-loss, completion, completions, found)
+    return -loss, _entropy(hidden, head, temperature) if entropy else None
 
 
 def _completions(batch: PackedBatch, trained: Tensor) -> tuple[Tensor, int]:

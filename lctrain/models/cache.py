@@ -123,8 +123,11 @@ def refuse_full(
         )
     if _slides(layer) and window is not None and layer.max_cache_len >= window:
         return
-    on_device = isinstance(layer.get_seq_length(), Tensor) and keys.device.type != "cpu"
-    if on_device and tokens == 1:
+    if (
+        tokens == 1
+        and isinstance(layer.get_seq_length(), Tensor)
+        and layer.keys.device.type != "cpu"
+    ):
         return
     stored = int(layer.get_seq_length())
     if stored + tokens > layer.max_cache_len:

@@ -19,6 +19,7 @@ from lctrain.distributed.gather import gathered_bytes, sharded_modules
 from lctrain.distributed.sharding import through_root, whole_value
 from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.generation import whole_weights
+from lctrain.loss import causal_lm_loss, token_log_probs
 from lctrain.module import LongContextModule
 from lctrain.recipes.post_training import grpo
 from lctrain.recipes.post_training.dpo import Dpo
@@ -144,13 +145,18 @@ class Outer(nn.Module):
         self.scale = nn.Parameter(torch.ones(4))
 
 
-def sharded_by_hand(outer=False):
-    """Returns a patched model that fully_shard divides, or a module around it, and its copy."""
+def sharded_by_hand(outer=False, alone=()):
+    """Returns a patched model that fully_shard divides, or a module around it, and its copy.
+
+    Args:
+        outer: Whether to divide a module around the model.
+        alone: Names of modules that are a group of their own, beside the layers.
+    """
     model = make_model()
     lctrain.patch_model(model)
     whole = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
+    for layer in (*model.model.layers, *map(model.get_submodule, alone)):
         fully_shard(layer, mesh=mesh)
     found = Outer(model) if outer else model
     return fully_shard(found, mesh=mesh), whole
@@ -191,10 +197,46 @@ def by_hand(rank):
     return found
 
 
+def losses_by_hand(rank):
+    """Returns losses and gradients of models of fully_shard, beside those of a whole model."""
+    with built_in_float64():
+        model, whole = sharded_by_hand()
+        outer, _ = sharded_by_hand(outer=True)
+        apart, _ = sharded_by_hand(alone=("lm_head",))
+    ids = random_ids(rank, 20)[0]
+    pack = PackedBatch.from_groups([(ids[:8], [ids[8:14], ids[14:]])])
+    plain = PackedBatch.from_documents([ids[:12], ids[12:]])
+    found = {}
+
+    def log_probs(model):
+        result = token_log_probs(model, pack, temperature=0.7, entropy=True)
+        return result.log_probs, result.entropy
+
+    for name, loss in (
+        ("log_probs", log_probs),
+        ("loss", lambda model: (causal_lm_loss(model, plain)[0],)),
+    ):
+        with torch.no_grad():
+            values = [loss(one) for one in (model, whole)]
+        kept = all(isinstance(p, DTensor) for p in model.parameters())
+        gradients = []
+        for one in (model, whole):
+            one.zero_grad()
+            loss(one)[0].sum().backward()
+            gradients.append([whole_value(p.grad) for p in one.parameters()])
+        for gradient in gradients[1]:
+            dist.all_reduce(gradient)
+        mean = [gradient / dist.get_world_size() for gradient in gradients[1]]
+        found[name] = (values, kept, gradients[0], mean)
+        found[name, "outer"] = error_of(loss, outer.model)
+        found[name, "apart"] = error_of(loss, apart)
+    return found
+
+
 def main() -> None:
     """Trains and generates, and writes the results of both ranks."""
     rank, size, folder, _ = join()
-    mine = {"by_hand": by_hand(rank)}
+    mine = {"by_hand": by_hand(rank), "losses_by_hand": losses_by_hand(rank)}
     for name, strategy in (("fsdp2", ShardedStrategy), ("ddp", lambda: "ddp")):
         plain, rollouts = (fit(folder, kind, strategy()) for kind in (Recorder, Rollouts))
         mine[name] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.numerics import near
+from tests.numerics import assert_equal_in_float64, assert_equals_one_rank, near
 from tests.train_two_ranks import make_model
 
 RANKS = (0, 1)
@@ -94,3 +94,26 @@ def test_a_part_of_a_sharded_module_is_refused(found):
         kind, message = one["by_hand"]["part"]
         assert kind == "ValueError"
         assert "model.embed_tokens.weight is sharded by a module around it" in message
+
+
+@pytest.mark.parametrize("name", ["log_probs", "loss"])
+def test_losses_of_models_sharded_by_hand_equal_those_of_whole_ones(found, name):
+    """The first call verifies the output head. Without gradients, shards are left behind."""
+    for rank in RANKS:
+        (values, expected), kept, gradients, mean = found[rank]["losses_by_hand"][name]
+        for mine, whole in zip(values, expected, strict=True):
+            assert_equal_in_float64(mine, whole)
+        assert kept
+        assert_equals_one_rank(gradients, mean)
+
+
+@pytest.mark.parametrize("name", ["log_probs", "loss"])
+def test_losses_without_gathered_weights_are_refused(found, name):
+    for rank in RANKS:
+        for case, group in (
+            ("outer", "a module around the model"),
+            ("apart", "a group of its own"),
+        ):
+            kind, message = found[rank]["losses_by_hand"][name, case]
+            assert kind == "ValueError"
+            assert f"a shard of {group}. Call the loss in the forward of" in message
