@@ -52,13 +52,15 @@ TINY_CASES = {
 # Chunks of 16 to 23 tokens, none a multiple of the interpreter's tiles of 16 and 32.
 TINY_DUAL_CHUNK_CASES = {
     "boundaries": Case(equal_lengths(23, 24, 31, 32, 0, 1), chunks=(30, 7)),  # c, c+1, S+1, S+2
-    "many_chunks": Case(equal_lengths(97, 45), chunks=(30, 7), head_dim=24, dout_order="htd"),
+    "many_chunks": Case(
+        equal_lengths(97, 45), heads=2, heads_k=1, chunks=(30, 7), head_dim=24, dout_order="htd"
+    ),
     "local_size_0": Case(equal_lengths(61), chunks=(19, 0), heads=2, heads_k=1),
     "local_size_close": Case(equal_lengths(70), chunks=(90, 73), heads=3, heads_k=1),
     "chunks_smaller_than_tiles": Case(equal_lengths(50, 7), chunks=(4, 1), head_dim=20),
     "longer_keys": Case(((5, 77), (33, 60), (1, 40), (1, 3)), chunks=(30, 7)),
     "longer_queries": Case(((50, 30), (4, 0)), chunks=(19, 3)),
-    "dropout": Case(equal_lengths(80, 30), chunks=(30, 7), dropout_p=0.2, heads_k=4),
+    "dropout": Case(equal_lengths(80, 30), heads=2, chunks=(30, 7), dropout_p=0.2),
     "logit_scale-fused_qkv": Case(
         equal_lengths(60, 33), chunks=(21, 5), logit_scale=True, fused_qkv=True, dout_order="tdh"
     ),
