@@ -261,8 +261,9 @@ def test_deterministic_gradients_whatever_the_order(window, documents, group, ho
         for seed in range(4):
             emulate(monkeypatch, varlen, seed)
             result = attention(case, inputs, backend="hopper", deterministic=deterministic)
-        equal = [torch.equal(found, sums[0]) for found in sums]
-        assert all(equal) == deterministic
+            if differ := not torch.equal(sums[-1], sums[0]):
+                break
+        assert differ != deterministic
         assert_matches_oracle(result, case, inputs)
 
 
