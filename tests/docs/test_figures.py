@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lctrain_kernels.bench.newest import records_of
 from tests.docs.test_pages import PAGES
 from tests.house.typecheck import ROOT
 
@@ -169,3 +170,36 @@ def test_every_allowed_figure_is_printed():
 def test_a_figure_is_seen():
     text = "Twice as fast: 3.5x, 12 ms and 7 %.\n```\n9 ms\n```\n"
     assert figures(text) == ["3.5x", "12 ms", "7 %"]
+
+
+def test_the_readme_has_the_speeds_of_the_newest_records():
+    readme = (ROOT / "README.md").read_text()
+    sft = newest_runs("sft")
+    ours, theirs = (sft[name, None]["trained_tokens_per_s"] for name in ("lctrain", "trl_packed"))
+    title = "| fine-tuning on conversations, Qwen3-1.7B shape |"
+    assert f"{title} | {ours / theirs:.2f} | |" in readme
+    runs = newest_runs("memory", "fa4_liger")
+    short, long = (
+        runs["lctrain", tokens]["tokens_per_s"] / runs["fa4_liger", tokens]["tokens_per_s"]
+        for tokens in (32_768, 131_072)
+    )
+    row = f"| step with LoRA, Llama-3.1-8B shape | {short:.2f} (128k: {long:.2f}) | | |"
+    assert row in readme
+
+
+def newest_runs(kind: str, contender: str | None = None) -> dict:
+    """Returns the fastest run by (contender, tokens) of the newest record of a kind.
+
+    Args:
+        kind: Kind of the record.
+        contender: Only records with a run of this contender count.
+    """
+    runs: dict = {}
+    for record in records_of(kind):
+        found = sorted(record["runs"], key=lambda run: run.get("tokens_per_s", 0))
+        names = [run.get("contender", "lctrain") for run in found]
+        if contender is None or contender in names:
+            tokens = [run.get("tokens") for run in found]
+            runs = dict(zip(zip(names, tokens, strict=True), found, strict=True))
+    assert runs
+    return runs
