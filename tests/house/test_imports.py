@@ -56,6 +56,7 @@ def test_kernels_alone_load_no_framework(tmp_path):
     assert run_python(code, tmp_path).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_plain_checkout_is_used_without_an_install(tmp_path):
     """Python finds each package by its folder alone, as editors and type checkers do."""
     code = """
@@ -78,6 +79,7 @@ def test_a_plain_checkout_is_used_without_an_install(tmp_path):
     assert Path(result.stdout.strip()).is_relative_to(ROOT)
 
 
+@pytest.mark.slow
 def test_everything_outside_the_kernels_imports_without_triton(tmp_path):
     within = r"\w+\.(triton|hopper|ranges|launch|aot)"
     device = re.compile(rf"lctrain_kernels\.(tile|gluon|bench|aot|launch|{within})")
