@@ -210,22 +210,26 @@ class ContinuousBatch:
     def _read(self) -> None:
         """Reads the tokens of the oldest step, and retires the requests that have ended."""
         launched, values = self._unread.popleft()
-        requests = []
+        requests, ended = [], []
+        end, most = self._end, self._task.max_new_tokens
         for request, token, log_prob in zip(launched, *values.wait().tolist(), strict=True):
             if request.ended:
                 continue
             requests.append(request)
-            request.token_ids.append(int(token))
+            ids = request.token_ids
+            ids.append(int(token))
             request.log_probs.append(log_prob)
             if math.isnan(log_prob):
                 require_distributions(request.log_probs, request.index // self._task.samples)
-        stopped = [request.token_ids[-1] in self._end for request in requests]
+            if token in end or len(ids) == most:
+                ended.append(request)
+        stopped: set[int] = set()
         if self._stops is not None and requests:
             found = self._stops([request.token_ids for request in requests])
-            stopped = [one or other for one, other in zip(stopped, found, strict=True)]
-        for request, stop in zip(requests, stopped, strict=True):
-            if stop or len(request.token_ids) == self._task.max_new_tokens:
-                self._end_request(request, stop)
+            stopped = {request.index for request, stop in zip(requests, found, strict=True) if stop}
+            ended = [one for one in requests if one in ended or one.index in stopped]
+        for request in ended:
+            self._end_request(request, request.token_ids[-1] in end or request.index in stopped)
 
     def _end_request(self, request: Request, stopped: bool) -> None:
         request.ended = True

@@ -44,7 +44,6 @@ class GraphCapture:
         self.used = True
         with torch.cuda.device(self._device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            # Other threads, such as those that pin batches, may go on meanwhile.
             state = torch.cuda.get_rng_state(self._device)
             try:
                 with self._capturing(graph):
@@ -56,6 +55,7 @@ class GraphCapture:
         return graph.replay, result
 
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        # Other threads, such as those that pin batches, may go on meanwhile.
         return torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
 
     def _end_failed(self, state: Tensor) -> None:

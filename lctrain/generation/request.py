@@ -21,6 +21,7 @@ class Request:
         pages: Pages that hold its keys and values.
         known: Tokens whose keys and values another request has stored, or will before this one.
         stored: Tokens whose keys and values are in the cache.
+        owned: Tokens up to which it may store more without another page; 0 if that is not known.
         slot: Row of the request in tensors per running request; -1 while it waits.
         ended: Whether it has a completion. A token that a step made meanwhile is dropped.
     """
@@ -36,6 +37,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     known: int = 0
     stored: int = 0
+    owned: int = 0
     slot: int = -1
     ended: bool = False
 

@@ -46,6 +46,7 @@ class Schedule:
         self._pool = pool
         self._slots = list(range(slots - 1, -1, -1))
         self._tables = torch.zeros(slots, width, dtype=torch.int32)
+        self._rows, self._rows_version = torch.empty(0, dtype=torch.int64), 0
 
     def admit(self) -> list[list[Request]]:
         """Starts as many waiting requests as slots and pages suffice for.
@@ -89,7 +90,9 @@ class Schedule:
                 called before a request gives its pages up. Returns whether there were any.
         """
         for request in list(self.running):
-            while request.slot >= 0 and not self._extend(request):
+            while request.stored >= request.owned and request.slot >= 0:
+                if self._extend(request):
+                    break
                 if not settle():
                     self._preempt(self.running[-1])
                 self._let_go(self._parted)
@@ -97,7 +100,10 @@ class Schedule:
 
     def tables(self) -> Tensor:
         """Returns the pages of the running requests in their order, [n, width] int32."""
-        return self._tables[[request.slot for request in self.running]]
+        if self._rows_version != self.version:
+            self._rows = torch.tensor([request.slot for request in self.running])
+            self._rows_version = self.version
+        return self._tables.index_select(0, self._rows)
 
     def retire(self, request: Request) -> None:
         """Frees the slot of a running request, and its pages.
@@ -112,7 +118,7 @@ class Schedule:
         else:
             self._let_go(request.pages)
         self._slots.append(request.slot)
-        request.pages, request.stored, request.slot = [], 0, -1
+        request.pages, request.stored, request.owned, request.slot = [], 0, 0, -1
 
     def _let_go(self, pages: list[int]) -> None:
         self._prefixes.forget(self._pool.release(pages))
@@ -143,15 +149,16 @@ class Schedule:
     def _extend(self, request: Request) -> bool:
         """Gives a request a page that its next token is written to; False if none is free."""
         place, pages = request.stored // PAGE, request.pages
-        if place < len(pages) and not self._pool.is_shared(pages[place]):
-            return True
-        if not self._pool.free:
-            return False
-        if place < len(pages):
-            pages[place] = self._pool.own(pages[place])
-        else:
-            pages += self._pool.take(1)
-        self._tables[request.slot, place] = pages[place]
+        if place == len(pages) or self._pool.is_shared(pages[place]):
+            if not self._pool.free:
+                return False
+            if place < len(pages):
+                pages[place] = self._pool.own(pages[place])
+            else:
+                pages += self._pool.take(1)
+            self._tables[request.slot, place] = pages[place]
+        # Others share full pages only, or begin together with the request: the page stays its own.
+        request.owned = (place + 1) * PAGE
         return True
 
     def _preempt(self, request: Request) -> None:

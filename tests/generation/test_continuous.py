@@ -13,6 +13,7 @@ from lctrain.generation.pages import PAGE, CacheShape, PagePool, pages_of
 from lctrain.generation.pool_size import longest_pages, pool_pages
 from lctrain.generation.prefixes import PrefixPages
 from lctrain.generation.road import find_cache
+from lctrain.generation.schedule import Schedule
 from lctrain.generation.task import GenerationTask
 
 # The second one fills a page exactly, the third one begins a page while it is completed.
@@ -140,6 +141,21 @@ def test_equal_prompts_share_pages_until_they_write(make_batch, monkeypatch):
     assert tokens(drawn.run()) == tokens(alone.run())
     assert (drawn.schedule.forked, alone.schedule.forked) == (3, 0)
     assert len({tuple(one) for one in tokens(drawn._completions)}) == 5
+
+
+def test_a_step_looks_for_pages_only_where_one_is_full(make_batch, monkeypatch):
+    """Prompts that fill a page and forks, which write to copies, look for one at once."""
+    looked = []
+    extend = Schedule._extend
+
+    def note(schedule, request):
+        looked.append((request.index, request.stored // PAGE))
+        return extend(schedule, request)
+
+    monkeypatch.setattr(Schedule, "_extend", note)
+    make_batch([*PROMPTS, PROMPTS[0]], max_new_tokens=2 * PAGE).run()
+    assert len(looked) == len(set(looked))
+    assert {index for index, _ in looked} == set(range(len(PROMPTS) + 1))
 
 
 def test_prompts_that_begin_alike_share_pages(make_batch, monkeypatch):
