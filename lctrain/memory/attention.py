@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ATTENTION_OPERATORS = frozenset(
     f"lctrain::{name}_forward" for name in ("varlen", "dual_chunk", "differential")
 )
-Keep = Callable[[Tensor], Any]  # from a tensor to an object whose `get` returns the tensor
+Keep = Callable[[Tensor], Any]  # from a tensor to an OnDevice or OnHost
 
 
 class KeptResults:
     """Outputs and lse of the attention calls in one forward of one layer.
 
     Args:
-        keep: Function that stores a tensor, and returns an object whose `get` returns the tensor.
+        keep: Function that stores a tensor, and returns an OnDevice or OnHost.
     """
 
     def __init__(self, keep: Keep) -> None:
@@ -50,7 +50,7 @@ class KeptResults:
 
     def rebuilding(self) -> Any:
         """Returns the context of the run that rebuilds the next layer's input."""
-        return _Replaying(self)
+        return _Replaying(self, own=False)
 
     def take(self, position: int) -> tuple[Any, ...] | None:
         """Returns the results of an attention call; None if the call must be computed.
@@ -59,6 +59,11 @@ class KeptResults:
             position: Number of the call in the layer, from 0.
         """
         return tuple(kept.get() for kept in self.calls[position])
+
+    def prefetch(self) -> None:
+        """Starts to copy what the backward of the layer before needs from the host."""
+        for kept in [kept for call in self.calls for kept in call]:
+            kept.prefetch()
 
 
 class RebuiltResults(KeptResults):
@@ -105,11 +110,17 @@ class _Recording(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    """Dispatch mode of the recomputation: returns the stored results of each attention call."""
+    """Dispatch mode of the recomputation: returns the stored results of each attention call.
 
-    def __init__(self, results: KeptResults) -> None:
+    Args:
+        results: The stored results.
+        own: Whether the layer's own backward follows, not that of a later layer in its segment.
+    """
+
+    def __init__(self, results: KeptResults, own: bool = True) -> None:
         super().__init__()
         self.results = results
+        self.own = own
         self.position = 0
 
     def __enter__(self) -> Any:
@@ -122,6 +133,8 @@ class _Replaying(TorchDispatchMode):
         if self.results.suspended or not _is_attention(func):
             return func(*args, **(kwargs or {}))
         found = self.results.take(self.position)
+        if self.own:
+            self.results.prefetch()
         self.position += 1
         return func(*args, **(kwargs or {})) if found is None else found
 

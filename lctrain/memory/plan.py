@@ -18,9 +18,9 @@ from lctrain.memory.candidates import fastest, policies_of
 from lctrain.memory.duration import step_seconds
 from lctrain.memory.layers import DEVICE, HOST, REBUILT, RECOMPUTE, LayerPolicy
 from lctrain.memory.optimizer import ADAMW
+from lctrain.memory.peaks import layer_peaks
 from lctrain.memory.profile import LayerBytes, Profile, profile
 from lctrain.memory.reserved import CONTEXT, allocator_bytes, held_bytes
-from lctrain.memory.store import MOST_WAITING
 
 GIB = 2**30
 KNOWN_GPU = "NVIDIA H200"
@@ -355,36 +355,18 @@ def _checkpointed(
 ) -> tuple[list[_Moment], int]:
     """Returns the bytes of checkpointed layers in a forward and backward.
 
-    The backward goes from the last layer to the first, and frees what a layer kept once that layer
-    is done. While it is at a layer, the GPU holds what this layer and all earlier layers keep, the
-    tensors that are copied from or to the host, the rebuilt inputs of the segment, and the layer's
-    own backward.
-
     Returns:
         (bytes on the GPU during the backward of every layer, bytes on the host)
     """
-    kept, host = 0, 0
+    kept = host = 0
     found = []
-    rebuilt = first = 0  # bytes of a segment's rebuilt tensors, and of its first layer's input
-    for layer, policy in zip(layers, policies, strict=True):
+    peaks = layer_peaks(layers, policies)
+    for layer, policy, peak in zip(layers, policies, peaks, strict=True):
         kept += layer.inputs if policy.inputs == DEVICE else 0
         kept += layer.attention if policy.attention == DEVICE else 0
         host += aligned(layer.inputs) if policy.inputs == HOST else 0
         host += layer.attention if policy.attention == HOST else 0
-        # Backward: this layer's tensor is on the GPU, and the earlier layer's is prefetched there.
-        # Forward: two tensors wait on the GPU for their copies to the host.
-        fetched = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
-        fetched += MOST_WAITING * layer.attention if policy.attention == HOST else 0
-        if policy.inputs == RECOMPUTE:  # rebuilt tensors of the segment's layers up to this one
-            rebuilt += layer.inputs
-            fetched += first
-        else:
-            rebuilt = 0
-            first = MOST_WAITING * layer.inputs if policy.inputs == HOST else 0
-        rebuilt += layer.attention if policy.attention == REBUILT else 0
-        again = layer.attention if policy.attention != RECOMPUTE else 0
-        backward = layer.backward - again + layer.inputs  # + the gradient of the layer's output
-        found.append(_Moment(kept, fetched + rebuilt + max(backward, layer.forward)))
+        found.append(_Moment(kept, peak - kept))
     return found, host
 
 

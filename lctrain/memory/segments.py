@@ -27,8 +27,8 @@ class LayerInput:
     """The input of a layer in the backward: hidden states [B, S, E], kept or computed again.
 
     Args:
-        source: Object whose `get` returns the hidden states: a kept tensor, or the LayerCall of the
-            layer before.
+        source: Object whose `get` returns the hidden states: OnDevice, OnHost, or the LayerCall of
+            the layer before.
     """
 
     def __init__(self, source: Any) -> None:
@@ -42,8 +42,13 @@ class LayerInput:
         return self._value
 
     def get(self) -> Tensor:
-        """Returns the hidden states without autograd history, and drops the reference to them."""
+        """Returns the hidden states without autograd history, and drops the reference to them.
+
+        The layer's own backward calls it, during which tensors on the host are copied back for the
+        layer before.
+        """
         value, self._value = self.peek(), None
+        self._source.prefetch()
         return value.detach()
 
 
@@ -106,6 +111,9 @@ class LayerCall:
         hooks = saved_tensors_hooks(nothing, nothing)
         with gathered(self._module), self._random.again(), torch.enable_grad(), hooks, results:
             return _first(self._layer(x, *self._given, **self._options)).detach()
+
+    def prefetch(self) -> None:
+        """Does nothing: what this call reads is still on the GPU, or follows with its attention."""
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 Copies run on a CUDA stream of their own (the side stream), beside the computation. In the forward,
 at most two tensors wait on the GPU for their copy to end. In the backward, while one layer
-computes, the tensors of the layer that comes next in the backward are copied to the GPU. On a CPU
-the same code copies within host memory.
+computes, the tensors of the layer that comes next in the backward are copied to the GPU, unless the
+GPU has them. On a CPU the same code copies within host memory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class OnDevice:
     def get(self) -> Tensor:
         """Returns the activation, without autograd history."""
         return self._x.detach()
+
+    def prefetch(self) -> None:
+        """Does nothing: the layer has no group."""
 
 
 class HostStore:
@@ -207,7 +210,7 @@ class Group:
         self.store._last = weakref.ref(self)  # a layer without such tensors is passed over
 
     def fetch(self) -> None:
-        """Starts to copy all activations of the group to the GPU, except those already copied."""
+        """Starts to copy all activations of the group to the GPU, except those that are there."""
         members = [member for reference in self._members if (member := reference()) is not None]
         for member in members:
             member.fetch()
@@ -236,12 +239,16 @@ class OnHost:
         self._device = device
         self._group = group
         self._fetched: tuple[Tensor, Any] | None = None
+        self._returned: weakref.ref[Any] | None = None  # storage that `get` returned
         group.add(self)
 
     def fetch(self) -> None:
-        """Starts to copy the activation to its device, unless that has started."""
-        if self._fetched is not None:
-            return
+        """Starts to copy the activation to its device, unless that has started or it is there."""
+        returned = None if self._returned is None else self._returned()
+        if self._fetched is None and returned is None:
+            self._start()
+
+    def _start(self) -> None:
         # Allocated on the compute stream, since that stream uses and frees the tensor.
         x = torch.empty_strided(
             self._view.shape, self._view.stride(), dtype=self._view.dtype, device=self._device
@@ -250,19 +257,25 @@ class OnHost:
         self._fetched = x, self._store._event(x)
 
     def get(self) -> Tensor:
-        """Returns the activation on its device, and starts to copy the previous layer's group."""
+        """Returns the activation on its device."""
         self._store.finish()
         if self._fetched is None:
             self._group.fetch()
+        if self._fetched is None:  # an earlier result of this function still exists
+            self._start()
         assert self._fetched is not None
         x, event = self._fetched
         self._fetched = None
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
+        self._returned = weakref.ref(x.untyped_storage())
+        return x
+
+    def prefetch(self) -> None:
+        """Starts to copy the previous layer's group, which the backward needs next."""
         before = None if self._group.previous is None else self._group.previous()
         if before is not None:
             before.fetch()
-        return x
 
     def __del__(self) -> None:
         # If `get` was never called, the side stream may still write to the fetched tensor.

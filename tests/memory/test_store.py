@@ -59,7 +59,28 @@ def test_the_layer_before_is_fetched_while_a_layer_computes():
     store = HostStore({"input": 3})
     kept = [store.put(torch.ones(4), "input", store.group(), tokens=4) for _ in range(3)]
     kept[2].get()
+    assert [one._fetched is not None for one in kept] == [False, False, False]
+    kept[2].prefetch()
     assert [one._fetched is not None for one in kept] == [False, True, False]
+
+
+def test_a_tensor_that_is_still_on_the_device_is_not_fetched():
+    """The input of a segment's first layer is in use while later layers prefetch their groups."""
+    store = HostStore({"input": 1, "attention": 2})
+    group = store.group()
+    first = store.put(torch.ones(4), "input", group, tokens=4)
+    outputs = store.put(torch.ones(4), "attention", group, tokens=4)
+    last = store.put(torch.ones(4), "attention", store.group(), tokens=4)
+    x = first.get()
+    outputs.get()
+    part = x[2:]  # it keeps the storage of x
+    del x
+    last.prefetch()
+    assert [one._fetched is not None for one in (first, outputs)] == [False, True]
+    assert torch.equal(first.get(), torch.ones(4))  # who asks gets it in any case
+    del part
+    last.prefetch()
+    assert first._fetched is not None
 
 
 def test_layers_without_tensors_on_the_host_are_passed_over_by_the_prefetch():
@@ -69,7 +90,7 @@ def test_layers_without_tensors_on_the_host_are_passed_over_by_the_prefetch():
     for _ in range(2):
         store.group()
     last = store.put(torch.ones(4), "input", store.group(), tokens=4)
-    last.get()
+    last.prefetch()
     assert first._fetched is not None
 
 
