@@ -198,7 +198,8 @@ class LongContextModule(pl.LightningModule):
         """Returns whether optimizer steps of the run may have several micro-batches."""
         kind = GradientAccumulationScheduler
         scheduled = any(isinstance(one, kind) for one in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return scheduled or self.trainer.accumulate_grad_batches > 1
+        by_hand = not self.automatic_optimization
+        return by_hand or scheduled or self.trainer.accumulate_grad_batches > 1
 
     def _precision(self) -> str:
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
@@ -264,12 +265,13 @@ class LongContextModule(pl.LightningModule):
         """Seeds dropout from (seed, rank, index of the micro-batch), and frees old gradients.
 
         Lightning frees those of the last step after the first forward of the next one. A plan of
-        memory counts on their room.
+        memory counts on their room. A module with manual optimization frees its gradients itself.
         """
         seed_micro_batch(self.trainer, self.seed)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.automatic_optimization and first:
             for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                self.optimizer_zero_grad(self.current_epoch, batch_idx, optimizer)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Returns the summed loss of one micro-batch, 0-dim float32."""

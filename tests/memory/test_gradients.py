@@ -111,6 +111,45 @@ def test_no_gradients_of_the_last_step_exist_in_the_forward(
     assert seen.found == expected
 
 
+class ByHand(LongContextModule):
+    """A module with manual optimization, which takes one optimizer step per two batches."""
+
+    automatic_optimization = False
+
+    def backward(self, loss):
+        loss.backward()
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(causal_lm_loss(self.model, batch)[0])
+        if batch_idx % 2 == 1:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_gradients_that_a_module_accumulates_by_hand_are_kept(tmp_path, make_llama):
+    seen = Seen()
+    trainer = make_trainer(tmp_path, callbacks=[seen], log_every_n_steps=9)
+    module = ByHand(make_llama())
+    trainer.fit(module, loader([make_batch([9, 5], number) for number in range(4)]))
+    assert seen.found == [False, True, False, True]
+    assert module._memory_facts()["accumulates"]
+
+
+class KeepsOnce(LongContextModule):
+    """A module that keeps the gradients of its first step for the second one."""
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        if batch_idx != 1:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+
+def test_a_module_s_own_way_to_free_gradients_is_used(tmp_path, make_llama):
+    seen = Seen()
+    batches = [make_batch([9, 5], number) for number in range(3)]
+    make_trainer(tmp_path, callbacks=[seen]).fit(KeepsOnce(make_llama()), loader(batches))
+    assert seen.found == [False, True, False]
+
+
 def test_a_run_s_plan_follows_its_accumulation():
     options = ("model=llama_5m", "memory=checkpoint", "trainer.accelerator=cpu")
     one, two = (
