@@ -10,7 +10,6 @@ from typing import Any
 
 _logged: set[tuple[str, str]] = set()  # names of loggers, and messages
 
-
 WITHIN = ("lctrain", "lctrain_kernels", "torch", "lightning", "pytorch_lightning")
 
 
@@ -27,7 +26,7 @@ def warn_caller(message: str) -> None:
 
 
 def warn_once(log: logging.Logger, message: str, *arguments: object) -> None:
-    """Logs a warning, unless this process has logged the same message.
+    """Logs a warning, unless this command or run has logged the same message.
 
     A command evaluates many tasks, methods and models, which have the same to say.
 
@@ -43,7 +42,7 @@ def warn_once(log: logging.Logger, message: str, *arguments: object) -> None:
 
 
 def forget_logged() -> None:
-    """Lets `warn_once` log every message again, as the next command in this process does."""
+    """Lets `warn_once` log every message again: for the next command or run in this process."""
     _logged.clear()
 
 

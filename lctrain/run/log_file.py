@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lctrain.warn import warn_once
+from lctrain.warn import forget_logged, warn_once
 
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 
@@ -37,12 +37,14 @@ def log_file(path: Path, writes: bool = True) -> Iterator[None]:
     """Context manager that appends log messages, warnings and errors to a file.
 
     lctrain's messages are written from level INFO on. Messages of other packages are written if the
-    root logger accepts their level.
+    root logger accepts their level. Every file has the warnings of its own run, though an earlier
+    run in this process, such as a job of --multirun, has logged the same.
 
     Args:
         path: Log file.
         writes: Whether this rank writes the file.
     """
+    forget_logged()
     if not writes:
         yield
         return

@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 from lctrain.run.log_file import log_file, log_to_file
+from lctrain.warn import begin_warnings, warn_once
 
 
 def test_holds_what_was_logged_warned_of_and_raised(tmp_path, capsys):
@@ -38,3 +39,20 @@ def test_other_ranks_write_nothing(tmp_path):
     with log_file(tmp_path / "train.log", writes=False):
         logging.getLogger("lctrain").warning("x")
     assert not (tmp_path / "train.log").exists()
+
+
+def test_every_run_of_a_process_has_its_own_warnings(tmp_path, monkeypatch):
+    """As the jobs of one --multirun, which is one command."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    begin_warnings()
+    texts = []
+    for run in ("first", "second"):
+        path = tmp_path / run
+        with warnings.catch_warnings(), log_file(path):
+            warnings.simplefilter("always")
+            for _ in range(2):
+                warn_once(logging.getLogger("lctrain.somewhere"), "too %s", "long")
+                warnings.warn("look out", UserWarning, stacklevel=1)
+        texts.append(path.read_text())
+    for text in texts:
+        assert text.count("too long") == text.count("UserWarning: look out") == 1
