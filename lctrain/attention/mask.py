@@ -157,7 +157,8 @@ def _is_window(mask_function: Callable | None) -> bool:
     if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
         return False
     (parts,) = (cell.cell_contents for cell in mask_function.__closure__)  # type: ignore[union-attr]
-    windows = [part.__qualname__.startswith("sliding_window_overlay.") for part in parts]
+    names = [getattr(part, "__qualname__", "") for part in parts]
+    windows = [name.startswith("sliding_window_overlay.") for name in names]
     return len(parts) == 2 and any(windows) and any(map(_is_causal, parts))
 
 

@@ -34,8 +34,6 @@ from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
 
-PADDED_ROWS = "Evaluating the model as it is, on padded rows instead of packs: %s"
-
 
 @dataclass(frozen=True)
 class Extension:
