@@ -12,7 +12,7 @@ MOST_TOKENS = 2**26
 
 
 class KeptPrompts:
-    """Prompts by key. Threads may use them at the same time.
+    """Prompts by key. Threads may use them at the same time. A copy begins without prompts.
 
     Args:
         most_tokens: Most tokens of all prompts together. Prompts beyond it are not kept.
@@ -23,6 +23,10 @@ class KeptPrompts:
         self._tokens = 0
         self._prompts: dict[Hashable, TokenPrompt] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[KeptPrompts], tuple[int]]:
+        """Lets tasks be copied, and pickled for ranks that are spawned; a lock cannot be."""
+        return KeptPrompts, (self.most_tokens,)
 
     def get(self, key: Hashable) -> TokenPrompt | None:
         """Returns the prompt of a key; None if it is not kept."""

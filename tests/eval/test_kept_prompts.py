@@ -1,5 +1,7 @@
 """Tests that prompts are tokenized once for all methods, and within a bound of memory."""
 
+import copy
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +108,20 @@ def test_prompts_of_another_tokenizer_or_text_are_made_anew(subject, read, chang
     computed(run_of(fresh, other, ("a",)))
     first, again, expected = (read[n * len(read) // 3 : (n + 1) * len(read) // 3] for n in range(3))
     assert first != again == expected
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))], ids=["copy", "pickle"]
+)
+def test_a_task_that_has_run_can_be_copied(subject, read, copied):
+    """Ranks that are spawned get the callbacks of a trainer, and so their tasks, by pickle."""
+    task = Ruler(tasks=TASKS, items=1)
+    computed(run_of(task, subject, ("a",)))
+    again = copied(task)
+    assert again._kept.get((TASKS[0], LENGTHS[0], 0)) is None
+    computed(run_of(again, subject, ("a",)))
+    half = len(read) // 2
+    assert read[:half] == read[half:]
 
 
 def test_prompts_beyond_the_bound_are_not_kept():
