@@ -33,9 +33,8 @@ def layer_peaks(layers: Sequence[LayerBytes], policies: Sequence[LayerPolicy]) -
     peaks: list[int] = []
     kept = moved = 0  # bytes on the GPU until the backward; largest tensor that moves to the host
     held = rebuilding = 0  # of the segment: bytes held in its backward, and in its rebuilding run
-    ahead = ahead_input = (
-        0  # host bytes to prefetch; its input, which its own segment holds already
-    )
+    ahead = 0  # bytes on the host that the next layer with such tensors prefetches
+    ahead_input = 0  # the input among them, which is left out within its own segment
     waiting = 0  # tensors whose copies to the host have not ended
     for layer, policy in zip(layers, policies, strict=True):
         if policy.inputs != RECOMPUTE:  # a segment begins

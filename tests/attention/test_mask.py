@@ -1,9 +1,12 @@
 """Compares the mask function of lctrain's attentions with transformers' dense masks."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.masking_utils import (
+    and_masks,
     causal_mask_function,
     chunked_causal_mask_function,
     create_bidirectional_mask,
@@ -110,6 +113,18 @@ def test_caches_of_fixed_size(q_offset, attention_mask):
             *arguments,
             mask_function=chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64)),
             attention_mask=attention_mask,
+        )
+
+
+def test_masks_of_callables_without_a_name_are_refused():
+    """Such as a partial function that a model combines with the causal mask."""
+    block = partial(chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="pattern of its own"):
+        flash_attention_mask(
+            *(1, 5, 8),
+            mask_function=and_masks(block, causal_mask_function),
+            attention_mask=torch.ones(1, 8, dtype=torch.bool),
+            allow_is_causal_skip=False,
         )
 
 
