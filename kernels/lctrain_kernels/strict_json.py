@@ -20,6 +20,8 @@ def to_json(value: Any, **options: Any) -> str:
         value: A value that `json.dumps` takes.
         **options: Options of `json.dumps`, such as `indent`.
     """
+    if (default := options.get("default")) is not None:
+        options["default"] = lambda other: finite(default(other))
     return json.dumps(finite(value), allow_nan=False, **options)
 
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lctrain_kernels.strict_json import number, to_json, write_json
 from tests.strict import parse_strictly
@@ -30,6 +31,12 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert parse_strictly(text) == EXPECTED
     assert text.endswith("}\n")
     assert VALUES["list"][1] == math.inf  # the given values are unchanged
+
+
+def test_what_default_makes_of_other_objects_is_finite_too():
+    values = {"tensor": torch.tensor([1.5, math.nan]), "numpy": np.float32("inf")}
+    text = to_json(values, default=lambda value: value.tolist())
+    assert parse_strictly(text) == {"tensor": [1.5, None], "numpy": None}
 
 
 def test_options_are_those_of_json():
