@@ -1,10 +1,10 @@
 """Compares the variants at the best learning rate of each: which rate, and how far apart they are.
 
 A variant's best rate has the lowest held-out loss, as a mean over seeds. A rate with fewer seeds
-than another one is left out. The difference from the plain model is paired by seed, since both saw
-the same batches. Its 95 % interval is Student's, over the seeds. The losses agree if the whole
-interval lies within PARITY nats of zero; they differ if it does not hold zero. Otherwise the seeds
-are too few to tell.
+than another one is left out. A rate at which a run diverged is the best only if all are such. The
+difference from the plain model is paired by seed, since both saw the same batches. Its 95 %
+interval is Student's, over the seeds. The losses agree if the whole interval lies within PARITY
+nats of zero; they differ if it does not hold zero. Otherwise the seeds are too few to tell.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lctrain.recipes.differential.comparison import over_seeds
+from lctrain_kernels.strict_json import number
 
 PARITY = 0.03
 """Largest difference of held-out losses that counts as none, in nats per token."""
@@ -62,7 +63,10 @@ def _rates(runs: Sequence[dict[str, Any]], variant: str) -> list[dict[str, Any]]
 def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     most = max(len(row["seeds"]) for row in rates)
     whole = [row for row in rates if len(row["seeds"]) == most]  # not those of an unfinished sweep
-    return min(whole, key=lambda row: row["held_out_loss"]["mean"])
+    diverged = math.inf  # a mean of NaN, which is not smaller than any number
+    means = [row["held_out_loss"]["mean"] for row in whole]
+    order = [mean if math.isfinite(mean) else diverged for mean in means]
+    return whole[order.index(min(order))]
 
 
 def _paired(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
@@ -109,12 +113,12 @@ def as_markdown(summary: dict[str, Any]) -> str:
             continue
         ends = difference["interval"]
         interval = "" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
-        cells += [f"{difference['mean']:+.3f}", interval, difference["verdict"]]
+        cells += [f"{number(difference['mean']):+.3f}", interval, difference["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def with_error(cell: dict[str, Any], form: str) -> str:
-    """Returns a mean with its standard error."""
+    """Returns a mean with its standard error; `nan` if a file holds null for it."""
     error = cell["standard_error"]
-    return f"{cell['mean']:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return f"{number(cell['mean']):{form}}" + ("" if error is None else f" ± {error:{form}}")

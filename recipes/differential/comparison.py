@@ -6,13 +6,18 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lctrain.recipes.differential.comparison_plot import plot_comparison
 from lctrain.recipes.differential.experiment import Experiment
 from lctrain.recipes.differential.variant import VARIANTS
+from lctrain_kernels.strict_json import number
 
 COLUMNS = ("held_out_loss", "tokens_per_second", "largest_logit", "key_loss", "peak_memory_gib")
+
+MEASURED = ("held_out_loss", "largest_logit", "key_loss")
+"""Results that are not finite if a run has diverged."""
 
 
 def collect_runs(experiment: Experiment) -> None:
@@ -38,8 +43,18 @@ def read_runs(experiment: Experiment) -> list[dict[str, Any]]:
             f"output must hold every run, got {experiment.output} without {', '.join(missing)}. "
             "Run the stage train for them, or leave them out with --variants and --seeds."
         )
-    records = [json.loads(path.read_text()) for path in paths.values()]
+    records = [read_run(path) for path in paths.values()]
     return sorted(records, key=lambda run: experiment.variants.index(run["variant"]))
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Returns the results of a run; NaN for those of a diverged run, which are null in the file.
+
+    Args:
+        path: JSON file of the run.
+    """
+    run: dict[str, Any] = json.loads(path.read_text())
+    return run | {name: number(run[name]) for name in MEASURED if name in run}
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

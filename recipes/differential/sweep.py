@@ -17,6 +17,7 @@ from lctrain.limits import require
 from lctrain.pluralize import pluralize
 from lctrain.recipes.differential.__main__ import share
 from lctrain.recipes.differential.best_rate import as_markdown, summarize_rates
+from lctrain.recipes.differential.comparison import read_run
 from lctrain.recipes.differential.experiment import Experiment, write_json
 from lctrain.recipes.differential.run import prepare_data, train_runs
 from lctrain.recipes.differential.scale import SCALES
@@ -80,7 +81,7 @@ class Sweep:
         for rate, run in whole.runs:
             path = run.record(*run.runs[0])
             if path.is_file():
-                found.append({**json.loads(path.read_text()), "learning_rate": rate})
+                found.append({**read_run(path), "learning_rate": rate})
             else:
                 missing.append(f"{path.stem} at {rate:g}")
         require(

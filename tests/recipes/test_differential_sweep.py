@@ -1,11 +1,14 @@
 """Tests the sweep of the learning rate: its runs, the best rates, and what the differences say."""
 
 import json
+import math
 
 import pytest
 
 from lctrain.recipes.differential import sweep
 from lctrain.recipes.differential.best_rate import PARITY, as_markdown, summarize_rates, verdict
+from lctrain.recipes.differential.comparison import read_run
+from lctrain.recipes.differential.experiment import write_json
 from tests.numerics import near
 
 LOSSES = {
@@ -55,6 +58,24 @@ def test_every_variant_is_compared_at_its_own_best_rate():
 def test_a_rate_with_fewer_seeds_is_not_the_best():
     lucky = record("plain", 0, 3e-3, 1.0)
     assert summarize_rates([*RUNS, lucky])["best"]["plain"]["rate"] == 2e-3
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("rate", [5e-4, 8e-3], ids=["first", "last"])
+def test_a_rate_at_which_a_run_diverged_is_not_the_best(rate, loss):
+    diverged = [record("plain", seed, rate, 1.0 if seed else loss) for seed in range(3)]
+    summary = summarize_rates([*RUNS, *diverged])
+    assert summary["best"]["plain"]["rate"] == 2e-3
+    assert as_markdown(summary)
+
+
+def test_the_results_of_a_diverged_run_are_read_back_as_nan(tmp_path):
+    written = {**record("plain", 0, 1e-3, math.nan), "key_loss": math.inf, "passkeys": {"64": 0.5}}
+    write_json(tmp_path / "plain_0.json", written)
+    run = read_run(tmp_path / "plain_0.json")
+    assert math.isnan(run["held_out_loss"])
+    assert math.isnan(run["key_loss"])
+    assert (run["largest_logit"], run["passkeys"]) == (10.0, {"64": 0.5})
 
 
 def test_the_interval_is_students_over_the_seeds():
@@ -164,15 +185,17 @@ def test_bad_input_is_refused(tmp_path):
 
 def test_the_table_says_where_and_how_the_models_were_trained(tmp_path, monkeypatch):
     facts = {"device": "GPU X", "torch": "2.11", "date": "2026-12-01", "steps": 1300}
-    runs = [{**run, **facts, "parameters": 4_123_456} for run in RUNS]
+    diverged = [record("plain", seed, 8e-3, math.nan) for seed in range(3)]
+    runs = [{**run, **facts, "parameters": 4_123_456} for run in [*RUNS, *diverged]]
     summary = {**summarize_rates(runs), "missing": ["v2_2 at 0.001"], "runs": runs}
     path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(summary))
+    write_json(path, summary)
     monkeypatch.setattr(sweep, "RESULTS", path)
     text = sweep.tables()
     assert "Models of 4.1 million parameters, 1,300 steps, 3 seeds." in text
     assert "GPU X, torch 2.11, 2026-12-01. Not trained: v2_2 at 0.001." in text
-    assert "| held-out loss | 0.001 | 0.002 | 0.004 |" in text
+    assert "| held-out loss | 0.001 | 0.002 | 0.004 | 0.008 |" in text
+    assert "| plain | 3.000 ± 0.058 | 2.500 ± 0.058 | 4.000 ± 0.000 | nan |" in text
 
 
 def test_the_readme_has_the_table_of_the_record():
