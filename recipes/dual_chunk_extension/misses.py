@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lctrain.eval.interval import share_interval
+from lctrain.pluralize import pluralize
 
 AIM = 0.9  # share of keys that the best method should find
 
@@ -74,14 +75,16 @@ def _sentences(cells: Cells, method: str, length: int, window: int) -> str:
         clean = sum(here[depth][1] for depth in whole)
         lost = keys - found
         uneven = math.comb(keys - clean, lost) / math.comb(keys, lost)
+        uneven *= math.comb(len(here), len(whole))  # which depths are whole is seen afterwards
         places = ", ".join(
             f"{count} at depth {depth} ({round((1 - depth) * length):,} tokens before the question)"
             for depth, count in missed.items()
         )
         said.append(
             f"The {lost} misses lie at {len(missed)} of {len(here)} depths: {places}. If every key "
-            "were missed with the same probability, they would leave the other depths whole with "
-            f"probability {uneven:.1e}."
+            "were missed with the same probability, they would leave any "
+            f"{pluralize(len(whole), 'depth')} whole with a probability of at most "
+            f"{min(uneven, 1):.1e}."
         )
     return " ".join(said)
 

@@ -145,11 +145,11 @@ def test_misses_are_given_by_depth_with_what_chance_would_do():
     assert table_of.splitlines()[-1] == "| 8 | 1 of 4 | 4 of 4 | 4 of 4 |"
     assert "yarn finds 9 of 12 keys, 75%" in said
     assert "The 95 % interval (Wilson, keys as independent draws) is 47% to 91%" in said
-    # three misses avoid 8 of 12 keys in 4 of 220 ways
+    # three misses avoid 8 of 12 keys in 4 of 220 ways, for each of three choices of two depths
     assert "at most 9 of 12 with probability 0.11, so sampling alone may explain" in said
     assert "At one window it finds 11 of 12." in said
     assert "The 3 misses lie at 1 of 3 depths: 3 at depth 0.0 (128 tokens before" in said
-    assert "with probability 1.8e-02" in said
+    assert "leave any 2 depths whole with a probability of at most 5.5e-02" in said
     assert "sampling alone does not explain" in misses(rows, "plain", 128, 16)[1]
 
 
