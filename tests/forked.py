@@ -312,7 +312,10 @@ def _ranks_stand_by(ranks: int) -> dict:
             return request
         os.close(read)
         RankPopen.standing_by.append((child, write))
-    subprocess.Popen = RankPopen
+    plain = subprocess.Popen
+    for module in list(sys.modules.values()):  # torchrun's has imported it by name
+        if vars(module).get("Popen") is plain:
+            module.Popen = RankPopen
     return {}
 
 

@@ -51,6 +51,8 @@ def main(what: str) -> None:
 
 def launch() -> None:
     """Starts two ranks as launchers do, ends the second by a signal, and prints how they end."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
     statuses = []
     for rank in range(2):
         process = subprocess.Popen(
@@ -65,7 +67,7 @@ def launch() -> None:
             os.killpg(process.pid, signal.SIGTERM)
         statuses.append(process.wait())
     echo = subprocess.run(["echo", "another program"], capture_output=True, text=True)
-    print(statuses, echo.stdout)
+    print(statuses, subprocess_handler.Popen is subprocess.Popen, echo.stdout)
 
 
 def test_it_has_its_own_arguments_environment_folder_and_session(tmp_path, monkeypatch):
@@ -120,7 +122,7 @@ def test_it_gets_signals():
 
 
 def test_the_ranks_that_it_starts_are_forked(tmp_path):
-    """They are its children, and have what `Popen` asks for."""
+    """They are its children, and have what `Popen` asks for, also in modules that import it."""
     (tmp_path / "folder").mkdir()
     done = run_forked(NAME, "launch", cwd=tmp_path, ranks=3)
     assert done.stdout.splitlines() == [
@@ -128,7 +130,7 @@ def test_the_ranks_that_it_starts_are_forked(tmp_path):
         "True True",
         f"{tmp_path}/folder 1 ['a b'] {NAME}",
         "True False",
-        "[3, -15] another program",
+        "[3, -15] True another program",
         "",
     ]
     done = run_forked(NAME, "launch", cwd=tmp_path, ranks=1, check=False)
