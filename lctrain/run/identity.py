@@ -76,9 +76,9 @@ def identity_of(config: Any, **resolved: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     _collect(config, "", found)
     found.update({name.replace("__", "."): value for name, value in resolved.items()})
-    from lctrain_kernels.strict_json import to_json  # imports torch: not for --help
-
-    return dict(json.loads(to_json(found, default=str)))
+    # NaN and infinities are None, as files of JSON give them back.
+    text = json.dumps(found, default=str)
+    return dict(json.loads(text, parse_constant=lambda _: None))
 
 
 def plain_values(config: Any) -> dict[str, Any]:
