@@ -176,7 +176,7 @@ def test_the_readme_has_the_speeds_of_the_newest_records():
     readme = (ROOT / "README.md").read_text()
     sft = newest_runs("sft")
     ours, theirs = (sft[name, None]["trained_tokens_per_s"] for name in ("lctrain", "trl_packed"))
-    title = "| fine-tuning on conversations, Qwen3-1.7B shape |"
+    title = "| fine-tuning, Qwen3-1.7B shape |"
     assert f"{title} | {ours / theirs:.2f} | |" in readme
     runs = newest_runs("memory", "fa4_liger")
     short, long = (
