@@ -118,8 +118,8 @@ def flash_attention_mask(
     longer = isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length
     # transformers forbids this skip for one query over a cache that it may compile.
     compiles = q_length == 1 and not allow_is_causal_skip
-    known = _is_causal(mask_function) or _is_window(mask_function)
-    if known and not use_vmap and (longer or compiles):
+    cached = (longer or compiles) and not use_vmap
+    if cached and (_is_causal(mask_function) or _is_window(mask_function)):
         columns = None if attention_mask is None else attention_mask[:, kv_offset:]
         return left_padded_rows(columns, batch_size, q_offset + q_length - kv_offset, device)
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
