@@ -90,7 +90,7 @@ def test_batches_pages_and_padding_change_no_bit(tokens, split, device):
 
 def test_exact_has_the_bits_of_the_training_forward(tokens, device):
     """A request's queries, one at a time and all at once, beside a pack of the same documents."""
-    # Elementary functions may depend on a number's place in a vector: no tanh, and lse is near.
+    # Elementary functions may depend on a place in a vector: no tanh, and lse is near on a CPU.
     lengths, options = (100, 41), {"window_size": (60, 0)}
     cu = cumulative(lengths, device)
     pack = [torch.cat([x[i, :n] for i, n in enumerate(lengths)]) for x in tokens]
@@ -104,9 +104,10 @@ def test_exact_has_the_bits_of_the_training_forward(tokens, device):
         q, k, v = (x[request : request + 1, :length] for x in tokens)
         found = flash_attn_with_kvcache(q, k.clone(), v.clone(), cache_seqlens=length, **options)
         assert torch.equal(found[0][0], trained[begin : begin + length])
-        assert found[1][0].flatten().tolist() == near_roundings(
-            lse[:, begin : begin + length].flatten().tolist(), 4
-        )
+        part = lse[:, begin : begin + length]
+        assert found[1][0].flatten().tolist() == near_roundings(part.flatten().tolist(), 4)
+        if device.type == "cuda":
+            assert torch.equal(found[1][0], part)
         for place in (0, length - 1):
             found = flash_attn_with_kvcache(
                 q[:, place : place + 1], k.clone(), v.clone(), cache_seqlens=place + 1, **options
