@@ -31,6 +31,7 @@ from lctrain.distributed.strategy import ShardedStrategy
 from lctrain.eval.extension import check_supported
 from lctrain.memory.plan import Plan
 from lctrain.memory.policy import plan_for
+from lctrain.micro_batches import most_configured
 from lctrain.model_names import unknown_argument, unknown_family
 from lctrain.models import patch_model
 from lctrain.models.low_rank import add_adapter, quantization_of, require_trainable_weights
@@ -211,7 +212,9 @@ def plan_memory(config: TrainConfig) -> Plan:
         quantize=quantize,
         optimizer=optimizer,
         shards=shards,
-        accumulates=config.trainer.accumulate_grad_batches > 1,
+        micro_batches=max(
+            most_configured(config.callbacks), config.trainer.accumulate_grad_batches
+        ),
     )
 
 

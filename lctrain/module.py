@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,6 +27,7 @@ from lctrain.loss.held_out import HeldOutLoss
 from lctrain.loss.task import task_of
 from lctrain.loss.token_window import TokenWindow
 from lctrain.memory.policy import apply_config
+from lctrain.micro_batches import most_scheduled
 from lctrain.models import patch_model
 from lctrain.models.adapters import inside_adapters
 from lctrain.models.from_config import model_from, vocab_size_of
@@ -189,17 +189,16 @@ class LongContextModule(pl.LightningModule):
             "precision": self._precision(),
             "device": self.trainer.strategy.root_device,
             "ranks": self.trainer.num_devices,
-            "accumulates": self._accumulates(),
+            "micro_batches": self._micro_batches(),
         }
         ranks = Topology.of(self.trainer)
         return facts | ({"shards": ranks.shards, "least": ranks.least} if ranks.is_sharded else {})
 
-    def _accumulates(self) -> bool:
-        """Returns whether optimizer steps of the run may have several micro-batches."""
-        kind = GradientAccumulationScheduler
-        scheduled = any(isinstance(one, kind) for one in self.trainer.callbacks)  # type: ignore[attr-defined]
-        by_hand = not self.automatic_optimization
-        return by_hand or scheduled or self.trainer.accumulate_grad_batches > 1
+    def _micro_batches(self) -> int:
+        """Returns the most micro-batches of an optimizer step; by hand, at least 2."""
+        least = 1 if self.automatic_optimization else 2
+        scheduled = most_scheduled(self.trainer.callbacks)  # type: ignore[attr-defined]
+        return max(least, scheduled, self.trainer.accumulate_grad_batches)
 
     def _precision(self) -> str:
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"

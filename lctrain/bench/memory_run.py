@@ -118,7 +118,7 @@ class MemoryBench:
     def planned(self, config: MemoryConfig, tokens: int) -> tuple[Plan, dict[str, Any]]:
         """Returns the plan of lctrain's memory policy, and its figures."""
         begin = time.perf_counter()
-        plan = plan_for(self.model, config, tokens, self.precision, accumulates=False)
+        plan = plan_for(self.model, config, tokens, self.precision)
         return plan, {
             "planned_policy": plan.policy,
             "backward_by_head": plan.by_head,

@@ -182,7 +182,7 @@ def plan(
     precision: str = "true",
     quantize: str | None = None,
     optimizer: str = ADAMW,
-    accumulates: bool = True,
+    micro_batches: int = 1,
     **options: Any,
 ) -> Plan:
     """Predicts the memory of a training step, without a GPU and without running the step.
@@ -202,8 +202,9 @@ def plan(
             Lightning.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
         optimizer: Dotted name of the optimizer's class.
-        accumulates: False if no gradients exist when a step begins: it has one micro-batch, and the
-            gradients of the step before are set to None before the forward.
+        micro_batches: Number of forwards and backwards per optimizer step. With one, no gradients
+            exist when the step begins: those of the step before were set to None, as
+            `optimizer.zero_grad()` does. With more, all gradients exist throughout.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Raises:
@@ -211,12 +212,13 @@ def plan(
     """
     require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
     require_int("tokens", tokens, 1, "Pass the tokens of a pack.")
+    require_int("micro_batches", micro_batches, 1, "Pass the micro-batches of an optimizer step.")
     if policy in WITH_HOST:
         options = {**options, "host_gib": host_gib}
     config = MemoryConfig(name=policy, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
-    return plan_of(replace(measured, accumulates=accumulates), config, *limits)
+    return plan_of(replace(measured, accumulates=micro_batches > 1), config, *limits)
 
 
 def plan_of(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lctrain.config import MemoryConfig
+from lctrain.instances import require_int
 from lctrain.memory.budget import HOST_SHARE, free_device_bytes, free_host_bytes
 from lctrain.memory.candidates import policies_of
 from lctrain.memory.layers import (
@@ -33,7 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def use_policy(
-    model: Any, policy: str = "checkpoint", *, tokens: int | None = None, **options: Any
+    model: Any,
+    policy: str = "checkpoint",
+    *,
+    tokens: int | None = None,
+    micro_batches: int = 1,
+    **options: Any,
 ) -> LayerCheckpoints | None:
     """Applies a memory policy to a model: its layers keep, offload or recompute their activations.
 
@@ -45,6 +51,8 @@ def use_policy(
         policy: Name of the policy: "none", "checkpoint", "offload" or "auto"; see `MemoryConfig`.
         tokens: Number of tokens of the longest pack, by which host memory is reserved. "auto"
             requires it.
+        micro_batches: Number of forwards and backwards per optimizer step, which "auto" assumes; as
+            in `lctrain.memory.plan`.
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Returns:
@@ -54,7 +62,9 @@ def use_policy(
         ValueError: if an option is out of range, or transformers cannot checkpoint the model's
             layers.
     """
-    return apply_config(model, MemoryConfig(name=policy, **options), tokens)
+    require_int("micro_batches", micro_batches, 1, "Pass the micro-batches of an optimizer step.")
+    config = MemoryConfig(name=policy, **options)
+    return apply_config(model, config, tokens, micro_batches=micro_batches)
 
 
 def apply_config(
@@ -68,7 +78,7 @@ def apply_config(
     chosen: Plan | None = None,
     shards: int | None = None,
     least: Callable[[int], int] = int,
-    accumulates: bool = True,
+    micro_batches: int = 1,
 ) -> LayerCheckpoints | None:
     """Applies the memory policy that a configuration describes; see `use_policy`.
 
@@ -86,7 +96,7 @@ def apply_config(
         chosen: Plan of "auto", from `plan_for` with the same arguments; None computes it.
         shards: As in `plan_for`.
         least: As in `plan_for`.
-        accumulates: As in `plan_for`.
+        micro_batches: As in `plan_for`.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.name == "none":
@@ -110,7 +120,7 @@ def apply_config(
                 optimizer=optimizer,
                 shards=shards,
                 least=least,
-                accumulates=accumulates,
+                micro_batches=micro_batches,
             )
         log.info("%s", chosen)
         if chosen.fits is False:
@@ -147,7 +157,7 @@ def plan_for(
     optimizer: str = ADAMW,
     shards: int | None = None,
     least: Callable[[int], int] = int,
-    accumulates: bool = True,
+    micro_batches: int = 1,
 ) -> Plan:
     """Returns the plan of a model's memory, with this machine's GPU and host memory as limits.
 
@@ -169,7 +179,7 @@ def plan_for(
             keeps a copy.
         least: Function that returns the smallest value that any rank passes. Ranks that share
             parameters need the same plan, so all of them plan with the least free memory.
-        accumulates: Whether gradients of earlier micro-batches exist during a step.
+        micro_batches: Most micro-batches of an optimizer step.
 
     Raises:
         ValueError: if the number of tokens is unknown, or the model cannot be planned.
@@ -190,7 +200,7 @@ def plan_for(
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(map(stored_bytes, there))
     measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
-    measured = replace(measured, accumulates=accumulates)
+    measured = replace(measured, accumulates=micro_batches > 1)
     if shards is not None:
         measured = divided(measured, model, precision, shards)
     measured = replace(measured, on_gpu=device.type != "cpu")

@@ -102,7 +102,7 @@ class Profile:
     in_bfloat16: bool = False
     on_gpu: bool = True
     head_gradients: int = 0
-    accumulates: bool = True
+    accumulates: bool = False
 
     def by_head(self) -> Profile:
         """Returns the bytes if attention's backward runs one key/value head at a time."""

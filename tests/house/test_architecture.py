@@ -76,6 +76,7 @@ LEVELS = {
     "lctrain.optimizers": 4,
     "lctrain.options": 4,
     "lctrain.process_group": 5,
+    "lctrain.micro_batches": 4,
     "lctrain.model_names": 4,
     "lctrain.memory": 6,
     "lctrain.memory.quantized": 5,

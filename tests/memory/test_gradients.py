@@ -1,5 +1,7 @@
 """Tests what the plan counts of weight gradients, and that no old ones outlive their step."""
 
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -58,16 +60,16 @@ def test_the_plan_of_trained_weights_is_within_5_percent(whole, policy, options,
     if handle is not None:
         handle.remove()
     planned = {
-        accumulates: plan(whole, TOKENS, policy, accumulates=accumulates, **options)
-        for accumulates in (False, True)
+        count: plan(whole, TOKENS, policy, micro_batches=count, **options) for count in (1, 2)
     }
-    static = sum(planned[False].parts[part] for part in ("weights", "optimizer"))
-    expected = planned[False].tensor_bytes - static
+    assert planned[1] == plan(whole, TOKENS, policy, **options)
+    static = sum(planned[1].parts[part] for part in ("weights", "optimizer"))
+    expected = planned[1].tensor_bytes - static
     if policy == "offload":
-        peak -= planned[False].host_bytes  # on a CPU, the arena is counted too
+        peak -= planned[1].host_bytes  # on a CPU, the arena is counted too
     assert 20 * abs(expected - peak) <= peak, (expected, peak)
-    more = planned[True].device_bytes - planned[False].device_bytes
-    assert 0 < more <= planned[True].parts["gradients"]
+    more = planned[2].device_bytes - planned[1].device_bytes
+    assert 0 < more <= planned[2].parts["gradients"]
 
 
 def test_gradients_that_accumulate_are_counted_throughout(whole):
@@ -76,7 +78,7 @@ def test_gradients_that_accumulate_are_counted_throughout(whole):
     handle = use_policy(whole, "checkpoint", mlp_tokens=TOKENS // 4)
     peak = taken(whole, batch, accumulates=True)
     handle.remove()
-    planned = plan(whole, TOKENS, "checkpoint", mlp_tokens=TOKENS // 4)
+    planned = plan(whole, TOKENS, "checkpoint", micro_batches=3, mlp_tokens=TOKENS // 4)
     assert planned.parts["gradients"] == sum(p.nbytes for p in whole.parameters())
     expected = planned.tensor_bytes - planned.parts["weights"] - planned.parts["optimizer"]
     assert 20 * abs(expected - peak) <= peak, (expected, peak)
@@ -132,7 +134,7 @@ def test_gradients_that_a_module_accumulates_by_hand_are_kept(tmp_path, make_lla
     module = ByHand(make_llama())
     trainer.fit(module, loader([make_batch([9, 5], number) for number in range(4)]))
     assert seen.found == [False, True, False, True]
-    assert module._memory_facts()["accumulates"]
+    assert module._memory_facts()["micro_batches"] > 1
 
 
 class KeepsOnce(LongContextModule):
@@ -150,24 +152,56 @@ def test_a_module_s_own_way_to_free_gradients_is_used(tmp_path, make_llama):
     assert seen.found == [False, True, False]
 
 
+SCHEDULER = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+
+
 def test_a_run_s_plan_follows_its_accumulation():
     options = ("model=llama_5m", "memory=checkpoint", "trainer.accelerator=cpu")
     one, two = (
-        plan_memory(load(*options, f"trainer.accumulate_grad_batches={count}")) for count in (1, 2)
+        plan_memory(load(*options, f"trainer.accumulate_grad_batches={count}")).device_bytes
+        for count in (1, 2)
     )
-    assert one.device_bytes < two.device_bytes
+    assert one < two
+    for scheduling, expected in (("{0: 1, 3: 4}", two), ("{0: 4, 3: 1}", two), ("{2: 1}", one)):
+        scheduled = f"+callbacks.more={{_target_: {SCHEDULER}, scheduling: {scheduling}}}"
+        assert plan_memory(load(*options, scheduled)).device_bytes == expected
+
+
+@pytest.mark.parametrize("target", ["no_such_package.Callback", f"{SCHEDULER}s"])
+def test_a_callback_that_cannot_be_imported_is_named(target):
+    config = load("model=llama_5m", "memory=checkpoint", f"+callbacks.more={{_target_: {target}}}")
+    message = f"callbacks.more._target_ must name a class that can be imported, got '{target}'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_memory(config)
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, False),
-        ({"accumulate_grad_batches": 2}, True),
-        ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 4})]}, True),
+        ({}, 1),
+        ({"accumulate_grad_batches": 2}, 2),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 4, 5: 2})]}, 4),
+        ({"callbacks": [GradientAccumulationScheduler({2: 1})]}, 1),
     ],
-    ids=["one", "two", "scheduled"],
+    ids=["one", "two", "scheduled", "scheduled-one"],
 )
-def test_a_module_knows_whether_gradients_accumulate(tmp_path, make_llama, settings, expected):
+def test_a_module_knows_its_micro_batches(tmp_path, make_llama, settings, expected):
     module = LongContextModule(make_llama())
     module.trainer = make_trainer(tmp_path, **settings)
-    assert module._memory_facts()["accumulates"] is expected
+    assert module._memory_facts()["micro_batches"] == expected
+
+
+def test_the_policy_of_a_loop_of_one_s_own_follows_its_micro_batches(whole):
+    """The device has room for the policy none with one micro-batch per step, but not with two."""
+    least, most = (
+        plan(whole, TOKENS, "none", micro_batches=count).tensor_bytes for count in (1, 2)
+    )
+    gib = (least + most) / 2 / 2**30
+    assert use_policy(whole, "auto", tokens=TOKENS, device_gib=gib) is None
+    handle = use_policy(whole, "auto", tokens=TOKENS, micro_batches=2, device_gib=gib)
+    assert handle is not None
+    handle.remove()
+    for run in (plan, use_policy):
+        arguments = (TOKENS,) if run is plan else ()
+        with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
+            run(whole, *arguments, micro_batches=0)
