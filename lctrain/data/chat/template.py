@@ -237,11 +237,23 @@ class ChatTemplate:
         text, spans = self._with_generation(mark(messages, self._protected, ends=False), tools)
         before = 0
         if any(message["role"] == "assistant" for message in messages[:first]):
-            before = len(self._with_generation(messages[:first], tools)[1])
+            before = self._spans_before(messages, tools, first, strip(text).text)
         places = [match.start() for match in PRIVATE.finditer(text)]
         moved = [tuple(p - bisect_left(places, p) for p in span) for span in spans[before:]]
         marked = strip(text)
         return Rendered(marked.text, cast(list[Span], moved), marked.cuts)
+
+    def _spans_before(self, messages: Messages, tools: Any, first: int, expected: str) -> int:
+        """Returns the number of generated spans that belong to messages before message `first`.
+
+        A span of a later message begins after the markers of all earlier ones. Without a marker of
+        the message before, or if markers change the text, the earlier messages are rendered alone.
+        """
+        text, spans = self._with_generation(mark(messages, self._protected), tools)
+        if chr(FIRST + first - 1) not in text or strip(text).text != expected:
+            return len(self._with_generation(messages[:first], tools)[1])
+        last = max(text.rfind(chr(FIRST + index)) for index in range(first))
+        return sum(begin <= last for begin, _ in spans)
 
     def _by_alignment(self, messages: Messages, tools: Any, first: int, marked: Marked) -> Rendered:
         """Finds the characters to train on by markers at the ends of messages."""
@@ -294,9 +306,14 @@ class ChatTemplate:
         tail = strip(self._render(mark(messages[: index + 1], self._protected), tools)).tail
         special = self._specials.search(tail) if self._specials else None
         generated = tail[: special.end()] if special else tail.rstrip()
-        if not marked.text.startswith(generated, end):
+        if marked.text.startswith(generated, end):
+            return end + len(generated)
+        # The template may end the last turn by a token of its own: gpt-oss writes <|return|>.
+        place = next((p for p in range(end, stop) if not marked.text[p].isspace()), stop)
+        other = self._end_of_message
+        if special is None or other is None or not marked.text.startswith(other, place):
             raise _not_found(index)
-        return end + len(generated)
+        return place + len(other)
 
     @cached_property
     def _after_user(self) -> str:
@@ -310,6 +327,13 @@ class ChatTemplate:
         tail = strip(self._render(mark(_TURN, self._protected), None)).tail
         found = self._specials.search(tail) if self._specials else None
         return found.group() if found else None
+
+    @cached_property
+    def _end_of_message(self) -> str | None:
+        """Special token that ends messages of every role; None if there is none."""
+        found = self._special.findall(self._after_user) if self._special else []
+        ends = len(found) > 1 and self._after_user.startswith(found[0])
+        return found[0] if ends else None
 
     def _choose(self, tools: Any) -> str:
         return self._tool_template if tools else self._template

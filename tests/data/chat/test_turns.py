@@ -1,0 +1,93 @@
+"""Tests which tokens belong to a turn, for templates whose turns are hard to find."""
+
+import re
+
+import pytest
+
+from tests.data.chat.conftest import CONVERSATIONS, make_tokenizer
+from tests.data.chat.test_masks import shown, tokenized
+
+# Like gpt-oss: only the last answer ends by <|return|>, as a model ends it. <|end|> ends the rest.
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+# Like gpt-oss, but no message except the last one ends by a token.
+OPEN = HARMONY.replace("'<|end|>'", "''")
+# Writes one more generated part behind a tool's result, if that is the last message.
+LATE = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ 'call' if m.tool_calls else m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% if loop.last %}{% generation %}more{% endgeneration %}{% endif %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def harmony_tokenizer():
+    tokenizer = make_tokenizer("chatml")
+    names = ["<|start|>", "<|message|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["two_turns", "system"])
+def test_only_the_last_turn_may_end_by_a_token_of_its_own(name):
+    tokenizer = harmony_tokenizer()
+    found = tokenized(tokenizer, CONVERSATIONS[name], template=HARMONY)
+    assert found[2] is None
+    answers = [m["content"] for m in CONVERSATIONS[name]["messages"] if m["role"] == "assistant"]
+    ends = ["<|end|>"] * (len(answers) - 1) + ["<|return|>"]
+    trained = [f"⟦<|message|>{answer}{end}⟧" for answer, end in zip(answers, ends, strict=True)]
+    assert re.findall("⟦.*?⟧", shown(tokenizer, *found[:2])) == trained
+
+
+def test_space_at_the_end_of_an_answer_is_before_the_token_that_ends_it():
+    tokenizer = harmony_tokenizer()
+    turns = [("user", "a"), ("assistant", "b \n"), ("user", " "), ("assistant", "c")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    found = tokenized(tokenizer, record, template=HARMONY)
+    assert "⟦<|message|>b \n<|end|>⟧<|start|>user" in shown(tokenizer, *found[:2])
+
+
+def test_the_header_of_the_next_turn_is_not_the_end_of_an_answer():
+    found = tokenized(harmony_tokenizer(), CONVERSATIONS["two_turns"], template=OPEN)
+    assert "must write every assistant turn after its generation prompt" in found[2]
+
+
+def test_the_last_turn_of_a_template_that_writes_more_for_earlier_turns_alone():
+    """The earlier messages alone have one more generated part than in the whole conversation."""
+    tokenizer = make_tokenizer("chatml")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    ask, result = {"role": "user", "content": "a"}, {"role": "tool", "content": "b"}
+    record = {"messages": [ask, call, result, {"role": "assistant", "content": "Done."}]}
+    for first_turn in ("last_assistant", "assistant"):
+        ids, trained, _ = tokenized(tokenizer, record, first_turn, template=LATE)
+        parts = re.findall("⟦.*?⟧", shown(tokenizer, ids, trained))
+        expected = ["⟦call<|im_end|>⟧", "⟦Done.<|im_end|>⟧"]
+        assert parts == expected[first_turn == "last_assistant" :]
+
+
+TRL = ("cohere2", "deepseekv3", "gemma3", "glm4moe", "gptoss", "lfm2", "llama3", "phi3", "qwen3")
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_trained_tokens_are_those_of_assistant_only_loss_with_the_templates_of_trl(name):
+    templates = pytest.importorskip("trl.chat_template_utils", reason="needs TRL")
+    text = getattr(templates, f"{name}_training_chat_template", None)
+    if text is None:
+        pytest.skip(f"this TRL has no template for {name}")
+    tokenizer = make_tokenizer("chatml")
+    special = sorted(
+        set(re.findall(r"<[|\uff5c][^|\uff5c<>]+[|\uff5c]>|<(?:start|end)_of_turn>", text))
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = text
+    for record in (CONVERSATIONS["two_turns"], CONVERSATIONS["reasoning"]):
+        theirs = tokenizer.apply_chat_template(
+            record["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, trained, fault = tokenized(tokenizer, record)
+        assert fault is None
+        assert ids.tolist() == theirs["input_ids"]
+        assert trained.tolist() == [bool(mask) for mask in theirs["assistant_masks"]]
