@@ -32,6 +32,8 @@ from lctrain.allocator import has_expandable_segments
 from lctrain.bench.contenders import CONTENDERS, OURS
 from lctrain.bench.layer_progress import Report
 from lctrain.bench.memory_estimate import (
+    ESTIMATED,
+    estimate_rest,
     extrapolate,
     joined,
     refusal,
@@ -255,6 +257,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
             for (run, config, plan), found in zip(runs, rounds, strict=True):
                 report = _reporter(record, run) if options.progress else None
                 found.append(bench.measured(config, tokens, plan, report))
+                for name in ESTIMATED:  # while the step ran
+                    run.pop(name, None)
                 record.update(run, **joined(found, tokens))
         for run, _, _ in runs:
             print(describe(run), flush=True)
@@ -363,7 +367,9 @@ def _reporter(record: Record, run: dict[str, Any], whole: bool = True) -> Report
         peak = {}
         if whole and torch.cuda.is_available():  # a step that is stopped keeps the peak until there
             peak = {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3)}
-        record.update(run, progress=reached, **peak)
+        run["progress"] = reached
+        rest = estimate_rest(run, run["tokens"]) if whole else {}
+        record.update(run, **peak, **rest)
 
     return report
 

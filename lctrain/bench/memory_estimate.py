@@ -1,10 +1,11 @@
-"""extrapolate: estimates the figures of a deep model from runs with two numbers of layers."""
+"""Estimates a step from runs with two numbers of layers, or from the part of it that has run."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,9 @@ from lctrain_kernels.bench.__main__ import positive
 
 ATTENTION_COUNTS = ("keep_attention", "host_attention", "reuse_attention")
 """Settings of memory that count layers; in an estimate they hold for all layers or for none."""
+ESTIMATED = ("estimated_from", "step_ms", "tokens_per_s")
+"""Figures that `estimate_rest` adds to a run."""
+_COMPUTED_AGAIN = ("recompute", "rebuilt")
 _GIB = ("peak_gib", "reserved_gib", "host_gib")
 
 
@@ -62,6 +66,44 @@ def extrapolate(
         "tokens_per_s": round(1000 * tokens / step_ms, 1),
         **{name: round(line(first[name], second[name]), 3) for name in sizes},
         "measured": [dict(first), dict(second)],
+    }
+
+
+def estimate_rest(run: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Returns the estimated time of a whole step from the part of it that has run.
+
+    The layers whose backward has ended tell the time of a layer's backward. Each layer that is
+    left takes as long. Where a layer computes its attention again, the whole time of a layer's
+    forward is added, so the estimate is rather too long. The optimizer's step is not in it.
+
+    Args:
+        run: A run of a record with `layers`, the kept inputs and attention of each layer, and
+            `progress`, what `LayerProgress` has reported so far.
+        tokens: Number of tokens of the pack.
+
+    Returns:
+        `estimated_from`, the layer that the backward had reached; step_ms (one number) and
+        tokens_per_s. Empty before the first layer has ended its backward.
+    """
+    again = [kept.split("/")[1] in _COMPUTED_AGAIN for kept in run.get("layers", ())]
+    forward = [at for phase, _, at in run["progress"] if phase == "forward"]
+    backward = [(layer, at) for phase, layer, at in run["progress"] if phase == "backward"]
+    if not backward or not again or len(forward) != len(again):
+        return {}
+    ended, until, lowest = len(again), backward[0][1], backward[0][0]
+    for layer, at in backward[1:]:
+        if layer < lowest:  # the layers from `lowest` on have ended
+            ended, until, lowest = lowest, at, layer
+    done = len(again) - ended
+    if not done:
+        return {}
+    layer_s = median(second - first for first, second in pairwise(forward))
+    backward_s = (until - backward[0][1] - layer_s * sum(again[ended:])) / done
+    step_s = until + ended * backward_s + layer_s * sum(again[:ended])
+    return {
+        "estimated_from": lowest,
+        "step_ms": [round(1000 * step_s, 1)],
+        "tokens_per_s": round(tokens / step_s, 1),
     }
 
 

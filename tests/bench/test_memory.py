@@ -7,7 +7,7 @@ import pytest
 
 from lctrain.bench import memory
 from lctrain.bench.__main__ import main
-from lctrain.bench.memory_estimate import extrapolate, joined
+from lctrain.bench.memory_estimate import estimate_rest, extrapolate, joined
 from lctrain.bench.memory_peer import checkpoint_layers
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.store import HostStore
@@ -61,6 +61,23 @@ def test_a_long_step_is_timed_after_short_ones(tmp_path, capsys, monkeypatch):
     assert reached[:4] == [("forward", layer) for layer in range(4)]
     assert reached[4:] == [("backward", layer) for layer in reversed(range(4))]
     assert "backward reached layer 0" in capsys.readouterr().out
+    assert "estimated_from" not in found  # the step has ended
+
+
+def test_the_rest_of_a_stopped_step_is_estimated():
+    """Two segments, of layers 0 to 1 and 2 to 3; a forward takes 2 s, a backward 5 s."""
+    forward = [["forward", layer, 1.0 + 2 * layer] for layer in range(4)]
+    backward = [["backward", layer, at] for layer, at in ((2, 10.0), (3, 10.5), (2, 15.5))]
+    run = {"layers": ["host/rebuilt", "recompute/recompute", "host/device", "recompute/host"]}
+    assert estimate_rest({**run, "progress": forward[:3]}, 58) == {}
+    assert estimate_rest({**run, "progress": forward + backward}, 58) == {}
+    ended = [*forward, *backward, ["backward", 0, 20.0]]
+    found = estimate_rest({**run, "progress": ended}, 68)
+    # 20 s have run; two layers are left, 5 s each, and each computes its attention again, 2 s each
+    assert found == {"estimated_from": 0, "step_ms": [34_000.0], "tokens_per_s": 2.0}
+    again = ["device/recompute"] * 4  # the layers that have ended computed it again, too
+    found = estimate_rest({"layers": again, "progress": ended}, 68)
+    assert found["step_ms"] == [20_000.0 + 2 * 1000 * (3 + 2)]
 
 
 def test_policies_run_in_turn(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def draw_curve(points: Points, path: Path) -> None:
                     marker="o",
                     markerfacecolor="none",
                     color=line.get_color(),
-                    label=f"{contender}, estimated from fewer layers",
+                    label=f"{contender}, estimated",
                 )
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])

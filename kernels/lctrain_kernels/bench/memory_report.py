@@ -64,7 +64,7 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
         packs = f"{SEVERAL}{count} documents" if count > 1 else ""
         fastest: Points = defaultdict(dict)
         for run in record["runs"]:
-            if run["status"] == "ok" and ("peak_gib" in run or is_estimate(run)):
+            if is_estimate(run) or (run["status"] == "ok" and "peak_gib" in run):
                 found = fastest[run.get("contender", OURS) + packs]
                 known = found.get(run["tokens"])
                 if known is None or _rank(known) < _rank(run):
@@ -79,7 +79,7 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> Points:
 
 
 def is_estimate(run: Mapping[str, Any]) -> bool:
-    """Returns whether the figures of a run were estimated from models with fewer layers."""
+    """Returns whether a run's time is estimated, from fewer layers or from a part of the step."""
     return "estimated_from" in run
 
 
@@ -151,10 +151,13 @@ def _stopped(run: Mapping[str, Any]) -> str:
 
 
 def _timed(run: Mapping[str, Any]) -> str:
-    """Returns the number of timed steps, or from which numbers of layers a run is estimated."""
+    """Returns the number of timed steps, or what a run is estimated from."""
     if "estimated_from" not in run:
         return str(len(run.get("step_ms", ())))
-    few, more = run["estimated_from"]
+    source = run["estimated_from"]
+    if isinstance(source, int):
+        return f"estimate from the step until layer {source} of the backward"
+    few, more = source
     return f"estimate from {few} and {more} layers"
 
 

@@ -104,6 +104,9 @@ def test_memory_names_peers_documents_and_runs_that_were_cut():
     reached = {"progress": [["forward", 0, 1.0], ["backward", 30, 612.4]], "peak_gib": 136.5}
     text = memory_table({**HEAD, **settings, "documents": 1, "runs": [{**cut, **reached}]})
     assert "| 1.00 | 136.50 until layer 30 of the backward, 612 s; unfinished | - |" in text
+    rest = {"estimated_from": 30, "tokens_per_s": 481.0, "step_ms": [9.0]}
+    text = memory_table({**HEAD, **settings, "runs": [{**cut, **reached, **rest}]})
+    assert "| 481 | estimate from the step until layer 30 of the backward |" in text
 
 
 def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_path):
@@ -135,6 +138,9 @@ def test_all_records_of_memory_are_shown_with_a_curve_of_the_fastest_runs(tmp_pa
     again = {**record, "date": "2026-12-03", "runs": [{**slow, **measured}]}
     assert curve_of([*records, again])["lctrain"][16_384]["tokens_per_s"] == 1.0
     assert curve_of([again, *records])["lctrain"][16_384]["tokens_per_s"] == 1.0
+    cut = {**slow, "status": "unfinished", "tokens": 65_536}
+    stopped = {**record, "runs": [cut, {**cut, "tokens": 9, "estimated_from": 24}]}
+    assert sorted(curve_of([*records, stopped])["lctrain"]) == [9, 2048, 4096, 16_384]
     guess = {**record, "runs": [{**slow, "tokens": 32_768, "estimated_from": [2, 4]}]}
     assert curve_of([record, guess]) == {}  # one length was measured
     assert points["lctrain"][2048]["peak_gib"] == 4.0  # of the faster policy
