@@ -311,6 +311,7 @@ lctrain-eval evaluates a causal or masked language model of Hugging Face at seve
         "model.dtype",  # the option dtype
         "attention.dropout",
         "attention.deterministic",
+        "attention.batch_invariant",
         "attention.fused",
     ),
     only={"model": ("hf",)},

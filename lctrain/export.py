@@ -21,7 +21,8 @@ from lctrain.module import LongContextModule
 KEY = "trained_as"
 """Key of an exported config that holds the trained length, the attention, and the version of
 differential attention."""
-_OF_A_RUN = ("backend", "deterministic")  # attention options that are not part of the model
+_OF_A_RUN = ("backend", "deterministic", "batch_invariant")
+"""Attention options that are not part of the model."""
 
 _OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of peft's adapters."""

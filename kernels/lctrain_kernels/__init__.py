@@ -14,7 +14,7 @@ from lctrain_kernels.differential.api import diff_attn_varlen_func
 from lctrain_kernels.differential.cached import diff_attn_with_kvcache
 from lctrain_kernels.dual_chunk.api import dual_chunk_attn_varlen_func
 from lctrain_kernels.dual_chunk.cached import dual_chunk_attn_with_kvcache
-from lctrain_kernels.linear.api import linear_add, merged_linear
+from lctrain_kernels.linear.api import batch_invariant_linear, linear_add, merged_linear
 from lctrain_kernels.merge import merge_attn_states
 from lctrain_kernels.mlp.api import bias_gelu, gated_linear, geglu, swiglu
 from lctrain_kernels.norm.api import (
@@ -40,6 +40,7 @@ __all__ = [
     "TileSchedule",
     "VocabularyShard",
     "apply_rotary_emb",
+    "batch_invariant_linear",
     "bias_gelu",
     "diff_attn_varlen_func",
     "diff_attn_with_kvcache",

@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.by_query import attend_by_query, attends_by_query
 from lctrain.attention.cache_step import CacheStep
 from lctrain.attention.cached import attend_cached, is_cached_rows
+from lctrain.attention.compute_dtype import compute_dtype
 from lctrain.attention.forward import (
     attend,
+    backend_of,
     dropout_of,
+    is_batch_invariant,
     is_causal_layer,
     read_documents,
     refuse_unknown,
@@ -81,12 +85,15 @@ def flash_attention_forward(
 
     spec = spec_of(module, FlashSpec)
     sliding_window = narrower_window(spec, sliding_window)
+    backend = "auto"
+    if spec is not None:
+        backend = backend_of(spec, query.device, compute_dtype(value), query.shape[-1])
     options: dict[str, Any] = {
         "softmax_scale": scale_of(query, scaling),
         "softcap": softcap or 0.0,
         "window_size": window_of(sliding_window, True),
         "learnable_sink": s_aux,
-        "backend": "auto" if spec is None else spec.backend,
+        "backend": backend,
     }
     if lctrain_paged is not None:
 
@@ -123,10 +130,21 @@ def flash_attention_forward(
         "softmax_scale": scale_of(query, scaling),
         "softcap": softcap or 0.0,
         "deterministic": spec.deterministic or bool(deterministic),
-        "backend": spec.backend,
+        "backend": backend,
     }
+    invariant = is_batch_invariant(spec)
+    if invariant:
+        _require_whole_documents(boundaries, causal, softcap, options["dropout_p"])
 
     def kernel(part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if invariant and attends_by_query(q, backend):
+            lengths = part.pack.cu_seqlens_q.diff().tolist()
+            chosen = {
+                "softmax_scale": options["softmax_scale"],
+                "window_size": window_of(sliding_window, causal),
+                "learnable_sink": s_aux,
+            }
+            return attend_by_query(q, k, v, lengths, part.pack.cu_seqlens_k.diff().tolist(), chosen)
         out, lse = flash_attn_pack_func(
             q,
             k,
@@ -144,6 +162,33 @@ def flash_attention_forward(
     dropout_p = options["dropout_p"]
     out = attend(kernel, query, key, value, boundaries, dropout_p=dropout_p, causal=causal)
     return out, None
+
+
+def _require_whole_documents(
+    boundaries: Boundaries, causal: bool, softcap: float | None, dropout_p: float
+) -> None:
+    """Raises a ValueError if a batch-invariant layer would sum in another order than a decode step.
+
+    Args:
+        boundaries: Boundaries of the documents.
+        causal: Whether attention is causal.
+        softcap: Soft cap of the logits, or None.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    reason = None
+    if boundaries.prefixes is not None:
+        reason = "documents that share a prefix, whose parts are merged. Pack whole sequences"
+    elif boundaries.share is not None:
+        reason = "a pack that ranks share. Use trainer.context_parallel=1"
+    elif not causal or softcap:
+        reason = "attention that is not causal, or has a soft cap. Pass batch_invariant=False"
+    elif dropout_p:
+        reason = f"a dropout of {dropout_p}. Pass dropout=0.0"
+    if reason is not None:
+        raise ValueError(
+            "a batch-invariant layer sums the keys of whole documents in one order, as a decode "
+            f"step does, got {reason}."
+        )
 
 
 def narrower_window(spec: FlashSpec | None, sliding_window: int | None) -> int | None:

@@ -13,7 +13,7 @@ from lctrain.attention.compute_dtype import compute_dtype
 from lctrain.attention.documents import find_documents_of_layer, rows_of_mask
 from lctrain.attention.mask import UNPATCH
 from lctrain.attention.shared import Kernel, Part, Split, attend_shared
-from lctrain.attention.spec import AttentionSpec
+from lctrain.attention.spec import AttentionSpec, FlashSpec
 
 SPEC_ATTRIBUTE = "lctrain_attention_spec"
 BOUNDARIES_ARGUMENT = "lctrain_boundaries"
@@ -49,16 +49,23 @@ def backend_of(
 ) -> str:
     """Returns the backend to pass to the kernels for tensors of this device, dtype and head dim.
 
-    The result is `spec.backend`, with one exception: backend="auto" with deterministic=True gives
-    "triton" where "auto" would select the Hopper kernels of dual chunk or differential attention,
-    since their gradients differ between runs.
+    The result is `spec.backend`, with two exceptions for backend="auto". "triton" takes the place
+    of the Hopper kernels of dual chunk or differential attention with deterministic=True, since
+    their gradients differ between runs; and of those of flash attention with batch_invariant=True,
+    whose order of sums no decode kernel has.
     """
     from lctrain.kernels import select_backend
 
-    if spec.kind == "flash" or spec.backend != "auto" or not spec.deterministic:
+    differs = spec.deterministic if spec.kind != "flash" else is_batch_invariant(spec)
+    if spec.backend != "auto" or not differs:
         return spec.backend
     serving = select_backend(device, dtype, head_dim=head_dim, warn=False)
     return "triton" if serving == "hopper" else "auto"
+
+
+def is_batch_invariant(spec: AttentionSpec | None) -> bool:
+    """Returns whether a layer's spec asks for bits that depend on no other document."""
+    return isinstance(spec, FlashSpec) and spec.batch_invariant
 
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:

@@ -68,11 +68,15 @@ class FlashSpec(AttentionSpec):
     Attributes:
         sliding_window: Number of keys that a query sees, its own key included. A layer with a
             shorter window keeps its own. None keeps the windows of the model.
+        batch_invariant: Whether the bits of a token depend on its own document up to this token
+            only, not on the batch, so that rollouts have the log-probabilities of a training
+            forward. The portable kernels then compute the attention, without dropout.
     """
 
     kind: ClassVar[str] = "flash"
 
     sliding_window: int | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +86,15 @@ class FlashSpec(AttentionSpec):
             raise ValueError(
                 f"sliding_window must be an int of at least 1, got {value!r}. Pass a number of "
                 "tokens, or None to keep the model's own windows."
+            )
+        if not isinstance(self.batch_invariant, bool):
+            raise ValueError(
+                f"batch_invariant must be True or False, got {self.batch_invariant!r}. Pass a bool."
+            )
+        if self.batch_invariant and self.backend == "hopper":
+            raise ValueError(
+                "backend must be 'auto' or 'triton' with batch_invariant=True, got 'hopper', whose "
+                "order of sums no decode kernel has. Pass backend='auto'."
             )
 
 

@@ -40,6 +40,8 @@ class PatchAttention(Patching):
             an error is raised; "auto" lets the device decide.
         sliding_window: Only for "flash". Number of keys that a query sees; None keeps the model's
             windows.
+        batch_invariant: Only for "flash". Whether rollouts of lctrain.generate have the bits of a
+            training forward's log-probabilities; training then runs slower.
         chunk_size: Only for "dual_chunk". Largest relative position; None derives it from the
             model's config, as in DualChunkSpec.
         local_size: Only for "dual_chunk". Distance in tokens within which keys of the previous
@@ -68,6 +70,7 @@ class PatchAttention(Patching):
         deterministic: bool = False,
         backend: str = "auto",
         sliding_window: int | None = None,
+        batch_invariant: bool | None = None,
         chunk_size: int | None = None,
         local_size: int | None = None,
         scale: str | None = None,
@@ -78,6 +81,7 @@ class PatchAttention(Patching):
         named = {
             "dropout": dropout,
             "sliding_window": sliding_window,
+            "batch_invariant": batch_invariant,
             "chunk_size": chunk_size,
             "local_size": local_size,
             "scale": scale,

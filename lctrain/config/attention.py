@@ -23,6 +23,8 @@ class AttentionConfig:
             by fused kernels.
         sliding_window: Number of keys that a query sees; None keeps the model's windows (flash
             only).
+        batch_invariant: Whether rollouts of lctrain.generate have the bits of a training forward's
+            log-probabilities; training then runs slower (flash only).
         chunk_size: Largest relative position; None takes the value of the model's configuration,
             else the trained window - 1 (dual_chunk only).
         local_size: Distance in tokens up to which keys of the previous chunk keep their exact
@@ -41,6 +43,7 @@ class AttentionConfig:
     backend: str = "auto"
     fused: bool = True
     sliding_window: int | None = None
+    batch_invariant: bool = False
     chunk_size: int | None = None
     local_size: int | None = None
     scale: str | None = None
@@ -54,4 +57,6 @@ class AttentionConfig:
         """Returns all options that are not None, as keywords of `lctrain.patch_model`."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         del options["name"], options["fused"]
+        if not self.batch_invariant:  # an option of one attention
+            del options["batch_invariant"]
         return {name: value for name, value in options.items() if value is not None}

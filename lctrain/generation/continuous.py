@@ -14,6 +14,7 @@ from lctrain.generation import prefill
 from lctrain.generation.decode import BUFFERS, Capture, DecodeStep, batch_sizes
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.graph import GraphCapture, capture_refusal
+from lctrain.generation.invariant_head import find_invariant_head
 from lctrain.generation.options import Completion
 from lctrain.generation.pages import CacheShape, PagePool
 from lctrain.generation.pool_size import give_back, longest_pages, pool_pages
@@ -70,11 +71,12 @@ class ContinuousBatch:
         shared_prefixes: str = "auto",
     ) -> None:
         self._task = task
-        self._forward = CachedForward(model)
+        head = find_invariant_head(model, float(task.options.temperature or 1))
+        self._forward = CachedForward(model, head)
         self.device = device = self._forward.device
         self._pool = PagePool(shape, pool_pages(task, shape, device, cache_gib), device)
         self._width = max(longest_pages(task))
-        self._choice = TokenChoice(task.options)
+        self._choice = TokenChoice(task.options, head)
         self._stops = StopStrings(task.tokenizer, task.stop) if task.stop else None
         self._end = frozenset(task.end)
         slots = min(task.batch_size, task.count)
@@ -83,7 +85,8 @@ class ContinuousBatch:
         self._tokens = SlotTokens(slots, longest if self._choice.reads_history else None, device)
         self._sizes = batch_sizes(slots)
         self._capture = capture
-        self._shared_pages = SharedPages(shared_prefixes, self._pool, device)
+        sharing = shared_prefixes if head is None else "never"
+        self._shared_pages = SharedPages(sharing, self._pool, device)
         self._decoders: dict[tuple[int, PrefixBounds | None], DecodeStep] = {}
         self._unread: deque[tuple[list[Request], HostCopy]] = deque()
         self._completions: list[Completion | None] = [None] * task.count
@@ -129,7 +132,7 @@ class ContinuousBatch:
         seeds = [request.seed for request in requests]
         keys = self._choice.keys(seeds, [request.stored for request in requests])
         chosen, log_probs = self._choice(
-            self._tokens.begin(requests), logits.float(), upload(keys, logits.device)
+            self._tokens.begin(requests), logits, upload(keys, logits.device)
         )
         self._tokens.write_last(requests, chosen)
         self._launched(requests, torch.stack((chosen.double(), log_probs.double())))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lctrain.attention.by_query import attend_by_query, attends_by_query
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.noise import KEYS
 from lctrain.generation.pages import PAGE, PagePool
@@ -150,6 +151,7 @@ class DecodeStep:
         """Returns the output of a layer, [1, B, H, D]; see CacheStep."""
         from lctrain_kernels import flash_attn_with_kvcache
 
+        exact = self._forward_pass.head is not None
         keys, values = self._pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
         q, k, v = (x[0].transpose(0, 1)[:, None].to(keys.dtype) for x in (query, key, value))
         out = flash_attn_with_kvcache(
@@ -161,16 +163,43 @@ class DecodeStep:
             cache_seqlens=self._inputs.lengths,
             block_table=self._inputs.table,
             causal=causal,
-            plan=self._plan if options["window_size"][0] < 0 else self._windowed(),
+            plan=None if exact else self._plan_for(options["window_size"]),
+            split="exact" if exact else "fixed",
             **options,
         )
         assert isinstance(out, Tensor)
+        if exact and attends_by_query(q, options["backend"]):
+            out = self._attend_by_query(q, keys, values, options)
         return out.transpose(0, 1)
+
+    def _attend_by_query(
+        self, q: Tensor, keys: Tensor, values: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """Returns the attention [B, 1, H, D] of queries in PyTorch, one after another.
+
+        Args:
+            q: Queries [B, 1, H, D].
+            keys: Pages of keys, the new ones among them.
+            values: Pages of values.
+            options: See CacheStep.
+        """
+        chosen = {name: options[name] for name in ("softmax_scale", "window_size")}
+        chosen["learnable_sink"] = options["learnable_sink"]
+        out = torch.zeros_like(q)
+        for row, stored in enumerate(self._inputs.lengths.tolist()):
+            if stored < 0:
+                continue
+            index = torch.arange(stored + 1, device=q.device)
+            place = (self._inputs.table[row, index // PAGE].long(), index % PAGE)
+            k, v = keys[place], values[place]
+            out[row] = attend_by_query(q[row], k, v, [1], [stored + 1], chosen)
+        return out
 
     def _run(self) -> Tensor:
         shared = self._prefixes[0].prefixes if self._prefixes else None
-        self._plan = self._make_plan(shared)
-        self._plan_of_windows = self._plan if shared is None else None
+        if self._forward_pass.head is None:
+            self._plan = self._make_plan(shared)
+            self._plan_of_windows = self._plan if shared is None else None
         slots = self._inputs.slots.long()
         positions = self._inputs.lengths.clamp(min=0).long()
         tokens = self._tokens.last[slots]
@@ -179,12 +208,17 @@ class DecodeStep:
             history[slots, positions] = tokens
             history = history[slots]
         logits = self._forward_pass(tokens[None], positions[None], self)
-        chosen, log_probs = self._choice(history, logits.float(), self._inputs.keys)
+        chosen, log_probs = self._choice(history, logits, self._inputs.keys)
         self._chosen.copy_(chosen)
         return torch.stack((chosen.double(), log_probs.double()))
 
-    def _windowed(self) -> Any:
-        """Returns the plan of layers with a window: they would read a prefix that none sees."""
+    def _plan_for(self, window: tuple[int, int]) -> Any:
+        """Returns the plan of layers with a window (left, right).
+
+        Layers with a bounded window would read a prefix that none of them sees.
+        """
+        if window[0] < 0:
+            return self._plan
         if self._plan_of_windows is None:
             self._plan_of_windows = self._make_plan(None)
         return self._plan_of_windows

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lctrain.attention.cache_step import STEP_ARGUMENT, CacheStep
 from lctrain.attention.cached import cached_rows
+from lctrain.generation.invariant_head import InvariantHead
 from lctrain.generation.pages import CacheShape
 from lctrain.generation.wide_logits import wide_logits
 from lctrain.models.code import parameters
@@ -26,12 +27,16 @@ class CachedForward:
 
     Args:
         model: A causal LM of transformers, or a model of PEFT around one.
+        head: Computes products with the output embedding in place of logits, for a batch-invariant
+            model.
 
     Attributes:
         device: Device of the weights.
+        head: The argument.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head: InvariantHead | None = None) -> None:
+        self.head = head
         self.device: torch.device = next(model.parameters()).device
         self._model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -45,6 +50,8 @@ class CachedForward:
     ) -> Tensor:
         """Returns the logits of tokens, [n, V]; float32 where wide_logits applies.
 
+        With a head, the result is what its `products` returns.
+
         Args:
             ids: Token ids [1, T] int64.
             positions: Position of each token in its request, [1, T] int64.
@@ -52,6 +59,16 @@ class CachedForward:
             keep: Indices of the tokens whose logits are returned, [n] int64; None for all.
         """
         arguments: dict[str, Any] = {STEP_ARGUMENT: step, **self._fixed}
+        if self.head is not None:
+            hidden = self.head.decoder(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._mask,
+                use_cache=False,
+                return_dict=True,
+                **{STEP_ARGUMENT: step},
+            )[0][0]
+            return self.head.head.products(hidden if keep is None else hidden[keep])
         if keep is not None and self._keeps:
             arguments["logits_to_keep"] = keep
         few = keep is None or self._keeps  # otherwise a pack of logits would need twice the memory

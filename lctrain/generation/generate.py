@@ -21,8 +21,10 @@ from lctrain.generation.arguments import (
     read_stops,
 )
 from lctrain.generation.continuous import complete_continuously
+from lctrain.generation.invariant_head import require_rollouts
 from lctrain.generation.options import Completion, SamplingOptions
 from lctrain.generation.padded import complete_padded
+from lctrain.generation.pages import CacheShape
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 from lctrain.generation.trainer_pass import PACK_TOKENS, require_trainer_pass, trainer_log_probs
@@ -155,9 +157,14 @@ def generate(
             return []
         with _as_before(causal_lm), _precision_of(model):
             divisor = float(temperature or 1)
+            shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
+            refusal = shape if isinstance(shape, str) and batching != "padded" else None
+            require_rollouts(causal_lm, batching, shared_prefixes, log_probs, refusal)
             if log_probs == "trainer":
                 require_trainer_pass(causal_lm, divisor)
-            found = _complete(causal_lm, task, batching, cache_gib, cuda_graphs, shared_prefixes)
+            found = _complete(
+                causal_lm, task, shape, batching, cache_gib, cuda_graphs, shared_prefixes
+            )
             if log_probs == "decode":
                 return found
             return trainer_log_probs(causal_lm, found, task.samples, divisor, int(pack_tokens))
@@ -166,13 +173,16 @@ def generate(
 def _complete(
     causal_lm: Any,
     task: GenerationTask,
+    shape: CacheShape | str,
     batching: str,
     cache_gib: float | None,
     cuda_graphs: bool,
     shared_prefixes: str,
 ) -> list[Completion]:
-    """Completes the prompts of a task on one of the two ways; see generate for the arguments."""
-    shape = "batching is 'padded'" if batching == "padded" else find_cache(causal_lm)
+    """Completes the prompts of a task on one of the two ways.
+
+    `shape` is the shape of the paged cache, or why there is none; see generate for the others.
+    """
     if not isinstance(shape, str):
         return complete_continuously(
             causal_lm, task, shape, cache_gib, cuda_graphs, shared_prefixes

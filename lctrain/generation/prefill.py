@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lctrain.attention.by_query import attend_by_query, attends_by_query
+from lctrain.attention.forward import is_batch_invariant, spec_of
+from lctrain.attention.spec import FlashSpec
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.pages import PAGE, PagePool
 from lctrain.transfer import upload
@@ -62,6 +65,7 @@ class PrefillStep:
             stored = [_slots(piece.pages, 0, piece.end) for piece in pieces]
             self._keys = upload(torch.cat(stored), device)
             lengths = [piece.end for piece in pieces]
+        self._lengths = (queries, lengths)
         begins = upload(_boundaries(queries), device)
         self._pack = checked_pack(
             begins,
@@ -91,6 +95,12 @@ class PrefillStep:
             store.index_copy_(0, self._slots, new)
         if self._keys is not None:
             k, v = (store.index_select(0, self._keys) for store in stores)
+        if is_batch_invariant(spec_of(module, FlashSpec)) and attends_by_query(
+            q, options["backend"]
+        ):
+            names = ("softmax_scale", "window_size", "learnable_sink")
+            chosen = {name: options[name] for name in names}
+            return attend_by_query(q, k, v, *self._lengths, chosen)[None]
         return flash_attn_pack_func(q, k, v, self._pack, causal=causal, **options)[0][None]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lctrain.generation.invariant_head import InvariantHead, logits_of
 from lctrain.generation.noise import KEYS, add_gumbel, draw_keys, token_numbers
 from lctrain.generation.nucleus import keep_top_p
 from lctrain.generation.options import SamplingOptions
@@ -27,12 +28,15 @@ class TokenChoice:
 
     Args:
         options: Filters of the logits.
+        head: Computes logits and log-probabilities from the scores, for a batch-invariant model;
+            None if the scores are logits.
 
     Attributes:
         reads_history: Whether the choice depends on the tokens before.
     """
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, head: InvariantHead | None = None) -> None:
+        self._head = head
         self._draws = options.temperature > 0
         self._temperature = float(options.temperature or 1)
         self._filters = _filters(options)
@@ -63,11 +67,12 @@ class TokenChoice:
         Args:
             history: Tokens that occurred in each row, in any order and number, [B, S] int64; None
                 if the choice does not depend on them.
-            scores: Logits of the next token, [B, V] float32.
+            scores: What CachedForward returned: logits of the next token, [B, V] floating point.
             keys: Keys of each row's draw, on the device of the scores.
         """
+        given, scores = scores, logits_of(self._head, scores)
         tempered = self._tempered(scores)
-        model = torch.log_softmax(tempered, -1)
+        model = torch.log_softmax(tempered, -1) if self._head is None else None
         if self._penalty is None:
             scores = tempered
         else:
@@ -79,6 +84,9 @@ class TokenChoice:
                 self._numbers = token_numbers(scores.shape[1], scores.device)
             scores = add_gumbel(scores, keys, self._numbers)
         tokens = scores.argmax(-1)
+        if model is None:
+            assert self._head is not None
+            return tokens, self._head.head.log_probs(given, tokens)
         return tokens, model.gather(-1, tokens[:, None])[:, 0]
 
     def _tempered(self, scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lctrain.attention.spec import ATTENTION_NAMES
-from lctrain.batch import PackedBatch
+from lctrain.batch import IGNORE_INDEX, PackedBatch
 from lctrain.generation.arguments import check_counts
 from lctrain.generation.options import Completion
 from lctrain.generation.token_choice import require_distributions
@@ -23,7 +23,11 @@ _Group = tuple[list[int], list[list[int]]]
 
 
 def completion_packs(
-    completions: Sequence[Completion], samples: int = 1, max_tokens: int = PACK_TOKENS
+    completions: Sequence[Completion],
+    samples: int = 1,
+    max_tokens: int = PACK_TOKENS,
+    *,
+    share_prompts: bool = True,
 ) -> list[PackedBatch]:
     """Returns the completions of a call of `generate` as packs of groups, to train on.
 
@@ -35,6 +39,8 @@ def completion_packs(
         samples: Completions of each prompt.
         max_tokens: Most tokens of a pack. The group of a prompt is not divided: one that is longer
             is a pack of its own.
+        share_prompts: Whether a prompt is computed once for its samples. If not, every sequence is
+            a document of its own, as a batch-invariant model needs it.
 
     Returns:
         Packs on the CPU, with the completions in their order; see PackedBatch.from_groups.
@@ -53,8 +59,13 @@ def completion_packs(
             f"completions must be samples={samples} per prompt, got {len(completions)}. Pass all "
             "completions of a call of generate, and its samples."
         )
-    packs = _divide([*_groups(completions, samples)], max_tokens)
-    return [PackedBatch.from_groups(groups) for groups in packs]
+    if not isinstance(share_prompts, bool):
+        raise ValueError(f"share_prompts must be True or False, got {share_prompts!r}.")
+    groups = [*_groups(completions, samples)]
+    if share_prompts:
+        return [PackedBatch.from_groups(pack) for pack in _divide(groups, max_tokens)]
+    alone = [(prompt, [one]) for prompt, members in groups for one in members]
+    return [_documents(pack) for pack in _divide(alone, max_tokens)]
 
 
 def require_trainer_pass(model: Any, temperature: float) -> None:
@@ -121,6 +132,13 @@ def _groups(completions: Sequence[Completion], samples: int) -> Iterator[_Group]
                 f"completions {first} to {first + samples - 1}. Pass the samples of the call."
             )
         yield group[0].prompt_ids, [one.token_ids for one in group]
+
+
+def _documents(groups: Sequence[_Group]) -> PackedBatch:
+    """Returns groups of one completion as documents, whose completions are trained on."""
+    documents = [[*prompt, *completion] for prompt, (completion,) in groups]
+    labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, (completion,) in groups]
+    return PackedBatch.from_documents(documents, labels=labels)
 
 
 def _divide(groups: Sequence[_Group], most: int) -> Iterator[list[_Group]]:

@@ -123,6 +123,7 @@ def _compute(
         bias=head.projection.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        batch_invariant=head.batch_invariant,
         reduction=reduction,
     )
     return loss

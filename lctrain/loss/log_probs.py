@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.batch import IGNORE_INDEX, PackedBatch
+from lctrain.batch_invariant import (
+    is_batch_invariant,
+    no_invariant_head,
+    require_batch_invariant,
+)
 from lctrain.distributed.gather import run_in_forward
 from lctrain.kernels import linear_cross_entropy
 from lctrain.loss.causal_lm import probe
@@ -80,6 +85,8 @@ def token_log_probs(
             gathered for the call.
     """
     require_batch(model, batch)
+    if is_batch_invariant(model):
+        require_batch_invariant(model)
     if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature must be above 0 and finite, got {temperature}. Use 1 to sample as is."
@@ -123,6 +130,8 @@ def _compute(
     """
     head = find_output_head(model, partial(probe, targets.device, True))
     if head is None:
+        if is_batch_invariant(model):
+            raise no_invariant_head(model)
         logits = model(**arguments)["logits"].flatten(0, 1)[trained]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         log_probs = logits.log_softmax(-1)
@@ -142,6 +151,7 @@ def _compute(
         bias=head.projection.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale / temperature,
+        batch_invariant=head.batch_invariant,
         reduction="none",
     )
     return -loss, _entropy(hidden, head, temperature) if entropy else None

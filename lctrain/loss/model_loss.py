@@ -234,6 +234,7 @@ def _fused_loss(
         bias=head.projection.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        batch_invariant=head.batch_invariant,
         ignore_index=ignore_index,
         reduction="mean" if divisor is None else "sum",
     )

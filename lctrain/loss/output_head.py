@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from lctrain.batch_invariant import BatchInvariantLinear, is_linear
 from lctrain.instances import require_instance
 from lctrain.loss.evaluation_mode import evaluation_mode
 from lctrain.module_hooks import has_hooks
@@ -46,6 +47,11 @@ class OutputHead:
     projection: nn.Linear
     softcap: float
     logit_scale: float
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the logits of a token must have the same bits in every batch."""
+        return type(self.projection) is BatchInvariantLinear
 
     def finish(self, projected: Tensor) -> Tensor:
         """Applies the scale and the soft cap to the output of `projection`, a tensor of any shape.
@@ -231,7 +237,7 @@ def _decoders(inner: Any) -> list[nn.Module]:
 
 def check_projection(projection: Any) -> None:
     """Raises an UnverifiedHeadError unless an output embedding is a plain nn.Linear."""
-    if type(projection) is not nn.Linear:
+    if not is_linear(projection):
         raise UnverifiedHeadError(
             f"its output embedding is a {type(projection).__name__}, not a torch.nn.Linear"
         )

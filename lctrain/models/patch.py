@@ -5,10 +5,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from lctrain.attention.spec import AttentionSpec, make_spec
+from lctrain.attention.spec import AttentionSpec, FlashSpec, make_spec
 from lctrain.instances import require_instance, require_sequence
 from lctrain.loss.model_loss import LossSwap
 from lctrain.models.attention_swap import AttentionSwap
+from lctrain.models.batch_invariant import BatchInvariantSwap
 from lctrain.models.fused import FusedSwap
 from lctrain.models.inputs import InputHook
 from lctrain.models.swap import Swap, Unpatchable, apply_all, undo_all
@@ -46,10 +47,11 @@ def patch_model(
             become one pack before the embeddings, and outputs become rows again, zero at padding.
             None means True for encoders that support it, and False for other models.
         **options: Options of the attention. Every attention has `dropout`, `deterministic` and
-            `backend` (see `lctrain.attention.AttentionSpec`). "flash" also has `sliding_window`
-            (see FlashSpec). "dual_chunk" also has `chunk_size`, `local_size`, `scale`,
-            `scale_coefficient` and `window` (see DualChunkSpec), whose defaults come from the
-            model's config.
+            `backend` (see `lctrain.attention.AttentionSpec`). "flash" also has `sliding_window`,
+            and `batch_invariant`, which gives a token the same bits in every batch and fuses
+            modules, too (see FlashSpec and the guide on generation). "dual_chunk" also has
+            `chunk_size`, `local_size`, `scale`, `scale_coefficient` and `window` (see
+            DualChunkSpec), whose defaults come from the model's config.
 
     Returns:
         A handle that lists the changes and undoes them. It is also a context manager, which undoes
@@ -67,8 +69,11 @@ def patch_model(
     _require_bools(fused=fused, loss=loss, **({} if unpad is None else {"unpad": unpad}))
     if unpad or (unpad is None and why_padded(model) is None):
         swaps.append(UnpadSwap(model))
-    if fused:
-        swaps.append(FusedSwap(model))
+    invariant = isinstance(spec, FlashSpec) and spec.batch_invariant
+    if fused or invariant:
+        swaps.append(fusion := FusedSwap(model))
+    if invariant:
+        swaps.append(BatchInvariantSwap(model, fusion, spec.dropout))
     if loss:
         swaps.append(LossSwap(model))
     return PatchHandle(model, swaps)

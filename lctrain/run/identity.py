@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "trainer.deterministic",
     "attention.backend",
     "attention.deterministic",
+    "attention.batch_invariant",
     # memory: results are the same to the bit, but not for another memory.mlp_tokens
     "memory.name",
     "memory.keep_attention",

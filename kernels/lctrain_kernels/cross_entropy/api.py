@@ -39,6 +39,7 @@ def linear_cross_entropy(
     adapter: tuple[Tensor, Tensor] | None = None,
     shard: VocabularyShard | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Returns the cross-entropy of `hidden @ weight.T` and `labels`, without storing all logits.
@@ -78,6 +79,8 @@ def linear_cross_entropy(
             `low @ up.T` is added to `hidden @ weight.T`.
         shard: Rows of the output embedding on this rank, if the vocabulary is divided over ranks.
         return_lse: Whether to also return the logsumexp of each token.
+        batch_invariant: Whether the bits of a token's loss depend on its own hidden state only, as
+            those of `batch_invariant_linear`. Without `adapter` and `shard`.
         backend: Implementation of the pass over the logits: "auto", "triton" or "pytorch".
 
     Returns:
@@ -97,6 +100,7 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, bias, reduction, adapter)
     _check_numbers(softcap, label_smoothing, z_loss, chunk_tokens, logits_bytes)
     _check_token_weights(token_weights, labels)
+    _check_batch_invariant(batch_invariant, adapter, shard)
     matmul_dtype = _matmul_dtype(hidden)
     call = FusedCall(hidden.device, matmul_dtype)
     backend = fused_backend("linear_cross_entropy", call, backend)
@@ -116,6 +120,7 @@ def linear_cross_entropy(
         group_name="" if shard is None else shard.group.group_name,
         chunk_tokens=chunk_tokens,
         matmul_dtype=matmul_dtype,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     low, up = (None, None) if adapter is None else adapter
@@ -208,6 +213,18 @@ def _check_token_weights(token_weights: Tensor | None, labels: Tensor) -> None:
         raise ValueError(
             "token_weights must be constant, got a tensor that requires a gradient. Detach it, or "
             "multiply the losses of reduction='none'."
+        )
+
+
+def _check_batch_invariant(
+    batch_invariant: bool, adapter: tuple[Tensor, Tensor] | None, shard: VocabularyShard | None
+) -> None:
+    if not isinstance(batch_invariant, bool):
+        raise ValueError(f"batch_invariant must be True or False, got {batch_invariant!r}.")
+    if batch_invariant and not (adapter is None and shard is None):
+        raise ValueError(
+            f"{'shard' if adapter is None else 'adapter'} must be None with batch_invariant=True, "
+            "whose product is one of whole rows. Merge the adapter, or gather the vocabulary."
         )
 
 

@@ -23,7 +23,13 @@ from lctrain_kernels.cross_entropy.products import (
     project,
     project_back,
 )
-from lctrain_kernels.cross_entropy.rows import NUM_STATISTICS, row_pass, scale_to, token_losses
+from lctrain_kernels.cross_entropy.rows import (
+    NUM_STATISTICS,
+    new_statistics,
+    row_pass,
+    scale_to,
+    token_losses,
+)
 from lctrain_kernels.cross_entropy.shard import reduce_statistics
 from lctrain_kernels.fused_operator import define_autograd, define_operator
 
@@ -134,10 +140,10 @@ def _sum_forward(
     """
     options = LossOptions(*rest)
     check_label_range(labels, options)
-    dtype = _accumulation_dtype(options.matmul_dtype, hidden)
+    dtype = accumulation_dtype(options.matmul_dtype, hidden)
     inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
     grads = _Gradients(inputs, needs, dtype)
-    statistics = hidden.new_empty(NUM_STATISTICS, hidden.shape[0], dtype=dtype)
+    statistics = new_statistics(hidden.shape[0], dtype, hidden.device, options.batch_invariant)
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk, logits, parts in _chunks(inputs, options):
             split = bool(options.group_name)
@@ -174,8 +180,8 @@ def _tokens_forward(
     """Returns the loss [T], the logsumexp [T] and the softmax statistics [4, T] of each token."""
     options = LossOptions(*rest)
     check_label_range(labels, options)
-    dtype = _accumulation_dtype(options.matmul_dtype, hidden)
-    statistics = hidden.new_empty(NUM_STATISTICS, hidden.shape[0], dtype=dtype)
+    dtype = accumulation_dtype(options.matmul_dtype, hidden)
+    statistics = new_statistics(hidden.shape[0], dtype, hidden.device, options.batch_invariant)
     inputs = [hidden, weight, bias, adapter_hidden, adapter_weight]
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk, logits, _ in _chunks(inputs, options):
@@ -266,7 +272,7 @@ def _chunks(inputs: list[Tensor | None], options: LossOptions) -> Any:
         logits = buffer[: chunk.stop - start]
         states = hidden[chunk].to(dtype)
         adapter = None if low is None or up is None else (low[chunk].to(dtype), up)
-        project(states, weight, adapter, logits)
+        project(states, weight, adapter, logits, options.batch_invariant)
         yield chunk, logits, (states, weight, adapter)
 
 
@@ -287,7 +293,8 @@ def check_label_range(labels: Tensor, options: LossOptions) -> None:
         )
 
 
-def _accumulation_dtype(matmul_dtype: torch.dtype, hidden: Tensor) -> torch.dtype:
+def accumulation_dtype(matmul_dtype: torch.dtype, hidden: Tensor) -> torch.dtype:
+    """Returns the dtype of sums over the logits, for products of a dtype and hidden states."""
     wide = torch.promote_types(matmul_dtype, hidden.dtype)
     return torch.promote_types(wide, torch.float32)
 
@@ -313,7 +320,7 @@ def _fake_grads(
 def _sum_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None,
               up: Tensor | None, labels: Tensor, token_weights: Tensor | None, needs: list[bool],
               *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = _accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
+    dtype = accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
     grads = _fake_grads([hidden, weight, bias, low, up], needs, dtype)
     return hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype), *grads
 
@@ -321,7 +328,7 @@ def _sum_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor |
 def _tokens_fake(
     hidden: Tensor, weight: Tensor, bias: Any, low: Any, up: Any, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
+    dtype = accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
     tokens = hidden.shape[0]
     loss = hidden.new_empty(tokens, dtype=dtype)
     return loss, torch.empty_like(loss), hidden.new_empty(NUM_STATISTICS, tokens, dtype=dtype)

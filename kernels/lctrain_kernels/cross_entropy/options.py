@@ -10,7 +10,7 @@ import torch
 SCHEMA = (
     "float softcap, float logit_scale, int ignore_index, float label_smoothing, float z_loss, "
     "int first_word, int num_words, str group_name, int chunk_tokens, ScalarType matmul_dtype, "
-    "str backend"
+    "bool batch_invariant, str backend"
 )
 """The fields of LossOptions as arguments of an operator."""
 
@@ -32,6 +32,7 @@ class LossOptions:
         group_name: Name of the process group that shares the vocabulary; "" if it is not divided.
         chunk_tokens: Number of tokens per chunk of logits.
         matmul_dtype: Dtype of the inputs of matrix products.
+        batch_invariant: Whether the bits of a token's loss depend on no other token.
         backend: Implementation: "triton" or "pytorch".
     """
 
@@ -45,6 +46,7 @@ class LossOptions:
     group_name: str
     chunk_tokens: int
     matmul_dtype: torch.dtype
+    batch_invariant: bool
     backend: str
 
     def arguments(self) -> tuple[Any, ...]:

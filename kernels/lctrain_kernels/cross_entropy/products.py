@@ -12,6 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
+from lctrain_kernels.linear.batch_invariant import product_into
+
 # Number of rows of a half-precision weight that are converted to float32 at a time, if the device
 # has no matrix product with half-precision inputs and a float32 result.
 VOCABULARY_BLOCK = 16384
@@ -40,12 +42,20 @@ def logits_buffer(
 
 
 def project(
-    hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None, out: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    adapter: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    batch_invariant: bool = False,
 ) -> None:
     """Computes the logits out [C, V] = hidden [C, E] @ weight [V, E].T of C tokens.
 
-    An adapter (low [C, R], up [V, R]) adds low @ up.T.
+    An adapter (low [C, R], up [V, R]) adds low @ up.T. With batch_invariant, the bits of a row
+    depend on no other row.
     """
+    if batch_invariant:
+        product_into(hidden, weight, None, out)
+        return
     _multiply(hidden, weight, out)
     if adapter is not None:
         low, up = adapter

@@ -18,6 +18,7 @@ from lctrain_kernels.registry import BACKWARD, FORWARD, implementation, implemen
 
 MAXIMUM, EXP_SUM, TARGET, LOGIT_SUM = range(4)
 NUM_STATISTICS = 4
+STATISTICS_MULTIPLE = 16
 SCALE_BLOCK = 4096
 HALF = (torch.bfloat16, torch.float16)
 
@@ -27,6 +28,20 @@ def _wide_products(call: FusedCall) -> str | None:
 
 
 _refuses = triton_refuses(_wide_products)
+
+
+def new_statistics(
+    rows: int, dtype: torch.dtype, device: torch.device, batch_invariant: bool
+) -> Tensor:
+    """Allocates the statistics of rows of logits, [4, rows].
+
+    With batch_invariant, the stride is a multiple of 16 for any number of rows, so that the Triton
+    kernel has one binary for all numbers.
+    """
+    width = rows
+    if batch_invariant:
+        width = -(-rows // STATISTICS_MULTIPLE) * STATISTICS_MULTIPLE
+    return torch.empty(NUM_STATISTICS, width, dtype=dtype, device=device)[:, :rows]
 
 
 def row_pass(
@@ -81,7 +96,10 @@ def _pytorch_row_pass(
     owned = (target >= 0) & (target < logits.shape[1])
     target = target.masked_fill(~owned, 0)[:, None]
     if not reads_statistics:
-        _find_statistics(z, target, owned, ignored, statistics, options)
+        if options.batch_invariant:
+            _find_row_by_row(logits, bias, target, owned, ignored, statistics, options)
+        else:
+            _find_statistics(z, target, owned, ignored, statistics, options)
     if writes_gradient:
         _write_gradient(
             logits, z, target, owned, ignored, statistics, token_grad, lse_grad, options
@@ -96,6 +114,12 @@ def token_losses(statistics: Tensor, labels: Tensor, options: LossOptions) -> tu
         labels: Token ids, [T] int64.
         options: Label smoothing, z-loss and ignore_index.
     """
+    if options.batch_invariant and options.backend == "pytorch" and len(labels) > 1:
+        parts = [
+            token_losses(statistics[:, i : i + 1].clone(), labels[i : i + 1].clone(), options)
+            for i in range(len(labels))
+        ]
+        return torch.cat([loss for loss, _ in parts]), torch.cat([lse for _, lse in parts])
     m, exp_sum, target, logit_sum = statistics
     log_sum = exp_sum.log()
     lse = m + log_sum
@@ -166,6 +190,24 @@ def _find_statistics(
     statistics[TARGET] = z.gather(1, target)[:, 0].masked_fill(~owned, 0.0)
     statistics[LOGIT_SUM] = z.sum(dim=-1) if options.label_smoothing > 0.0 else 0.0
     statistics.masked_fill_(ignored, 0.0)
+
+
+def _find_row_by_row(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    owned: Tensor,
+    ignored: Tensor,
+    statistics: Tensor,
+    options: LossOptions,
+) -> None:
+    """Writes the statistics of every row of logits [C, V], each computed from this row alone."""
+    for row in range(len(logits)):
+        part = slice(row, row + 1)
+        found = new_statistics(1, statistics.dtype, statistics.device, True)
+        z = finish_logits(logits[part].contiguous(), bias, options)
+        _find_statistics(z, target[part], owned[part], ignored[part], found, options)
+        statistics[:, part] = found
 
 
 def _write_gradient(

@@ -1,5 +1,5 @@
-"""Linear layers whose additions (of gradients, of the residual) happen inside matrix products."""
+"""Linear layers: additions inside matrix products, and bits that do not depend on the batch."""
 
-from lctrain_kernels.linear.api import linear_add, merged_linear
+from lctrain_kernels.linear.api import batch_invariant_linear, linear_add, merged_linear
 
-__all__ = ["linear_add", "merged_linear"]
+__all__ = ["batch_invariant_linear", "linear_add", "merged_linear"]

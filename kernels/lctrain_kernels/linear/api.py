@@ -1,4 +1,4 @@
-"""Public linear functions merged_linear and linear_add: argument checks and autocast."""
+"""Public linear functions: argument checks and autocast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from lctrain_kernels.autocast import autocast_dtype
 from lctrain_kernels.checks import require_tensors
+from lctrain_kernels.linear.batch_invariant import BatchInvariantLinear
 from lctrain_kernels.linear.merged import MergedLinear
 
 
@@ -68,6 +69,47 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         )
     rows = residual.reshape(-1, shape[-1])
     return torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.t()).view(shape)
+
+
+@torch._disable_dynamo
+def batch_invariant_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Returns `x @ weight.T + bias`; the bits of a row depend on this row and the weight only.
+
+    A row has the same bits alone, in any batch and at any position. So a model can give a token the
+    same bits in a decode step and in a training forward. One Triton kernel sums every row in one
+    order; on a CPU, every row is a product of its own. The gradients are those of
+    torch.nn.functional.linear, by PyTorch's products. Under autocast the arguments are cast to
+    autocast's dtype. torch.compile breaks its graph here.
+
+    Args:
+        x: Inputs [..., K], floating point.
+        weight: Weight [N, K], in the dtype of x.
+        bias: Bias [N] in the dtype of x, or None.
+        backend: Implementation: "auto", "triton" or "pytorch".
+
+    Returns:
+        [..., N], in the dtype of x.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, or `backend` does not serve them.
+    """
+    require_tensors(x=x, weight=weight)
+    if bias is None:
+        x, weight = _cast(x, weight)
+    else:
+        require_tensors(bias=bias)
+        x, weight, bias = _cast(x, weight, bias)
+    _check(x, weight)
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise ValueError(
+            f"bias must be {x.dtype} of shape ({weight.shape[0]},), got {bias.dtype} of shape "
+            f"{tuple(bias.shape)}. Pass the bias of the same linear layer."
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    out = BatchInvariantLinear.apply(rows, weight, bias, backend)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:

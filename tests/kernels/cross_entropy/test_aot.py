@@ -18,7 +18,7 @@ def test_variants_are_what_is_launched(name, everything, dtype, monkeypatch):
     logits = torch.zeros(4, 64, dtype=DTYPES[dtype])
     reads, writes = aot.PASSES[name]
     part = 0.1 if everything else 0.0
-    options = LossOptions(part, 1.0, -100, part, 0.0, 0, 64, "", 4, logits.dtype, "triton")
+    options = LossOptions(part, 1.0, -100, part, 0.0, 0, 64, "", 4, logits.dtype, False, "triton")
     grad = torch.ones(4) if reads else None
     rows.row_pass(
         logits,

@@ -1,0 +1,58 @@
+"""attend_by_query: causal attention in PyTorch whose bits of a query depend on its keys only.
+
+PyTorch's path multiplies many queries at once, in an order that depends on their number. Here every
+query is a call of its own. It is the path of CPUs for batch-invariant models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attends_by_query(q: Tensor, backend: str) -> bool:
+    """Returns whether the kernels' PyTorch path would compute the attention of q [T, H, D]."""
+    from lctrain.kernels import select_backend
+
+    serving = select_backend(q.device, q.dtype, backend, head_dim=q.shape[-1], warn=False)
+    return serving == "pytorch"
+
+
+def attend_by_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    options: dict[str, Any],
+) -> Tensor:
+    """Returns the causal attention of packed documents, [T, H, D], one query at a time.
+
+    Args:
+        q: Queries [T, H, D].
+        k: Keys [Tk, Hk, D].
+        v: Values [Tk, Hk, D].
+        lengths_q: Queries of each document, its last ones.
+        lengths_k: Keys of each document.
+        options: Keyword arguments of flash_attn_varlen_func: scale, window and sink.
+    """
+    from lctrain.kernels import flash_attn_varlen_func
+
+    options = {**options, "backend": "pytorch"}
+    one = torch.tensor([0, 1], dtype=torch.int32, device=q.device)
+    outs, query, first = [], 0, 0
+    for queries, keys in zip(lengths_q, lengths_k, strict=True):
+        for seen in range(keys - queries + 1, keys + 1):
+            cu_seqlens_k = torch.tensor([0, seen], dtype=torch.int32, device=q.device)
+            rows = (q[query : query + 1], k[first : first + seen], v[first : first + seen])
+            out = flash_attn_varlen_func(
+                *(x.clone() for x in rows), one, cu_seqlens_k, 1, seen, causal=True, **options
+            )
+            assert isinstance(out, Tensor)
+            outs.append(out)
+            query += 1
+        first += keys
+    return torch.cat(outs) if outs else torch.zeros_like(q)
