@@ -5,12 +5,12 @@
 
 The weights are random. The contenders are lctrain's continuous batching with CUDA graphs, the same
 with tokens that are drawn by temperature and top-p, the same with a host that reads the tokens of a
-step before it launches the next one, and without graphs; and, on an unpatched model with SDPA,
-transformers' generate on a padded batch and its generate_batch. Contenders of transformers complete
---peer-tokens tokens; their time for all tokens is projected with the median step. The floor is the
-time to read the weights and the keys and values of all steps at --bandwidth; that of prefills is
-the time of their products at --flops. A further case has one request and a model of 135M
-parameters. The record is saved after every result.
+step before it launches the next one, without graphs, and with batch_invariant=True; and, on an
+unpatched model with SDPA, transformers' generate on a padded batch and its generate_batch.
+Contenders of transformers complete --peer-tokens tokens; their time for all tokens is projected
+with the median step. The floor is the time to read the weights and the keys and values of all steps
+at --bandwidth; that of prefills is the time of their products at --flops. A further case has one
+request and a model of 135M parameters. The record is saved after every result.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lctrain.bench.generation_runs import (
 )
 from lctrain.bench.generation_yardsticks import (
     floor_seconds,
+    forward_seconds,
     log_prob_difference,
     make_prompts,
     prefill_flops,
@@ -48,7 +49,7 @@ from lctrain_kernels.bench.run import new_record
 from lctrain_kernels.strict_json import write_json
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
-CONTENDERS = ("graphs", "sampled", "waiting", "eager", "padded", "generate_batch")
+CONTENDERS = ("graphs", "sampled", "waiting", "eager", "invariant", "padded", "generate_batch")
 COMPARED = 8
 """Completions whose log-probabilities are compared with a training forward."""
 
@@ -98,6 +99,9 @@ class Bench:
                     case, "waiting", partial(self._varied, case, model, prompts, "waiting")
                 )
                 self._measure(case, "eager", partial(self._repeated, case, model, prompts))
+            if "invariant" in options.contenders:
+                with patch_model(model, batch_invariant=True):
+                    self._measure(case, "invariant", partial(self._invariant, case, model, prompts))
         peer = min(options.peer_tokens, options.new_tokens)
         for case, model, prompts in cases:
             self._measure(case, "padded", partial(run_padded, model, prompts, peer))
@@ -134,7 +138,20 @@ class Bench:
         run_continuous(model, prompts, min(FEW, case["new_tokens"]), True)  # compiles
         figures, found = run_continuous(model, prompts, case["new_tokens"], True)
         case["log_prob_difference"] = log_prob_difference(model, found[:COMPARED])
+        case["forward_seconds"] = forward_seconds(model, found[:COMPARED])
         self._tokens = [one.token_ids for one in found]
+        return figures
+
+    def _invariant(
+        self, case: dict[str, Any], model: Any, prompts: list[list[int]]
+    ) -> dict[str, Any]:
+        """Runs lctrain with CUDA graphs on a batch-invariant model, as _compared does."""
+        run_continuous(model, prompts, min(FEW, case["new_tokens"]), True)
+        figures, found = run_continuous(model, prompts, case["new_tokens"], True)
+        case["batch_invariant"] = {
+            "log_prob_difference": log_prob_difference(model, found[:COMPARED]),
+            "forward_seconds": forward_seconds(model, found[:COMPARED]),
+        }
         return figures
 
     def _varied(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import torch
 
 from lctrain.batch import PackedBatch
 from lctrain.bench.shapes import ModelShape
+from lctrain.generation import completion_packs
 from lctrain.generation.options import Completion
 from lctrain.loss import token_log_probs
 
@@ -69,12 +73,33 @@ def log_prob_difference(model: Any, completions: Sequence[Completion]) -> dict[s
         model: The patched model.
         completions: Completions of the model.
     """
-    device = next(model.parameters()).device
-    documents = [torch.tensor([*c.prompt_ids, *c.token_ids]) for c in completions]
-    labels = [torch.tensor([-100] * len(c.prompt_ids) + c.token_ids) for c in completions]
-    batch = PackedBatch.from_documents(documents, labels=labels).to(device)
+    batch = _pack(model, completions)
     with torch.no_grad():
         trained = token_log_probs(model, batch).log_probs.float().cpu()
     rollout = torch.tensor([x for one in completions for x in one.log_probs])
     apart = (rollout - trained).abs()
     return {"mean": float(apart.mean()), "largest": float(apart.max()), "tokens": len(apart)}
+
+
+def forward_seconds(model: Any, completions: Sequence[Completion], rounds: int = 3) -> float:
+    """Returns the median seconds of a packed training forward of completions, without gradients.
+
+    Args:
+        model: The patched model, which has run such a forward before.
+        completions: Completions of the model.
+        rounds: Number of forwards.
+    """
+    batch = _pack(model, completions)
+    times = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            start = time.perf_counter()
+            token_log_probs(model, batch).log_probs.sum().item()  # waits for the forward
+            times.append(time.perf_counter() - start)
+    return round(median(times), 6)
+
+
+def _pack(model: Any, completions: Sequence[Completion]) -> PackedBatch:
+    """Returns completions as documents of one pack, on the model's device."""
+    (pack,) = completion_packs(completions, max_tokens=sys.maxsize, share_prompts=False)
+    return pack.to(next(model.parameters()).device)

@@ -19,7 +19,7 @@ from lctrain.bench.generation_yardsticks import (
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
 from tests.numerics import near
 
-NAMES = "graphs,sampled,waiting,eager,padded"
+NAMES = "graphs,sampled,waiting,eager,invariant,padded"
 SIZES = ["--requests", "3", "--shortest", "20", "--longest", "70", "--new-tokens", "10"]
 
 
@@ -40,13 +40,20 @@ def test_a_trial_measures_every_case(tmp_path):
     assert [case["requests"] for case in cases.values()] == [3, 1]
     for case in cases.values():
         assert list(case["results"]) == NAMES.split(",")
-        assert [one["new_tokens"] for one in case["results"].values()] == [10, 10, 10, 10, 9]
+        assert [one["new_tokens"] for one in case["results"].values()] == [10, 10, 10, 10, 10, 9]
         assert all(
             one["share_of_floors"] >= one["share_of_floor"] for one in case["results"].values()
         )
         assert all(one["tokens_per_s"] > 0 for one in case["results"].values())
         assert case["log_prob_difference"]["tokens"] == 10 * case["requests"]
         assert case["equal_completions"] == case["requests"]
+        invariant = case["batch_invariant"]
+        assert invariant["log_prob_difference"] == {
+            "mean": 0.0,
+            "largest": 0.0,
+            "tokens": 10 * case["requests"],
+        }
+        assert case["forward_seconds"] > 0 < invariant["forward_seconds"]
 
 
 def test_the_difference_is_that_of_the_log_probs(patched_tiny):

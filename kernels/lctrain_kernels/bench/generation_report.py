@@ -12,6 +12,7 @@ TITLES = {
     "sampled": "the same, temperature and top-p",
     "waiting": "the same, greedy, the host waits for every token",
     "eager": "`lctrain.generate`, no graphs",
+    "invariant": "`lctrain.generate`, CUDA graphs, `batch_invariant=True`",
     "padded": "transformers' `generate`, a padded batch, SDPA",
     "generate_batch": "transformers' `generate_batch`, SDPA",
 }
@@ -71,5 +72,14 @@ def generation_table(record: Mapping[str, Any]) -> str:
                 f"Log-probabilities of {difference['tokens']:,} generated tokens differ from those "
                 f"of a packed training forward by {difference['mean']:.1e} nats on average, and by "
                 f"{difference['largest']:.1e} at most.",
+            ]
+        if invariant := case.get("batch_invariant"):
+            difference = invariant["log_prob_difference"]
+            ratio = invariant["forward_seconds"] / case["forward_seconds"]
+            lines += [
+                "",
+                f"With `batch_invariant=True`, {difference['tokens']:,} of them differ by "
+                f"{difference['mean']:.1e} nats on average, and by {difference['largest']:.1e} at "
+                f"most. The training forward of these completions takes {ratio:.2f} times as long.",
             ]
     return "\n".join([*lines, ""])
