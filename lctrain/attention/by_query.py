@@ -47,9 +47,16 @@ def attend_by_query(
     for queries, keys in zip(lengths_q, lengths_k, strict=True):
         for seen in range(keys - queries + 1, keys + 1):
             cu_seqlens_k = torch.tensor([0, seen], dtype=torch.int32, device=q.device)
-            rows = (q[query : query + 1], k[first : first + seen], v[first : first + seen])
             out = flash_attn_varlen_func(
-                *(x.clone() for x in rows), one, cu_seqlens_k, 1, seen, causal=True, **options
+                q[query : query + 1].clone(),
+                k[first : first + seen].clone(),
+                v[first : first + seen].clone(),
+                one,
+                cu_seqlens_k,
+                1,
+                seen,
+                causal=True,
+                **options,
             )
             assert isinstance(out, Tensor)
             outs.append(out)

@@ -150,7 +150,9 @@ class BatchInvariantSwap:
         for name, layer in layers.items():
             if not _attends_like_llama(own.get(layer, type(layer))):
                 yield name, layer, "an attention layer of another kind"
-        blocks = [m for m in model.modules() if isinstance(m, fused_modules.ResidualLayer)]
+        blocks: list[Any] = [
+            one for one in model.modules() if isinstance(one, fused_modules.ResidualLayer)
+        ]
         if len(blocks) != len(layers):
             yield "", model, "whose decoder layers are not all Llama's"
         activations = {getattr(block.mlp, "act_fn", None) for block in blocks}
