@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lctrain.batch import PackedBatch
 from lctrain.memory.alike import structure
 from lctrain.memory.attention import KeptResults
+from lctrain.memory.experts import elements, experts_per_token, group_experts
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.optimizer import ADAMW, optimizer_bytes
 from lctrain.memory.quantized import weight_bytes
@@ -136,6 +137,7 @@ def profile(
     """
     weights, dequantized = weight_bytes(model, quantize)
     model = skeleton(model).train()
+    group_experts(model)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder = inner.base_model if hasattr(inner, "base_model") else inner
     if precision == "bf16-mixed":
@@ -157,10 +159,10 @@ def profile(
             f"values: {str(error).splitlines()[0]} Patch it by lctrain.patch_model "
             "before it is planned."
         ) from error
-    tiled = 0
+    tiled = 0.0
     if mlp_tokens is not None and mlp_tokens < tokens and run.repeats_mlps:
-        tiled = sum(_matrix_elements(layer.mlp) for layer in layers if hasattr(layer, "mlp"))
-    head = _head_weight(inner)
+        tiled = sum(elements(layer.mlp) for layer in layers if hasattr(layer, "mlp"))
+    head, chosen = _head_weight(inner), experts_per_token(inner.config)
     dtype = next(layers[0].parameters()).dtype
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))
@@ -188,8 +190,11 @@ def profile(
         loss=_loss_bytes(inner, tokens, precision),
         # q k and p v take 2 operations for each of T^2 / 2 pairs and each column.
         attention_operations=2 * tokens * sum(x.outputs for x in run.layers) / len(layers),
-        other_operations=2 * tokens * sum(map(_matrix_elements, layers)) / len(layers),
-        trained_operations=2 * tokens * sum(map(_trained_elements, layers)) / len(layers),
+        other_operations=2 * tokens * sum(elements(x, chosen) for x in layers) / len(layers),
+        trained_operations=2
+        * tokens
+        * sum(elements(x, chosen, True) for x in layers)
+        / len(layers),
         tile_operations=2 * tokens * tiled / len(layers),
         head_operations=2 * tokens * _head_passes(head) * (0 if head is None else head.numel()),
         head_dim=max(layer.head_dim for layer in run.layers),
@@ -302,11 +307,16 @@ class _Run:
                 with recording, self._precision():
                     return layer(*args, **named)
             self._casts = {}
-            self._open("backward", index)
+            if self._last is None or self._last[:2] != ("backward", index):
+                self._open("backward", index)
             with self._precision(), self._watched(self._modules[index]):
                 return layer(*args, **named)
 
         found = checkpoint(call, *given, use_reentrant=False, **options)
+        out = found[0] if isinstance(found, tuple) else found
+        if isinstance(out, Tensor) and out.requires_grad:
+            # A layer's backward may begin before its recomputation, as that of a sum over experts.
+            out.register_hook(lambda _: self._open("backward", index))
         sizes = [size for call in results.calls for size in call]
         measured.attention = sum(size for size, _, _ in sizes)
         measured.outputs = sum(elements for _, elements, _ in sizes)
@@ -378,16 +388,6 @@ def _head_weight(inner: Any) -> Tensor | None:
 def _head_passes(weight: Tensor | None) -> int:
     """Returns the number of matrix products of the loss with the output projection."""
     return 3 if weight is not None and weight.requires_grad else 2
-
-
-def _trained_elements(layer: nn.Module) -> int:
-    """Returns the number of elements of all trained matrices of a layer."""
-    return sum(p.numel() for p in layer.parameters() if p.dim() == 2 and p.requires_grad)
-
-
-def _matrix_elements(layer: nn.Module) -> int:
-    """Returns the number of elements of all matrices of a layer."""
-    return sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
 
 
 def _outputs(result: Tensor) -> tuple[int, int]:

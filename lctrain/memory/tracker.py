@@ -13,12 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lctrain.memory.experts import grouped_product
 from lctrain.memory.quantized import is_quantized, make_dense
 
 _BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differential_backward": 2}
 """Attention's backward operators -> tensors of the size of q that they accumulate in float32."""
 _BY_HEAD = frozenset(("varlen_backward", "dual_chunk_backward"))
 """Backward operators that can run one key/value head at a time."""
+_GROUPED = torch.ops.aten._grouped_mm.default
 
 
 class Tracker(TorchDispatchMode):
@@ -50,7 +52,10 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        if func is _GROUPED and args[0].is_meta:  # takes bfloat16 only on the meta device
+            found: Any = grouped_product(*args[:3])
+        else:
+            found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
