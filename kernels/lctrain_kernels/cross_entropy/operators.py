@@ -24,7 +24,6 @@ from lctrain_kernels.cross_entropy.products import (
     project_back,
 )
 from lctrain_kernels.cross_entropy.rows import (
-    NUM_STATISTICS,
     new_statistics,
     row_pass,
     scale_to,
@@ -328,10 +327,12 @@ def _sum_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor |
 def _tokens_fake(
     hidden: Tensor, weight: Tensor, bias: Any, low: Any, up: Any, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(LossOptions(*rest).matmul_dtype, hidden)
+    options = LossOptions(*rest)
+    dtype = accumulation_dtype(options.matmul_dtype, hidden)
     tokens = hidden.shape[0]
     loss = hidden.new_empty(tokens, dtype=dtype)
-    return loss, torch.empty_like(loss), hidden.new_empty(NUM_STATISTICS, tokens, dtype=dtype)
+    statistics = new_statistics(tokens, dtype, hidden.device, options.batch_invariant)
+    return loss, torch.empty_like(loss), statistics
 
 
 def _tokens_backward_fake(

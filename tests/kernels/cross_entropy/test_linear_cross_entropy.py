@@ -281,10 +281,12 @@ def test_compiled_graph_has_no_break() -> None:
         assert torch.equal(tensor, other)
 
 
-def test_operators_satisfy_the_rules_of_torch_library() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_operators_satisfy_the_rules_of_torch_library(batch_invariant) -> None:
     hidden, weight, bias, labels = make_inputs(torch.float32, bias=True)
     tensors = (hidden, weight.requires_grad_(), bias, None, None, labels)
-    options = (3.0, 0.5, -100, 0.1, 0.01, 0, VOCABULARY, "", 8, torch.float32, "pytorch")
+    options = (3.0, 0.5, -100, 0.1, 0.01, 0, VOCABULARY, "", 8, torch.float32)
+    options = (*options, batch_invariant, "pytorch")
     needs = [False, True, False, False, False]
     opcheck = torch.library.opcheck
     opcheck(torch.ops.lctrain.linear_cross_entropy_sum.default, (*tensors, None, needs, *options))
