@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,3 +160,25 @@ def make_llama():
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture
+def ordered_products(monkeypatch):
+    """Fixture: Triton's interpreter sums each element of a product of tiles in one order.
+
+    It multiplies by NumPy's BLAS, whose order depends on the place of a row in a tile. That of a
+    GPU's matrix instructions does not.
+    """
+    matmul = np.matmul
+
+    def ordered(a, b, dtype=None, **options):
+        if a.ndim != 2 or b.ndim != 2 or options:
+            return matmul(a, b, dtype=dtype, **options)
+        dtype = np.result_type(a, b) if dtype is None else dtype
+        out = np.zeros((a.shape[0], b.shape[1]), dtype)
+        with np.errstate(all="ignore"):
+            for k in range(a.shape[1]):
+                out += a[:, k, None].astype(dtype) * b[k, None, :].astype(dtype)
+        return out
+
+    monkeypatch.setattr(np, "matmul", ordered)

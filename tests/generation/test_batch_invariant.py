@@ -7,18 +7,20 @@ import lctrain
 from lctrain.batch import PackedBatch
 from lctrain.generation import completion_packs, prefill
 from lctrain.loss import policy_loss, token_log_probs
+from lctrain_kernels import fused_backend
 from tests.numerics import assert_errors_at_most_twice
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3], [4] * 20, [5, 6, 7, 8, 9]]
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2}
+SIZES["tie_word_embeddings"] = False
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def make_model(family, head_dim=16):
+def make_model(family, head_dim=16, layers=2):
     """Returns a tiny model in eval mode without an end token."""
     import transformers
 
-    sizes = SIZES | HEADS | {"head_dim": head_dim, "tie_word_embeddings": False}
+    sizes = SIZES | HEADS | {"head_dim": head_dim, "num_hidden_layers": layers}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -74,6 +76,25 @@ def test_rollouts_have_the_trainers_bits(family, dtype, temperature, lora, monke
         alone = lctrain.generate(model, PROMPTS[3:4], max_new_tokens=5, temperature=0)
         beside = lctrain.generate(model, PROMPTS, max_new_tokens=5, temperature=0)
         assert alone[0] == beside[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_the_kernels_of_a_gpu_have_the_trainers_bits(family, monkeypatch, ordered_products):
+    """All kernels under Triton's interpreter: products, norms, RoPE, attention, pages, losses."""
+    choose = fused_backend._choose
+
+    def triton_first(operation, call, backend):
+        serves = fused_backend.refusal_of(operation, "triton", call) is None
+        return choose(operation, call, "triton" if backend == "auto" and serves else backend)
+
+    monkeypatch.setattr(fused_backend, "_choose", triton_first)
+    monkeypatch.setattr(prefill.prefill, "__defaults__", (6,))
+    model = make_model(family, layers=1).half()
+    lctrain.patch_model(model, batch_invariant=True, backend="triton")
+    prompts = [[5, 6, 7, 8], [3], [4] * 14]
+    found = lctrain.generate(model, prompts, max_new_tokens=3, temperature=0.7, batch_size=2)
+    assert torch.equal(flat(found), trained(model, found, 1, 0.7).detach())
 
 
 def test_the_first_ratio_is_one():

@@ -1,6 +1,5 @@
 """Fixtures for the kernel tests."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -35,25 +34,3 @@ def no_synchronisation(device):
             torch.cuda.set_sync_debug_mode("default")
 
     return Guard
-
-
-@pytest.fixture
-def ordered_products(monkeypatch):
-    """Fixture: Triton's interpreter sums each element of a product of tiles in one order.
-
-    It multiplies by NumPy's BLAS, whose order depends on the place of a row in a tile. That of a
-    GPU's matrix instructions does not.
-    """
-    matmul = np.matmul
-
-    def ordered(a, b, dtype=None, **options):
-        if a.ndim != 2 or b.ndim != 2 or options:
-            return matmul(a, b, dtype=dtype, **options)
-        dtype = np.result_type(a, b) if dtype is None else dtype
-        out = np.zeros((a.shape[0], b.shape[1]), dtype)
-        with np.errstate(all="ignore"):
-            for k in range(a.shape[1]):
-                out += a[:, k, None].astype(dtype) * b[k, None, :].astype(dtype)
-        return out
-
-    monkeypatch.setattr(np, "matmul", ordered)
