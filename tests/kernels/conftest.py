@@ -1,5 +1,6 @@
 """Fixtures for the kernel tests."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,3 +35,23 @@ def no_synchronisation(device):
             torch.cuda.set_sync_debug_mode("default")
 
     return Guard
+
+
+@pytest.fixture
+def products_of_any_tile(device, monkeypatch):
+    """Fixture: a matrix product of Triton's interpreter does not depend on the shape of its tile.
+
+    A BLAS adds the terms of an entry in an order that depends on the shape and on the entry's place
+    in the tile; a GPU does not. Here products of 16-bit floats are added in float64, which holds
+    their sums exactly, and rounded to float32 once.
+    """
+    if device.type != "cpu":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *options):
+        assert a.data.dtype == b.data.dtype == np.float16
+        product = a.data.astype(np.float64) @ b.data.astype(np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

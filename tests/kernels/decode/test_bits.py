@@ -11,7 +11,6 @@ from lctrain.kernels import (
 )
 from tests.kernels.decode.kvcache import KVCase, make_kv
 from tests.kernels.oracle import cumulative
-from tests.numerics import near_roundings
 
 HEADS, HEADS_K, HEAD_DIM = 4, 2, 16
 
@@ -88,10 +87,10 @@ def test_batches_pages_and_padding_change_no_bit(tokens, split, device):
     assert torch.equal(padded, batch)
 
 
-def test_exact_has_the_bits_of_the_training_forward(tokens, device):
+def test_exact_has_the_bits_of_the_training_forward(tokens, device, products_of_any_tile):
     """A request's queries, one at a time and all at once, beside a pack of the same documents."""
-    # Elementary functions may depend on a place in a vector: no tanh, and lse is near on a CPU.
-    lengths, options = (100, 41), {"window_size": (60, 0)}
+    softcap = 3.0 if device.type == "cpu" else 0.0  # on a GPU only equal up to rounding
+    lengths, options = (100, 41), {"window_size": (60, 0), "softcap": softcap}
     cu = cumulative(lengths, device)
     pack = [torch.cat([x[i, :n] for i, n in enumerate(lengths)]) for x in tokens]
     trained, lse = flash_attn_varlen_func(
@@ -104,10 +103,7 @@ def test_exact_has_the_bits_of_the_training_forward(tokens, device):
         q, k, v = (x[request : request + 1, :length] for x in tokens)
         found = flash_attn_with_kvcache(q, k.clone(), v.clone(), cache_seqlens=length, **options)
         assert torch.equal(found[0][0], trained[begin : begin + length])
-        part = lse[:, begin : begin + length]
-        assert found[1][0].flatten().tolist() == near_roundings(part.flatten().tolist(), 4)
-        if device.type == "cuda":
-            assert torch.equal(found[1][0], part)
+        assert torch.equal(found[1][0], lse[:, begin : begin + length])
         for place in (0, length - 1):
             found = flash_attn_with_kvcache(
                 q[:, place : place + 1], k.clone(), v.clone(), cache_seqlens=place + 1, **options
