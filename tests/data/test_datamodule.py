@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from lctrain.data import JsonlSource, PackedDataModule, TextSource
 from lctrain.data.tokenizer import END_TOKEN
-from lctrain.warn import forget_logged
 
 
 def as_rank(data: PackedDataModule, rank: int, world_size: int) -> PackedDataModule:
@@ -197,7 +196,6 @@ def test_a_tokenizer_object_is_used(make_data, data):
 
 def test_a_tokenizer_without_an_end_token_is_used_with_a_warning(make_data, data, caplog):
     bare = PreTrainedTokenizerFast(tokenizer_object=data.tokenizer.backend_tokenizer)
-    forget_logged()
     module = make_data(tokenizer=bare, passkey_fraction=0.5)
     module.setup()
     assert "has no end token: documents end without one" in caplog.text

@@ -7,7 +7,6 @@ import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from lctrain.data.documents import TokenStore, read_documents
-from lctrain.warn import forget_logged
 
 TEXTS = [f"text {number}" for number in range(400)]
 
@@ -115,7 +114,6 @@ def test_token_store_pickles_for_spawned_workers(store):
     ],
 )
 def test_the_end_of_a_single_text_is_held_out(text, fraction, beginning, end, caplog):
-    forget_logged()
     train, held_out = read_documents(Dataset.from_dict({"text": [text, text, ""]}), "t").split(
         fraction
     )

@@ -2,7 +2,6 @@
 
 from lctrain.data import TextSource
 from lctrain.data.tokenizer import END_TOKEN
-from lctrain.warn import forget_logged
 
 
 def test_one_long_file_leaves_something_to_hold_out(make_data, tmp_path):
@@ -16,7 +15,6 @@ def test_one_long_file_leaves_something_to_hold_out(make_data, tmp_path):
 
 
 def test_files_on_both_sides_are_counted_in_a_warning(make_data, corpus, caplog):
-    forget_logged()
     source = TextSource(files=f"{corpus}/*.txt", held_out_files=f"{corpus}/0*.txt")
     make_data(source=source).setup()
     assert "10 of 10 held-out documents are in the training data, too" in caplog.text

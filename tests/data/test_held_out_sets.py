@@ -10,7 +10,6 @@ import torch
 from lctrain import PackedBatch, train
 from lctrain.data import PackedDataModule
 from lctrain.module import LongContextModule
-from lctrain.warn import forget_logged
 from tests.numerics import as_float32, near
 from tests.training import loader, make_trainer
 
@@ -62,7 +61,6 @@ def test_loaders_of_the_users_do_not_get_the_names_of_the_sets(tmp_path, make_ll
 
 def test_held_out_token_ids_that_are_trained_on_are_counted_in_a_warning(caplog):
     sets = {"code": [*DOCUMENTS[:2], [9, 8, 7]], "news": SETS["news"]}
-    forget_logged()
     data = PackedDataModule(DOCUMENTS, held_out=sets, max_tokens=12, held_out_fraction=0.0)
     data.setup()
     (message,) = [text for text in caplog.messages if "in the training data, too" in text]

@@ -19,7 +19,6 @@ from lctrain.data import (
 from lctrain.data.dataset import DatasetTokens
 from lctrain.data.mixed_rows import MixedPart, mix_rows, repeats_of
 from lctrain.eval.documents import evaluation_documents
-from lctrain.warn import forget_logged
 from tests.numerics import near
 
 
@@ -200,7 +199,6 @@ def test_held_out_documents_that_another_source_trains_on_are_counted(own_files,
     if own_files:
         small["held_out_files"] = [f"{tmp_path}/0[2-4].txt"]
     large = {"kind": "text", "name": "large", "files": [f"{tmp_path}/*.txt"]}
-    forget_logged()
     PackedDataModule(
         SourceMix(sources=[small, large]), max_tokens=64, vocab_size=300, held_out_fraction=0.001,
         cache_dir=tmp_path / "cache",

@@ -148,9 +148,6 @@ FAULTY = [
 
 
 def test_faults_are_counted_with_file_and_line(data, write, caplog):
-    from lctrain.warn import forget_logged
-
-    forget_logged()
     path = write("a.jsonl", FAULTY)
     module = data(path, settings={"held_out_fraction": 0.0})
     assert module.packing_report.documents == 2

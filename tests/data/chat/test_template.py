@@ -68,7 +68,6 @@ def test_what_a_template_leaves_out_is_named(tokenizer_of, name):
 
 
 def test_a_warning_names_what_is_left_out(tokenizer_of, tmp_path, caplog):
-    forget_logged()
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(CASES[c]) for c in ("system", "system, then a question")))
     settings = {"max_tokens": 256, "cache_dir": tmp_path, "held_out_fraction": 0.0}
@@ -185,7 +184,6 @@ def test_special_tokens_in_tools_and_calls_stay_text(tokenizer_of, train_on):
 
 
 def test_a_held_out_part_without_a_usable_conversation(tokenizer_of, tmp_path, caplog):
-    forget_logged()
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     good.write_text(json.dumps(CASES["system"]))
     bad.write_text(json.dumps({"messages": [ASK]}))
