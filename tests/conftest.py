@@ -7,6 +7,7 @@ a kernel is defined, so the variable is set before anything imports triton.
 import gc
 import os
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,15 @@ def in_float64():
     """Runs the test inside `built_in_float64`."""
     with built_in_float64():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Runs Triton's interpreter without repeated work."""
+    if not HAS_GPU and find_spec("triton"):
+        from tests.quick_interpreter import quicken
+
+        quicken()
 
 
 @pytest.fixture(scope="session")
