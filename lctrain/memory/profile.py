@@ -154,10 +154,15 @@ def profile(
         plain = _Run(decoder, tokens, precision, checkpointed=False).layers
         run = _Run(decoder, tokens, precision, checkpointed=True, last=len(plain) - 1)
     except (NotImplementedError, RuntimeError) as error:
+        text = inner.config.get_text_config()
+        remedy = "Patch it by lctrain.patch_model before it is planned."
+        if str(text._attn_implementation).startswith("lctrain_"):
+            remedy = (
+                "Set memory=checkpoint or offload, which need no plan, or other adapter.targets."
+            )
         raise ValueError(
-            f"model must run without its weights, got {type(inner).__name__}, which reads their "
-            f"values: {str(error).splitlines()[0]} Patch it by lctrain.patch_model "
-            "before it is planned."
+            f"model must run without its weights to be planned, got {type(inner).__name__}, which "
+            f"does not: {str(error).splitlines()[0].rstrip('.')}. {remedy}"
         ) from error
     tiled = 0.0
     if mlp_tokens is not None and mlp_tokens < tokens and run.repeats_mlps:

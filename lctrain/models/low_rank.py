@@ -16,6 +16,10 @@ _REFUSED = {
     "fp8": "its products round activations to float8, which the gradient does not see",
     "fbgemm_fp8": "its products round activations to float8, which the gradient does not see",
 }
+_REFUSED_BY_EXPERTS = {
+    "does not work with lora_dropout": "adapter.dropout must be 0",
+    "does not work with use_dora": "adapter must be lora",
+}
 _TRAINABLE = ("bitsandbytes", "torchao")
 
 
@@ -97,16 +101,23 @@ def add_adapter(model: Any, config: AdapterConfig) -> Any:
         # peft has no task for masked language models.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     try:
         adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        names = ", ".join(sorted(linear))
+        for text, option in _REFUSED_BY_EXPERTS.items():
+            if text in str(error):
+                raise ValueError(
+                    f"{option} for adapters of experts, got dropout={config.dropout} and dora="
+                    f"{config.dora}. Or name other layers as adapter.targets: {names}."
+                ) from error
         raise ValueError(
-            f"adapter.targets must name linear layers of the model ({', '.join(sorted(linear))}), "
+            f"adapter.targets must name linear layers of the model ({names}), "
             f"got {', '.join(config.targets)}: {error}"
         ) from error
     setattr(adapted, _MARK, True)

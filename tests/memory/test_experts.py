@@ -5,11 +5,13 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import lctrain
+from lctrain.config import AdapterConfig
 from lctrain.loss import causal_lm_loss
 from lctrain.memory import plan, use_policy
 from lctrain.memory.experts import grouped_product
 from lctrain.memory.profile import profile
 from lctrain.memory.tracker import Tracker
+from lctrain.models.low_rank import add_adapter
 from tests.models.families import make_model
 
 TOKENS = 384
@@ -86,3 +88,27 @@ def test_products_by_experts_have_the_shapes_of_torch():
             expected = torch.nn.functional.grouped_mm(first, second, offs=ends)
             found = grouped_product(first, second, ends)
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def adapted(**settings):
+    """Returns a mixture with adapters; peft from 0.21 on adapts experts as linear layers."""
+    pytest.importorskip("peft", minversion="0.21")
+    return add_adapter(make_mixtral(), AdapterConfig(rank=2, **settings))
+
+
+def test_what_peft_cannot_do_with_experts_is_an_error_that_names_the_option():
+    for settings, message in (
+        ({"dropout": 0.1}, "adapter.dropout must be 0 for adapters of experts.*dropout=0.1"),
+        ({"dora": True}, "adapter must be lora for adapters of experts.*dora=True"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*adapter.targets: .*k_proj, lm_head"):
+            adapted(**settings)
+        adapted(targets=["q_proj"], **settings)
+
+
+def test_adapters_of_experts_are_not_planned():
+    """peft enters autocast on the weights' device there, which the meta device does not have."""
+    message = "must run without its weights to be planned.* memory=checkpoint or offload"
+    with pytest.raises(ValueError, match=message):
+        plan(adapted(), TOKENS)
+    assert plan(adapted(targets=["q_proj", "v_proj"]), TOKENS, "checkpoint").rows[0].backward
