@@ -5,6 +5,9 @@ import torch
 
 import lctrain
 from lctrain.batch import PackedBatch
+from lctrain.batch_invariant import is_batch_invariant
+from lctrain.callbacks import PatchAttention
+from lctrain.config.attention import AttentionConfig
 from lctrain.generation import completion_packs, prefill
 from lctrain.loss import policy_loss, token_log_probs
 from lctrain_kernels import fused_backend
@@ -243,6 +246,17 @@ def test_families_that_are_not_covered(name):
 def test_options_of_a_patch_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         lctrain.patch_model(make_model("Llama"), **{"batch_invariant": True} | options)
+
+
+def test_settings_of_a_run():
+    assert AttentionConfig(batch_invariant=True).options()["batch_invariant"] is True
+    assert "batch_invariant" not in AttentionConfig(name="dual_chunk").options()
+    with pytest.raises(ValueError, match="It belongs to attention='flash'"):
+        PatchAttention("dual_chunk", batch_invariant=True)
+    model = make_model("Llama")
+    with PatchAttention(batch_invariant=True)._patch_one(model):
+        assert is_batch_invariant(model)
+    assert not is_batch_invariant(model)
 
 
 @pytest.mark.gpu
