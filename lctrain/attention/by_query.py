@@ -1,4 +1,4 @@
-"""attend_by_query: causal attention in PyTorch whose bits of a query depend on its keys only.
+"""Causal attention in PyTorch whose bits of a query depend on its keys only.
 
 PyTorch's path multiplies many queries at once, in an order that depends on their number. Here every
 query is a call of its own. It is the path of CPUs for batch-invariant models.
@@ -36,8 +36,8 @@ def attend_by_query(
         k: Keys [Tk, Hk, D].
         v: Values [Tk, Hk, D].
         lengths_q: Queries of each document, its last ones.
-        lengths_k: Keys of each document.
-        options: Keyword arguments of flash_attn_varlen_func: scale, window and sink.
+        lengths_k: Keys of each document; a query without a key gets zeros.
+        options: Keyword arguments of flash_attn_varlen_func: scale, softcap, window and sink.
     """
     from lctrain.kernels import flash_attn_varlen_func
 
@@ -46,6 +46,10 @@ def attend_by_query(
     outs, query, first = [], 0, 0
     for queries, keys in zip(lengths_q, lengths_k, strict=True):
         for seen in range(keys - queries + 1, keys + 1):
+            if seen <= 0:
+                outs.append(torch.zeros_like(q[:1]))
+                query += 1
+                continue
             cu_seqlens_k = torch.tensor([0, seen], dtype=torch.int32, device=q.device)
             out = flash_attn_varlen_func(
                 q[query : query + 1].clone(),
@@ -63,3 +67,29 @@ def attend_by_query(
             query += 1
         first += keys
     return torch.cat(outs) if outs else torch.zeros_like(q)
+
+
+def attend_pages_by_query(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Returns the attention of one query per request over pages, [B, 1, H, D]; zero without keys.
+
+    Args:
+        q: Queries [B, 1, H, D].
+        k_cache: Pages of keys [pages, page, Hk, D], the new ones among them.
+        v_cache: Pages of values, in the shape of k_cache.
+        lengths: Keys of each request, [B] int32.
+        block_table: Page numbers of each request, [B, pages per request] int32.
+        options: See attend_by_query.
+    """
+    page, out = k_cache.shape[1], torch.zeros_like(q)
+    for row, keys in enumerate(lengths.tolist()):
+        index = torch.arange(keys, device=q.device)
+        place = (block_table[row, index // page].long(), index % page)
+        out[row] = attend_by_query(q[row], k_cache[place], v_cache[place], [1], [keys], options)
+    return out

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cache_step import CacheStep, StepAttention
 from lctrain.attention.cached import cache_arguments, is_cached_rows
 from lctrain.attention.forward import (
     attend,
@@ -30,7 +31,6 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
-from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.prefixes import refuse_groups
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import DifferentialSpec
@@ -54,7 +54,7 @@ def differential_attention_forward(
     lctrain_lambda: Tensor | None = None,
     lctrain_halves: bool = False,
     lctrain_boundaries: Boundaries | None = None,
-    lctrain_paged: PagedForward | None = None,
+    lctrain_step: CacheStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes differential attention within documents; one kernel launch does both branches.
@@ -78,7 +78,7 @@ def differential_attention_forward(
         lctrain_halves: True pairs query heads h and h + H / 2 (version 1), False 2 h and 2 h + 1
             (version 2).
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
-        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
+        lctrain_step: Cache of continuous batching, which calls the kernels.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k` and `position_ids`; further arguments of the
             model are checked and not used.
 
@@ -111,20 +111,21 @@ def differential_attention_forward(
         return (q[:, 0::2], q[:, 1::2]), (k, k, v)
 
     def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
-        rows = lam if lam.dim() == 0 or lctrain_paged is None else lam.transpose(0, 1)[: len(q)]
+        rows = lam if lam.dim() == 0 or lctrain_step is None else lam.transpose(0, 1)[: len(q)]
         return diff_attn_with_kvcache(
             q, k_cache, v_cache, rows, halves=lctrain_halves, **places, **cached_options
         )
 
-    if lctrain_paged is not None:
+    if lctrain_step is not None:
 
         def packed(q: Tensor, k: Tensor, v: Tensor, pack: "Pack") -> Tensor:
             (q1, q2), (k1, k2, v) = split(q, k, v)
             per_query = lam.flatten(0, 1) if lam.dim() > 0 else lam
             return diff_attn_pack_func(q1, q2, k1, k2, v, per_query, pack, **cached_options)[0]
 
-        states = (query, key, value)
-        return attend_paged(module, states, kwargs, lctrain_paged, packed, stored), None
+        sizes = (query.shape[1] // 2, value.shape[3] * (2 if lctrain_halves else 1))
+        attention = StepAttention(packed, stored, *sizes, causal, sliding_window is not None)
+        return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     fixed = is_cached_rows(attention_mask)
     cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)

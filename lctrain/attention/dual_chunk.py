@@ -7,12 +7,14 @@ the queries further, to the relative positions of dual chunk attention. Keys nee
 rotation, so a key/value cache can hold them as they are.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries, find_positions
+from lctrain.attention.cache_step import CacheStep, StepAttention
 from lctrain.attention.cached import MOST_QUERIES, cache_arguments, is_cached_rows
 from lctrain.attention.forward import (
     attend,
@@ -26,7 +28,6 @@ from lctrain.attention.forward import (
     scale_of,
     spec_of,
 )
-from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import DualChunkSpec
 
@@ -41,7 +42,8 @@ class DualChunkInputs(NamedTuple):
 
     Attributes:
         rotary: The model's rotary embedding.
-        logit_scale: [N] float32, the factor of each document's logits; None applies no factor.
+        logit_scale: [N] float32, the factor of each document's logits; None applies no factor, or
+            with a CacheStep, that of the keys so far.
     """
 
     rotary: nn.Module
@@ -104,7 +106,7 @@ def dual_chunk_attention_forward(
     s_aux: Tensor | None = None,
     lctrain_boundaries: Boundaries | None = None,
     lctrain_dual_chunk: DualChunkInputs | None = None,
-    lctrain_paged: PagedForward | None = None,
+    lctrain_step: CacheStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes causal attention within documents, with relative positions of at most chunk_size.
@@ -125,7 +127,7 @@ def dual_chunk_attention_forward(
         s_aux: Must be None.
         lctrain_boundaries: Boundaries that the input hook found.
         lctrain_dual_chunk: Inputs that the input hook prepared.
-        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
+        lctrain_step: Cache of continuous batching, which calls the kernels.
         **kwargs: Further arguments of the model, which are checked and not used.
 
     Returns:
@@ -140,16 +142,17 @@ def dual_chunk_attention_forward(
         module, causal=causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
     )
     spec, fixed = spec_of(module, DualChunkSpec), is_cached_rows(attention_mask)
-    known = lctrain_boundaries is not None or fixed or lctrain_paged is not None
+    known = lctrain_boundaries is not None or fixed or lctrain_step is not None
     if spec is None or lctrain_dual_chunk is None or not known:
         raise lost_boundaries(module)
     inv_freq = lctrain_dual_chunk.inv_freq().to(device=query.device, dtype=torch.float32)
     chunks = _Chunks(spec, inv_freq, scale_of(query, scaling))
     logit_scale = lctrain_dual_chunk.logit_scale
-    if lctrain_paged is not None:
-        states = (query, key, value)
-        paged = attend_paged(module, states, kwargs, lctrain_paged, chunks.packed, chunks.stored)
-        return paged, None
+    if lctrain_step is not None:
+        factors: dict[str, Any] = {} if logit_scale is None else {"logit_scale": logit_scale}
+        packed, stored = partial(chunks.packed, **factors), partial(chunks.stored, **factors)
+        attention = StepAttention(packed, stored, query.shape[1], value.shape[3])
+        return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)
     if attention_mask is not None and fixed:

@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
-from lctrain.attention.by_query import attend_by_query, attends_by_query
-from lctrain.attention.cache_step import CacheStep
+from lctrain.attention.by_query import (
+    attend_by_query,
+    attend_pages_by_query,
+    attends_by_query,
+)
+from lctrain.attention.cache_step import CacheStep, Packed, StepAttention, Stored
 from lctrain.attention.cached import attend_cached, is_cached_rows
 from lctrain.attention.compute_dtype import compute_dtype
 from lctrain.attention.forward import (
@@ -22,7 +26,6 @@ from lctrain.attention.forward import (
     spec_of,
     window_of,
 )
-from lctrain.attention.paged import PagedForward, attend_paged
 from lctrain.attention.prefixes import add_prefixes, require_whole_groups
 from lctrain.attention.shared import Part
 from lctrain.attention.spec import FlashSpec
@@ -46,7 +49,6 @@ def flash_attention_forward(
     deterministic: bool | None = None,
     lctrain_boundaries: Boundaries | None = None,
     lctrain_step: CacheStep | None = None,
-    lctrain_paged: PagedForward | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes softmax attention within documents, on lctrain's kernels.
@@ -69,8 +71,7 @@ def flash_attention_forward(
         deterministic: Whether the backward must give the same bits in every run. True here or in
             AttentionSpec.deterministic is enough.
         lctrain_boundaries: Boundaries that the input hook of patch_model found.
-        lctrain_step: Cache of the caller, which computes the attention.
-        lctrain_paged: The forward pass, if it has the paged cache of continuous batching.
+        lctrain_step: Cache of continuous batching, which calls the kernels.
         **kwargs: `cu_seq_lens_q/k`, `max_length_q/k`, `document_ids`, `schedule` and
             `position_ids`; further arguments of the model are checked and not used.
 
@@ -80,7 +81,6 @@ def flash_attention_forward(
     Raises:
         ValueError: if an argument asks for something that the kernels do not have.
     """
-    from lctrain_kernels import flash_attn_with_kvcache
     from lctrain_kernels.varlen.api import flash_attn_pack_func
 
     spec = spec_of(module, FlashSpec)
@@ -95,21 +95,13 @@ def flash_attention_forward(
         "learnable_sink": s_aux,
         "backend": backend,
     }
-    if lctrain_paged is not None:
-
-        def packed(q: Tensor, k: Tensor, v: Tensor, pack: "Pack") -> Tensor:
-            return flash_attn_pack_func(q, k, v, pack, causal=True, **options)[0]
-
-        def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
-            out = flash_attn_with_kvcache(q, k_cache, v_cache, causal=True, **places, **options)
-            assert isinstance(out, Tensor)
-            return out
-
-        states = (query, key, value)
-        return attend_paged(module, states, kwargs, lctrain_paged, packed, stored), None
     causal = is_causal_layer(module, is_causal)
+    invariant = is_batch_invariant(spec)
     if lctrain_step is not None:
-        return lctrain_step.attend(module, query, key, value, causal, options), None
+        sizes, windowed = (query.shape[1], value.shape[3]), sliding_window is not None
+        packed, stored = _on_cache(options, causal, invariant)
+        attention = StepAttention(packed, stored, *sizes, causal, windowed, plans=not invariant)
+        return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     if causal and spec is not None and spec.backend != "hopper":
         if is_cached_rows(attention_mask):
@@ -132,7 +124,6 @@ def flash_attention_forward(
         "deterministic": spec.deterministic or bool(deterministic),
         "backend": backend,
     }
-    invariant = is_batch_invariant(spec)
     if invariant:
         _require_whole_documents(boundaries, causal, softcap, options["dropout_p"])
 
@@ -162,6 +153,38 @@ def flash_attention_forward(
     dropout_p = options["dropout_p"]
     out = attend(kernel, query, key, value, boundaries, dropout_p=dropout_p, causal=causal)
     return out, None
+
+
+def _on_cache(options: dict[str, Any], causal: bool, invariant: bool) -> tuple[Packed, Stored]:
+    """Returns the functions of a StepAttention.
+
+    Args:
+        options: Keyword arguments of the kernels: scale, window, softcap, sink and backend.
+        causal: Whether the layer attends causally.
+        invariant: Whether the bits of a query may depend on its keys only. Decode steps then sum
+            all keys of a request in the order of the training kernel, and take no plan.
+    """
+    from lctrain_kernels import flash_attn_with_kvcache
+    from lctrain_kernels.varlen.api import flash_attn_pack_func
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, pack: "Pack") -> Tensor:
+        if invariant and attends_by_query(q, options["backend"]):
+            queries, keys = pack.cu_seqlens_q.diff().tolist(), pack.cu_seqlens_k.diff().tolist()
+            return attend_by_query(q, k, v, queries, keys, options)
+        return flash_attn_pack_func(q, k, v, pack, causal=causal, **options)[0]
+
+    def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
+        split = "exact" if invariant else "fixed"
+        out = flash_attn_with_kvcache(
+            q, k_cache, v_cache, causal=causal, split=split, **places, **options
+        )
+        assert isinstance(out, Tensor)
+        if invariant and attends_by_query(q, options["backend"]):
+            lengths, table = places["cache_seqlens"] + 1, places["block_table"]
+            return attend_pages_by_query(q, k_cache, v_cache, lengths, table, options)
+        return out
+
+    return packed, stored
 
 
 def _require_whole_documents(

@@ -16,21 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lctrain.attention.cache_step import StepAttention
+
 if TYPE_CHECKING:
     from lctrain_kernels.pack import Pack
 
 PAGED_CACHE = "PagedAttentionCache"
 """Class name of transformers' paged cache."""
-
-PAGED_ARGUMENT = "lctrain_paged"
-"""Keyword argument by which a PagedForward reaches the layers of a model."""
-
-Packed = Callable[[Tensor, Tensor, Tensor, "Pack"], Tensor]
-"""Attention (q [T, H, D], k [Tk, Hk, D], v [Tk, Hk, D], pack) -> [T, H', W] of packed requests."""
-
-Stored = Callable[..., Tensor]
-"""Attention (q [N, 1, H, D], k_cache, v_cache, k=, v=, cache_seqlens=, block_table=) -> [N, 1, H',
-W] of one query per request, which writes the new keys and values first."""
 
 
 def paged_cache(arguments: Mapping[str, Any]) -> Any:
@@ -44,11 +36,13 @@ def paged_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 class PagedForward:
-    """One forward pass over a paged cache: builds each pack once, for all layers of the pass.
+    """The CacheStep of one forward pass: builds each pack once, for all layers of the pass.
 
     The input hook passes it to the layers. A layer that gets none was not reached through the
     patched model.
     """
+
+    lengths: Tensor | None = None
 
     def __init__(self) -> None:
         self._packs: dict[tuple[int, int], tuple[Tensor, Pack]] = {}
@@ -87,6 +81,42 @@ class PagedForward:
             self._packs[key] = (found.cu_seqlens_k, pack)  # the tensor lives as long as its id
         return self._packs[key][1]
 
+    def attend(
+        self,
+        module: nn.Module,
+        states: tuple[Tensor, Tensor, Tensor],
+        attention: StepAttention,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """Returns the output of a layer, [1, T, H', W]; see CacheStep.
+
+        It is of no meaning at queries that belong to no request. The cache changes `arguments`.
+
+        Raises:
+            ValueError: if values have another head dim than keys.
+        """
+        query, key, value = states
+        if value.shape[-1] != key.shape[-1]:
+            raise ValueError(
+                "continuous batching must have values of the keys' head dim, got "
+                f"{value.shape[-1]} and {key.shape[-1]}. Call generate() instead."
+            )
+        found = _read_keys(module, key, value, arguments)
+        q = query.squeeze(0).transpose(0, 1)
+        if found.table is None or found.pages is None:
+            pack = self.pack(q, found.k, arguments["cu_seq_lens_q"], found)
+            return attention.packed(q, found.k, found.v, pack)[None]
+        requests = found.table.shape[0]
+        out = attention.stored(
+            q[:requests, None],
+            *found.pages,
+            k=found.k[:requests, None],
+            v=found.v[:requests, None],
+            cache_seqlens=found.cu_seqlens_k.diff().int() - 1,  # -1 for padding: it has no key
+            block_table=found.table.int(),
+        )
+        return F.pad(out.transpose(0, 1), (0, 0, 0, 0, 0, len(q) - requests))
+
 
 class PagedKeys(NamedTuple):
     """Keys and values of one layer, as its cache gives them.
@@ -108,53 +138,6 @@ class PagedKeys(NamedTuple):
     longest_k: int
     table: Tensor | None
     pages: tuple[Tensor, Tensor] | None
-
-
-def attend_paged(
-    module: nn.Module,
-    states: tuple[Tensor, Tensor, Tensor],
-    arguments: dict[str, Any],
-    forward: PagedForward,
-    packed: Packed,
-    stored: Stored,
-) -> Tensor:
-    """Writes new keys and values into the paged cache, and attends to the cache.
-
-    Args:
-        module: The attention layer, whose `layer_idx` names its part of the cache.
-        states: Queries of all requests [1, H, T, D], and new keys and values [1, Hk, T, D].
-        arguments: Keyword arguments of the layer; the cache changes them.
-        forward: The forward pass.
-        packed: Attention of packed requests.
-        stored: Attention of one query per request.
-
-    Returns:
-        [1, T, H', W]; of no meaning at queries that belong to no request.
-
-    Raises:
-        ValueError: if values have another head dim than keys.
-    """
-    query, key, value = states
-    if value.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            "continuous batching must have values of the keys' head dim, got "
-            f"{value.shape[-1]} and {key.shape[-1]}. Call generate() instead."
-        )
-    found = _read_keys(module, key, value, arguments)
-    q = query.squeeze(0).transpose(0, 1)
-    if found.table is None or found.pages is None:
-        pack = forward.pack(q, found.k, arguments["cu_seq_lens_q"], found)
-        return packed(q, found.k, found.v, pack)[None]
-    requests = found.table.shape[0]
-    out = stored(
-        q[:requests, None],
-        *found.pages,
-        k=found.k[:requests, None],
-        v=found.v[:requests, None],
-        cache_seqlens=found.cu_seqlens_k.diff().int() - 1,  # -1 for padding: it has no key
-        block_table=found.table.int(),
-    )
-    return F.pad(out.transpose(0, 1), (0, 0, 0, 0, 0, len(q) - requests))
 
 
 def _read_keys(

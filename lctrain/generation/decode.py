@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.by_query import attend_by_query, attends_by_query
+from lctrain.attention.cache_step import StepAttention
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.noise import KEYS
 from lctrain.generation.pages import PAGE, PagePool
@@ -88,8 +88,7 @@ class DecodeStep:
                 PrefixBuffers(host.rest, self._inputs.rest, size, bounds) for host in self._host
             ]
         self._chosen = torch.zeros(size, dtype=torch.int64, device=device)
-        self._plan: Any = None
-        self._plan_of_windows: Any = None
+        self._plans: dict[bool, Any] = {}
         self._steps = 0
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
@@ -139,67 +138,36 @@ class DecodeStep:
         """Whether the next step is captured before it is replayed."""
         return self._replay is None and self.capture is not None and self._steps >= WARM_UP
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each request with the new one, [B] int32."""
+        return self._inputs.lengths + 1
+
     def attend(
         self,
         module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        causal: bool,
-        options: dict[str, Any],
+        states: tuple[Tensor, Tensor, Tensor],
+        attention: StepAttention,
+        arguments: dict[str, Any],
     ) -> Tensor:
-        """Returns the output of a layer, [1, B, H, D]; see CacheStep."""
-        from lctrain_kernels import flash_attn_with_kvcache
-
-        exact = self._forward_pass.head is not None
+        """Returns the output of a layer, [1, B, H', W]; see CacheStep."""
         keys, values = self._pool.layer(int(module.layer_idx))  # type: ignore[arg-type]
-        q, k, v = (x[0].transpose(0, 1)[:, None].to(keys.dtype) for x in (query, key, value))
-        out = flash_attn_with_kvcache(
+        q, k, v = (x[0].transpose(0, 1)[:, None].to(keys.dtype) for x in states)
+        plan = {"plan": self._plan(attention.windowed)} if attention.plans else {}
+        out = attention.stored(
             q,
             keys,
             values,
-            k,
-            v,
+            k=k,
+            v=v,
             cache_seqlens=self._inputs.lengths,
             block_table=self._inputs.table,
-            causal=causal,
-            plan=None if exact else self._plan_for(options["window_size"]),
-            split="exact" if exact else "fixed",
-            **options,
+            **plan,
         )
-        assert isinstance(out, Tensor)
-        if exact and attends_by_query(q, options["backend"]):
-            out = self._attend_by_query(q, keys, values, options)
         return out.transpose(0, 1)
 
-    def _attend_by_query(
-        self, q: Tensor, keys: Tensor, values: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """Returns the attention [B, 1, H, D] of queries in PyTorch, one after another.
-
-        Args:
-            q: Queries [B, 1, H, D].
-            keys: Pages of keys, the new ones among them.
-            values: Pages of values.
-            options: See CacheStep.
-        """
-        chosen = {name: options[name] for name in ("softmax_scale", "window_size")}
-        chosen["learnable_sink"] = options["learnable_sink"]
-        out = torch.zeros_like(q)
-        for row, stored in enumerate(self._inputs.lengths.tolist()):
-            if stored < 0:
-                continue
-            index = torch.arange(stored + 1, device=q.device)
-            place = (self._inputs.table[row, index // PAGE].long(), index % PAGE)
-            k, v = keys[place], values[place]
-            out[row] = attend_by_query(q[row], k, v, [1], [stored + 1], chosen)
-        return out
-
     def _run(self) -> Tensor:
-        shared = self._prefixes[0].prefixes if self._prefixes else None
-        if self._forward_pass.head is None:
-            self._plan = self._make_plan(shared)
-            self._plan_of_windows = self._plan if shared is None else None
+        self._plans.clear()
         slots = self._inputs.slots.long()
         positions = self._inputs.lengths.clamp(min=0).long()
         tokens = self._tokens.last[slots]
@@ -212,28 +180,25 @@ class DecodeStep:
         self._chosen.copy_(chosen)
         return torch.stack((chosen.double(), log_probs.double()))
 
-    def _plan_for(self, window: tuple[int, int]) -> Any:
-        """Returns the plan of layers with a window (left, right).
+    def _plan(self, windowed: bool) -> Any:
+        """Returns the plan of layers with or without a window, made once per step.
 
-        Layers with a bounded window would read a prefix that none of them sees.
+        Layers with a window would read a prefix that none of their queries sees.
         """
-        if window[0] < 0:
-            return self._plan
-        if self._plan_of_windows is None:
-            self._plan_of_windows = self._make_plan(None)
-        return self._plan_of_windows
-
-    def _make_plan(self, shared: SharedPrefixes | None) -> Any:
         from lctrain_kernels.decode.plan import make_decode_plan
 
-        shape = self._pool.shape
-        return make_decode_plan(
-            self._inputs.lengths,
-            self._width * PAGE,
-            shape.head_dim,
-            shape.dtype,
-            shared_prefixes=shared,
-        )
+        shared = self._prefixes[0].prefixes if self._prefixes and not windowed else None
+        found = self._plans.get(shared is not None)
+        if found is None:
+            shape = self._pool.shape
+            found = self._plans[shared is not None] = make_decode_plan(
+                self._inputs.lengths,
+                self._width * PAGE,
+                shape.head_dim,
+                shape.dtype,
+                shared_prefixes=shared,
+            )
+        return found
 
 
 class _Inputs:

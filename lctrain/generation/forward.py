@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.cache_step import STEP_ARGUMENT, CacheStep
+from lctrain.attention.cache_step import STEP_ARGUMENT, CacheStep, StepAttention
 from lctrain.attention.cached import cached_rows
 from lctrain.generation.invariant_head import InvariantHead
 from lctrain.generation.pages import CacheShape
@@ -101,24 +101,27 @@ def without_router_loss(model: Any) -> dict[str, bool]:
 class _Measure:
     """A CacheStep that stores nothing, and remembers what each layer would have stored."""
 
+    lengths: Tensor | None = None
+
     def __init__(self) -> None:
         self.layers: list[int | None] = []
         self.shapes: set[tuple[int, int, int, torch.dtype]] = set()
-        self.causal = True
+        self.causal = self.plans = True
 
     def attend(
         self,
         module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        causal: bool,
-        options: dict[str, Any],
+        states: tuple[Tensor, Tensor, Tensor],
+        attention: StepAttention,
+        arguments: dict[str, Any],
     ) -> Tensor:
+        query, key, value = states
         self.layers.append(getattr(module, "layer_idx", None))
         self.shapes.add((key.shape[1], key.shape[3], value.shape[3], value.dtype))
-        self.causal &= causal
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]).to(value.dtype)
+        self.causal &= attention.causal
+        self.plans &= attention.plans
+        size = (1, query.shape[2], attention.heads, attention.width)
+        return value.new_zeros(size)
 
 
 def measure_cache(model: Any) -> CacheShape | str:
@@ -144,4 +147,4 @@ def measure_cache(model: Any) -> CacheShape | str:
         return f"keys and values have head dims {head_dim} and {value_dim}"
     if forward.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return f"its attention computes in {dtype} on a GPU"
-    return CacheShape(len(step.layers), heads, head_dim, dtype)
+    return CacheShape(len(step.layers), heads, head_dim, dtype, step.plans)

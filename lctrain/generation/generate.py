@@ -59,16 +59,21 @@ def generate(
 ) -> list[Completion]:
     """Completes prompts by continuous batching over a paged cache, or else in padded batches.
 
-    A model patched with attention="flash" generates by continuous batching: prompts are prefilled
-    in packs without padding, all running requests decode one token per step on the decode kernels,
-    and a request that ends makes room for the next. Equal prompts that run together are prefilled
-    once and share pages, which are copied when one of them writes; prompts that begin alike share
-    full pages. If the cache is full, the request that was admitted last is prefilled again later.
-    On a GPU, decode steps are CUDA graphs.
+    A patched model generates by continuous batching, with any attention: prompts are prefilled in
+    packs without padding, all running requests decode one token per step on the decode kernels, and
+    a request that ends makes room for the next. Equal prompts that run together are prefilled once
+    and share pages, which are copied when one of them writes; prompts that begin alike share full
+    pages. If the cache is full, the request that was admitted last is prefilled again later. On a
+    GPU, decode steps are CUDA graphs.
 
-    Other models generate in left-padded batches by transformers' loop: those without a patch or
-    with another attention, with RoPE frequencies that depend on the length, with layers that share
-    a cache or have keys and values of different widths, and compiled ones.
+    With dual chunk attention and scale="yarn", keys and values depend on the length of the request
+    when they were stored. If a request may exceed the trained window, requests reserve the pages of
+    their longest completions, so that none is prefilled again; above the window, only prompts of
+    one length share pages.
+
+    Other models generate in left-padded batches by transformers' loop: those without a patch, with
+    RoPE frequencies that depend on the length unless the attention is dual chunk, with layers that
+    share a cache or have keys and values of different widths, and compiled ones.
 
     All ranks of a model that FSDP2 shards call this function together. Each has prompts of its own,
     in any number, or none. The weights are gathered once per call, so each GPU needs the memory of
@@ -111,7 +116,8 @@ def generate(
         shared_prefixes: Whether a decode step reads pages that requests share once for all of them:
             "auto" on a GPU, where it takes less time; "always"; or "never". Attention is the same
             up to rounding, which then depends on the group. With "never", the bits of a request's
-            attention do not depend on other requests.
+            attention do not depend on other requests. Dual chunk and differential attention do not
+            share such reads: "auto" is "never" there, and "always" an error.
         log_probs: Which log-probabilities the completions have. "decode": those from which the
             tokens were drawn. "trainer": those that `token_log_probs` computes, bit for bit, on the
             packs of `completion_packs(completions, samples, pack_tokens)`, in eval mode; the two
@@ -190,7 +196,7 @@ def _complete(
     if batching == "continuous":
         raise ValueError(
             f"batching must be 'padded' or 'auto' for {type(causal_lm).__name__}, got "
-            f"'continuous': {shape}. Patch the model with attention='flash', or change it."
+            f"'continuous': {shape}. Patch the model, or change it."
         )
     if cache_gib is not None:
         warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")

@@ -13,19 +13,24 @@ PAGE = 64
 
 
 class CacheShape(NamedTuple):
-    """Shape of a model's keys and values, the same in all layers.
+    """Shape of a model's keys and values, the same in all layers, and what its attention does.
 
     Attributes:
         layers: Number of attention layers.
         heads: Number of key/value heads.
         head_dim: Head dim of queries, keys and values.
         dtype: Dtype of keys and values.
+        plans: Whether the layers take plans of decode steps, and so can read shared pages once.
+        window: Tokens of a request from which on its keys and values depend on its length, as with
+            scale="yarn" of dual chunk attention; None if they never do.
     """
 
     layers: int
     heads: int
     head_dim: int
     dtype: torch.dtype
+    plans: bool = True
+    window: int | None = None
 
     @property
     def token_bytes(self) -> int:

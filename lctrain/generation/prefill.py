@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lctrain.attention.by_query import attend_by_query, attends_by_query
-from lctrain.attention.forward import is_batch_invariant, spec_of
-from lctrain.attention.spec import FlashSpec
+from lctrain.attention.cache_step import StepAttention
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.pages import PAGE, PagePool
 from lctrain.transfer import upload
@@ -57,6 +55,8 @@ class PrefillStep:
         from lctrain_kernels.pack import checked_pack
 
         self._pool = pool
+        self._pieces = pieces
+        self._device = device
         slots = [_slots(piece.pages, piece.begin, piece.end) for piece in pieces]
         self._slots = upload(torch.cat(slots), device)
         self._keys: Tensor | None = None  # None: all keys are those of the pack
@@ -65,7 +65,6 @@ class PrefillStep:
             stored = [_slots(piece.pages, 0, piece.end) for piece in pieces]
             self._keys = upload(torch.cat(stored), device)
             lengths = [piece.end for piece in pieces]
-        self._lengths = (queries, lengths)
         begins = upload(_boundaries(queries), device)
         self._pack = checked_pack(
             begins,
@@ -77,31 +76,26 @@ class PrefillStep:
             max_seqlen_k=max(lengths),
         )
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each request, those of its later pieces too, [N] int64."""
+        return upload(torch.tensor([len(piece.tokens) for piece in self._pieces]), self._device)
+
     def attend(
         self,
         module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        causal: bool,
-        options: dict[str, Any],
+        states: tuple[Tensor, Tensor, Tensor],
+        attention: StepAttention,
+        arguments: dict[str, Any],
     ) -> Tensor:
-        """Returns the output of a layer, [1, T, H, D]; see CacheStep."""
-        from lctrain_kernels.varlen.api import flash_attn_pack_func
-
+        """Returns the output of a layer, [1, T, H', W]; see CacheStep."""
         stores = [pages.flatten(0, 1) for pages in self._pool.layer(int(module.layer_idx))]  # type: ignore[arg-type]
-        q, k, v = (x[0].transpose(0, 1).to(stores[0].dtype) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1).to(stores[0].dtype) for x in states)
         for store, new in zip(stores, (k, v), strict=True):
             store.index_copy_(0, self._slots, new)
         if self._keys is not None:
             k, v = (store.index_select(0, self._keys) for store in stores)
-        if is_batch_invariant(spec_of(module, FlashSpec)) and attends_by_query(
-            q, options["backend"]
-        ):
-            names = ("softmax_scale", "window_size", "learnable_sink")
-            chosen = {name: options[name] for name in names}
-            return attend_by_query(q, k, v, *self._lengths, chosen)[None]
-        return flash_attn_pack_func(q, k, v, self._pack, causal=causal, **options)[0][None]
+        return attention.packed(q, k, v, self._pack)[None]
 
 
 def prefill(

@@ -14,9 +14,14 @@ class PrefixPages:
     The keys and values of a token depend on all tokens before it. So a page is known by its tokens
     and by the page before it; a request that uses a page uses all pages before it, too. Only full
     pages are remembered, to which nothing is written.
+
+    Args:
+        window: Tokens of a request from which on its keys and values depend on its length, so that
+            only requests of one length share pages; None if they never do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
 
@@ -28,7 +33,7 @@ class PrefixPages:
         """
         found: list[int] = []
         for place in range((len(tokens) - 1) // PAGE):
-            page = self._pages.get(_key(tokens, place, found))
+            page = self._pages.get(self._key(tokens, place, found))
             if page is None:
                 break
             found.append(page)
@@ -42,7 +47,7 @@ class PrefixPages:
             pages: Its pages.
         """
         for place in range(len(tokens) // PAGE):
-            key = _key(tokens, place, pages)
+            key = self._key(tokens, place, pages)
             if pages[place] not in self._keys and key not in self._pages:
                 self._pages[key] = pages[place]
                 self._keys[pages[place]] = key
@@ -54,11 +59,14 @@ class PrefixPages:
             if key is not None:
                 del self._pages[key]
 
+    def _key(self, tokens: Sequence[int], place: int, pages: Sequence[int]) -> bytes:
+        """Returns the page before a place, and the tokens at the place.
 
-def _key(tokens: Sequence[int], place: int, pages: Sequence[int]) -> bytes:
-    """Returns the page before a place, -1 at the beginning, and the tokens at the place.
-
-    Bytes, unlike thousands of tuples, give the garbage collector nothing to look through.
-    """
-    before = pages[place - 1] if place else -1
-    return array("q", [before, *tokens[place * PAGE : (place + 1) * PAGE]]).tobytes()
+        At the beginning, a negative number stands for the lengths whose pages are the same. Bytes,
+        unlike thousands of tuples, give the garbage collector nothing to look through.
+        """
+        if place:
+            before = pages[place - 1]
+        else:
+            before = -1 if self._window is None else -max(len(tokens), self._window)
+        return array("q", [before, *tokens[place * PAGE : (place + 1) * PAGE]]).tobytes()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lctrain.attention.forward import SPEC_ATTRIBUTE
-from lctrain.attention.spec import ATTENTION_NAMES, FlashSpec
+from lctrain.attention.spec import ATTENTION_NAMES, AttentionSpec, DualChunkSpec
 from lctrain.generation.forward import measure_cache
 from lctrain.generation.pages import CacheShape
 from lctrain.models.adapters import has_virtual_tokens
@@ -17,6 +17,7 @@ from lctrain.models.architectures import (
     counts_positions_itself,
     embeddings_read_mask,
 )
+from lctrain.models.batching import input_hook
 from lctrain.models.code import parameters
 from lctrain.models.frequencies import length_dependent
 
@@ -27,20 +28,26 @@ def find_cache(model: Any) -> CacheShape | str:
     Args:
         model: A causal LM of transformers in eval mode, or a model of PEFT around one.
     """
-    return _refusal(model) or measure_cache(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = _refusal(model, base) or measure_cache(model)
+    specs = (getattr(layer, SPEC_ATTRIBUTE, None) for layer in attention_layers(base).values())
+    scaled = [one for one in specs if isinstance(one, DualChunkSpec) and one.scale != "none"]
+    if isinstance(found, str) or not scaled:
+        return found
+    return found._replace(window=scaled[0].window)
 
 
-def _refusal(model: Any) -> str | None:
+def _refusal(model: Any, base: Any) -> str | None:
     """Returns why a model needs padded batches, without a forward pass; None if it may not."""
     if has_virtual_tokens(model):
         return "its adapter has virtual tokens"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base.config, "_attn_implementation", None) != ATTENTION_NAMES["flash"]:
-        return "it is not patched with attention='flash'"
+    name = getattr(base.config, "_attn_implementation", None) or ""
+    if name not in ATTENTION_NAMES.values() or input_hook(base, name) is None:
+        return "it is not patched"
     specs = [getattr(layer, SPEC_ATTRIBUTE, None) for layer in attention_layers(base).values()]
-    if not all(isinstance(spec, FlashSpec) and spec.backend != "hopper" for spec in specs):
+    if not all(isinstance(spec, AttentionSpec) and spec.backend != "hopper" for spec in specs):
         return "the backend 'hopper' has no decode kernels"
-    if length_dependent(base):
+    if length_dependent(base) and name != ATTENTION_NAMES["dual_chunk"]:
         return "its RoPE frequencies depend on the length"
     counts = counts_positions_itself(base) or embeddings_read_mask(base)
     if counts or "position_ids" not in parameters(base):

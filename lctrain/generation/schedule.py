@@ -4,6 +4,9 @@ A request is admitted as soon as pages for its tokens are free, without a reserv
 completion. If a step finds no free page, the request that was admitted last gives its pages up. It
 waits as the first in the queue, and its tokens so far are prefilled again. The request that was
 admitted first always goes on, and the cache holds every request alone: so all of them end.
+
+Where keys and values depend on the length of the request when they were stored, a second prefill
+would give others. Requests then reserve all pages that they may need, and none gives its pages up.
 """
 
 from __future__ import annotations
@@ -41,7 +44,11 @@ class Schedule:
         self.waiting = deque(requests)
         self.running: list[Request] = []
         self.preempted = self.forked = self.shared = self.version = 0
-        self._prefixes = PrefixPages()
+        window = pool.shape.window
+        self._reserves = window is not None and any(
+            request.longest > window for request in self.waiting
+        )
+        self._prefixes = PrefixPages(window)
         self._parted: list[int] = []  # pages of retired requests, which the next one may begin with
         self._pool = pool
         self._slots = list(range(slots - 1, -1, -1))
@@ -65,7 +72,8 @@ class Schedule:
             tokens = self.waiting[0].tokens
             known = self._prefixes.find(tokens)
             need = pages_of(len(tokens)) - len(known)
-            if self._pool.free < need + self._needed_soon():
+            later = self._reserved(self.waiting[0], pages_of(len(tokens)))
+            if self._pool.free < need + later + self._needed_soon():
                 break
             leader = self.waiting.popleft()
             leader.known = len(known) * PAGE
@@ -73,7 +81,9 @@ class Schedule:
             self._prefixes.add(tokens, leader.pages)
             self.shared += len(known)
             group = [leader]
-            while self._slots and self._is_fork(leader) and self._pool.free > self._needed_soon():
+            while self._slots and self._is_fork(leader):
+                if self._pool.free <= later + self._needed_soon():
+                    break
                 fork = self.waiting.popleft()
                 self._start(fork, self._pool.share(leader.pages))
                 group.append(fork)
@@ -124,15 +134,23 @@ class Schedule:
         self._prefixes.forget(self._pool.release(pages))
 
     def _needed_soon(self) -> int:
-        """Returns the pages that the running requests need before they end, at most one each."""
+        """Returns the pages that the running requests need before they end, at most one each.
+
+        If requests reserve pages, these are all that they may need.
+        """
         growing = written = 0
         last = set()
         for request in self.running:
-            growing += pages_of(request.longest) > len(request.pages)
+            more = pages_of(request.longest) - len(request.pages)
+            growing += more if self._reserves else min(more, 1)
             if request.stored % PAGE and self._pool.is_shared(request.pages[-1]):
                 last.add(request.pages[-1])
                 written += 1
         return growing + written - len(last)
+
+    def _reserved(self, request: Request, pages: int) -> int:
+        """Returns the pages that a request reserves beyond those that it begins with."""
+        return pages_of(request.longest) - pages if self._reserves else 0
 
     def _is_fork(self, leader: Request) -> bool:
         if leader.token_ids or not self.waiting:

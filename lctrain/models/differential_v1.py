@@ -12,8 +12,8 @@ from transformers.models.diffllama.modeling_diffllama import (
     apply_rotary_pos_emb,
 )
 
+from lctrain.attention.cache_step import STEP_ARGUMENT
 from lctrain.attention.differential import differential_attention_forward
-from lctrain.attention.paged import PAGED_ARGUMENT
 from lctrain.attention.spec import ATTENTION_NAMES
 from lctrain.models.cache import given_cache, without_cache
 
@@ -50,7 +50,7 @@ class FusedDiffLlamaAttention(DiffLlamaAttention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        cache = None if PAGED_ARGUMENT in kwargs else given_cache(kwargs)
+        cache = None if STEP_ARGUMENT in kwargs else given_cache(kwargs)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
             kwargs = without_cache(kwargs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lctrain.attention.boundaries import Boundaries
+from lctrain.attention.cache_step import STEP_ARGUMENT
 from lctrain.attention.cached import MOST_QUERIES
 from lctrain.attention.documents import find_documents
 from lctrain.attention.dual_chunk import (
@@ -18,7 +19,6 @@ from lctrain.attention.dual_chunk import (
     refuse_for_dual_chunk,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
-from lctrain.attention.paged import paged_cache
 from lctrain.attention.spec import DualChunkSpec
 from lctrain.models.cache import given_cache, given_rows
 from lctrain.models.code import parameters
@@ -174,7 +174,7 @@ class DualChunkHook(InputHook):
     ) -> dict[str, Any]:
         """Adds positions and DualChunkInputs to the inputs of a call on a cache.
 
-        A paged cache counts the positions of every request from 0. In a cache of fixed size, the
+        A CacheStep counts the positions of every request from 0. In a cache of fixed size, the
         mask says where the keys of a row begin and end. A call with many queries gets boundaries
         too, so that the kernels of packs compute it.
 
@@ -187,8 +187,11 @@ class DualChunkHook(InputHook):
             return inputs  # from the hook of the outer model
         inputs = super()._leave_to_layers(model, inputs, tokens)
         rotary, scale = model.get_submodule(self.rotary), None
-        if paged_cache(inputs) is not None:
+        step = inputs.get(STEP_ARGUMENT)
+        if step is not None:
             positions = inputs["position_ids"] % self.spec.chunk
+            if step.lengths is not None:
+                scale = length_logit_scale(self.spec, step.lengths)
         else:
             rows = given_rows(inputs)
             assert rows is not None

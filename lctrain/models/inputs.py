@@ -10,11 +10,12 @@ from lctrain.attention.boundaries import (
     find_lengths,
     is_packed,
 )
+from lctrain.attention.cache_step import STEP_ARGUMENT
 from lctrain.attention.documents import (
     refuse_index_of_cache,
 )
 from lctrain.attention.forward import BOUNDARIES_ARGUMENT
-from lctrain.attention.paged import PAGED_ARGUMENT, PagedForward, paged_cache, paged_mask
+from lctrain.attention.paged import PagedForward, paged_cache, paged_mask
 from lctrain.attention.prefixes import admit_groups, longest_document, refuse_model
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
@@ -191,10 +192,10 @@ class InputHook:
                 where the keys lie in a cache of fixed size.
             tokens: Tokens or embeddings of the call, [B, S, ...].
         """
-        if PAGED_ARGUMENT in inputs or paged_cache(inputs) is None:
+        if STEP_ARGUMENT in inputs or paged_cache(inputs) is None:
             return inputs
         return inputs | {
-            PAGED_ARGUMENT: PagedForward(),
+            STEP_ARGUMENT: PagedForward(),
             "attention_mask": paged_mask(tokens.device),
         }
 

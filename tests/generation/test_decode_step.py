@@ -16,6 +16,7 @@ from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 from lctrain.transfer import HostCopy
+from tests.models.attentions import ATTENTIONS, patched_model
 
 WARM_UP = 2
 FILTERS = {"top_k": 40, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
@@ -163,13 +164,15 @@ def test_a_refused_capture_warns(patched, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "choice",
-    [{}, FILTERS],
-    ids=["softmax", "filters"],
+    ("attention", "choice"),
+    [("flash", {}), *((attention, FILTERS) for attention in ATTENTIONS)],
 )
-def test_cuda_graphs_change_no_bit_and_no_random_state(endless, choice):
-    model = endless(head_dim=64).to("cuda", torch.bfloat16)
-    lctrain.patch_model(model, fused=True)
+def test_cuda_graphs_change_no_bit_and_no_random_state(endless, attention, choice):
+    with patched_model(endless(head_dim=64), attention, fused=attention == "flash") as model:
+        _check_graphs(model.to("cuda", torch.bfloat16), choice)
+
+
+def _check_graphs(model, choice):
     options = {"max_new_tokens": 80, "seeds": 1, "batch_size": 3, "batching": "continuous"}
     options |= choice
 

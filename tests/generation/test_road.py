@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import lctrain
+from lctrain.attention.forward import SPEC_ATTRIBUTE
+from lctrain.attention.spec import DualChunkSpec
 from lctrain.generation.road import find_cache
 from lctrain.loss import causal_lm_loss
 
@@ -23,9 +25,11 @@ def deepseek():
 
 def test_models_that_need_padded_batches(endless):
     plain = endless()
-    assert find_cache(plain) == "it is not patched with attention='flash'"
-    with lctrain.patch_model(plain, attention="dual_chunk", chunk_size=64, local_size=8):
-        assert find_cache(plain) == "it is not patched with attention='flash'"
+    assert find_cache(plain) == "it is not patched"
+    with lctrain.patch_model(plain, attention="dual_chunk"):
+        layer = plain.model.layers[1].self_attn
+        setattr(layer, SPEC_ATTRIBUTE, DualChunkSpec(backend="hopper"))
+        assert find_cache(plain) == "the backend 'hopper' has no decode kernels"
     with lctrain.patch_model(plain):
         assert find_cache(plain).layers == 2
         plain.model.layers[1].self_attn.layer_idx = 0

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import lctrain
+import lctrain_kernels
+from lctrain.attention.forward import SPEC_ATTRIBUTE
+from lctrain.attention.spec import FlashSpec
 from lctrain.generation import decode
 from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.forward import CachedForward
@@ -151,10 +154,10 @@ def test_captured_steps_read_the_groups_of_their_batch(make, monkeypatch):
 
 def test_layers_with_a_window_share_nothing(endless, make, monkeypatch):
     """A window is shorter than most prefixes: such a layer would read keys that no query sees."""
-    import lctrain_kernels
-
     model = endless(num_hidden_layers=2)
     lctrain.patch_model(model)
+    layer = model.model.layers[1].self_attn
+    setattr(layer, SPEC_ATTRIBUTE, FlashSpec(sliding_window=5))
     seen = []
     original = lctrain_kernels.flash_attn_with_kvcache
 
@@ -163,14 +166,6 @@ def test_layers_with_a_window_share_nothing(endless, make, monkeypatch):
         return original(*tensors, plan=plan, window_size=window_size, **options)
 
     monkeypatch.setattr(lctrain_kernels, "flash_attn_with_kvcache", remembered)
-    step = decode.DecodeStep.attend
-
-    def with_window(self, module, *tensors):
-        if module.layer_idx == 1:
-            tensors[-1]["window_size"] = (4, 0)
-        return step(self, module, *tensors)
-
-    monkeypatch.setattr(decode.DecodeStep, "attend", with_window)
     make("always", model=model, prompts=PROMPTS[:2]).run()
     assert set(seen) == {(False, False), (True, True)}
 
@@ -194,13 +189,12 @@ def test_kernels_read_a_prefix_once(endless, make, monkeypatch):
     monkeypatch.setattr(CachedForward, "__call__", listened)
     apart = batches[0].run()
     monkeypatch.setattr(plan, "select_backend", lambda *_, **__: "triton")
-    step = decode.DecodeStep.attend
-
-    def on_triton(self, *tensors):
-        tensors[-1]["backend"] = "triton"
-        return step(self, *tensors)
-
-    monkeypatch.setattr(decode.DecodeStep, "attend", on_triton)
+    attend = lctrain_kernels.flash_attn_with_kvcache
+    monkeypatch.setattr(
+        lctrain_kernels,
+        "flash_attn_with_kvcache",
+        lambda *tensors, **options: attend(*tensors, **options | {"backend": "triton"}),
+    )
     launched = []
     original = launch.launch
 

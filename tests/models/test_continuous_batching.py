@@ -84,11 +84,11 @@ def forward_tokens(model, found):
 def seen(monkeypatch):
     """Counts block tables, gathered batches, tokens of shared prefixes, copies, and evictions."""
     counted = Counter()
-    attend = paged.attend_paged
+    attend = paged.PagedForward.attend
 
-    def attended(module, states, arguments, *others):
+    def attended(step, module, states, attention, arguments):
         counted["gathered" if arguments.get("block_table") is None else "tables"] += 1
-        return attend(module, states, arguments, *others)
+        return attend(step, module, states, attention, arguments)
 
     def count(owner, method, key, amount):
         original = getattr(owner, method)
@@ -100,8 +100,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(owner, method, called)
 
-    for kind in ("flash", "dual_chunk", "differential"):
-        monkeypatch.setattr(f"lctrain.attention.{kind}.attend_paged", attended)
+    monkeypatch.setattr(paged.PagedForward, "attend", attended)
     count(caches.PagedAttentionCache, "search_prefix_match", "shared", int)
     count(RequestState, "fork", "copied", bool)
     count(OffloadingManager, "offload_requests", "evicted", int)
@@ -153,7 +152,7 @@ def test_windows(seen):
 def test_values_of_another_width_are_refused(make_llama):
     key, value = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="values of the keys' head dim, got 4 and 8"):
-        paged.attend_paged(make_llama(), (key, key, value), {}, None, None, None)
+        paged.PagedForward().attend(make_llama(), (key, key, value), None, {})
 
 
 @pytest.mark.parametrize(
