@@ -7,7 +7,7 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -41,6 +41,7 @@ def run_by_head(
     arguments: Mapping[str, Any],
     heads: Mapping[str, int],
     gradients: Sequence[str],
+    free: Collection[str] = (),
 ) -> list[Tensor]:
     """Runs an attention's backward for one key/value head after the other.
 
@@ -49,6 +50,7 @@ def run_by_head(
         arguments: All arguments of the backward by name; gradients of results have a leading "d".
         heads: Dimension of the heads in operands, results and gradients, by name.
         gradients: Names of what the backward returns.
+        free: Names of operands that the gradients of the same name overwrite.
 
     Returns:
         The results of the backward for all heads.
@@ -65,7 +67,9 @@ def run_by_head(
         pieces = backward(*some.values())
         if not wholes:
             wholes = [
-                piece.new_empty(_widened(piece, heads[name], parts))
+                arguments[name].detach()  # no head reads what another one wrote
+                if name in free
+                else piece.new_empty(_widened(piece, heads[name], parts))
                 for name, piece in zip(gradients, pieces, strict=True)
             ]
         for name, whole, piece in zip(gradients, wholes, pieces, strict=True):

@@ -1,8 +1,8 @@
 """Registers an operator with torch.library: implementation, fake implementation and autograd.
 
 `torch.library.custom_op` checks every call for aliases, which costs more host time than a small
-kernel takes on the GPU. The operators here return new tensors only, so they need no such check and
-are registered with the dispatcher directly.
+kernel takes on the GPU. The results of the operators here are new tensors, so they need no such
+check and are registered with the dispatcher directly.
 
 In eager mode an Operation leaves out the dispatcher too: it calls the implementation, through an
 autograd function if a gradient is needed. torch.compile, fake tensors, dispatch modes, functorch,
@@ -94,7 +94,8 @@ def define_operator(
     """Defines `lctrain::<schema>` for every device.
 
     Args:
-        schema: Name, arguments and results, in torch.library's syntax. No argument is mutated.
+        schema: Name, arguments and results, in torch.library's syntax, which marks arguments
+            that are overwritten.
         implementation: Function that computes the results. No result may alias an argument.
         fake: Function that returns empty results with the right shapes and dtypes.
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lctrain_kernels.by_head import is_by_head, run_by_head
 from lctrain_kernels.fused_operator import Operation, define_autograd, define_operator
+from lctrain_kernels.in_place import are_rebuilt, is_plain_backward, is_unheld
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.pack import Pack, PackTensors, TiledPack
 from lctrain_kernels.registry import BACKWARD, FORWARD, choose
@@ -49,6 +50,8 @@ class Attention:
             the gradients of all fields by name. By default, the gradients of the operands.
         heads: Dimension of the heads in operands, results and gradients, by name; None if the
             backward always computes all heads at once.
+        overwritten: Names of operands that the backward may overwrite with their gradients, which
+            come first in `gradients`. `finish` does not read them, and one gradient follows them.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Attention:
     products: tuple[Callable[..., int], Callable[..., int]]
     finish: Callable[..., dict[str, Tensor | None]] | None = None
     heads: Mapping[str, int] | None = None
+    overwritten: tuple[str, ...] = ()
 
 
 class Arguments(NamedTuple):
@@ -112,6 +116,7 @@ def build_operators(attention: Attention) -> Operators:
     saved = [f"Tensor {name}" for name in attention.saved]
     tensors = [position for position, kind in enumerate(fields.values()) if _is_tensor(kind)]
     places = {name: attention.results.index(name) for name in attention.saved}
+    places_of = {name: place for place, name in enumerate(attention.operands._fields)}  # type: ignore[attr-defined]
     hidden = [
         place for place, name in enumerate(attention.results) if name != "out" and name not in lse
     ]
@@ -157,6 +162,42 @@ def build_operators(attention: Attention) -> Operators:
         f"{attention.name}_backward({backward_schema}) -> ({results})", backward, fake_backward
     )
 
+    overwritten = attention.overwritten
+
+    def backward_into(*values: Any) -> Tensor:
+        split, end = len(gradients) + len(fields), len(values) - len(overwritten)
+        operands, pack, options = arguments(values[len(gradients) : split])
+        implementation = choose(attention.name, BACKWARD, operands, options, values[0])
+        tiled = _complete(pack, operands, options)
+        douts, results, into = values[: len(gradients)], values[split:end], values[end:]
+        rest: Tensor = implementation.run(douts, operands, results, tiled, options, into)[-1]
+        return rest
+
+    def fake_backward_into(*values: Any) -> Tensor:
+        return fake_backward(*values[: len(values) - len(overwritten)])[-1]
+
+    into_op: Operation | None = None
+    if overwritten:
+        into = [f"Tensor(a{n}!) into_{name}" for n, name in enumerate(overwritten)]
+        schema = ", ".join([*gradients, flat, *saved, *into])
+        into_op = define_operator(
+            f"{attention.name}_backward_into({schema}) -> Tensor", backward_into, fake_backward_into
+        )
+
+    def run_backward(given: Sequence[Any], named: Mapping[str, Any], free: set[str]) -> Any:
+        """Runs the backward, which may write gradients over the operands named in `free`."""
+        operands, pack, options = arguments([named[name] for name in fields])
+        if free and into_op is not None:
+            choice = choose(attention.name, BACKWARD, operands, options, named["dout"])
+            free &= choice.overwrites(operands, pack, options)
+        if not free or into_op is None:
+            return backward_op(*given)
+        into = [
+            named[name].detach() if name in free else torch.empty_like(named[name]).contiguous()
+            for name in overwritten
+        ]
+        return *into, into_op(*given, *into)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         if hidden:
@@ -165,13 +206,17 @@ def build_operators(attention: Attention) -> Operators:
             *[inputs[place] for place in tensors], *[output[place] for place in places.values()]
         )
         ctx.by_head = is_by_head()
+        ctx.is_rebuilt = are_rebuilt()
         ctx.constants = list(inputs)
         for place in tensors:
             ctx.constants[place] = None
 
     def autograd(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         values = list(ctx.constants)
-        saved_tensors = ctx.saved_tensors  # checkpointing unpacks them once
+        saved_tensors = list(ctx.saved_tensors)  # checkpointing unpacks them once
+        free = set()  # operands that nothing else holds
+        if ctx.is_rebuilt and is_plain_backward(ctx):
+            free = {name for name in overwritten if is_unheld(saved_tensors, places_of[name])}
         kept = saved_tensors[len(tensors) :]
         for position, tensor in zip(tensors, saved_tensors[: len(tensors)], strict=True):
             values[position] = tensor
@@ -180,12 +225,12 @@ def build_operators(attention: Attention) -> Operators:
         if dout is None:
             dout = torch.zeros_like(kept[0])
         given = (dout, *(named[name] for name in lse), *values, *kept)
+        names = ("dout", *(f"d{name}" for name in lse), *fields, *attention.saved)
+        call = dict(zip(names, given, strict=True))
         if ctx.by_head and attention.heads is not None:
-            names = ("dout", *(f"d{name}" for name in lse), *fields, *attention.saved)
-            call = dict(zip(names, given, strict=True))
-            results = run_by_head(backward_op, call, attention.heads, attention.gradients)
+            results = run_by_head(backward_op, call, attention.heads, attention.gradients, free)
         else:
-            results = backward_op(*given)
+            results = run_backward(given, call, free)
         found: dict[str, Any] = dict(zip(attention.gradients, results, strict=True))
         if attention.finish is not None:
             saved_results = dict(zip(attention.saved, kept, strict=True))
@@ -197,10 +242,13 @@ def build_operators(attention: Attention) -> Operators:
 
     define_autograd(forward_op, setup_context, autograd)
     offset = len(gradients)
-    for op, skipped, count in (
+    counted = [
         (f"{attention.name}_forward", 0, attention.products[0]),
         (f"{attention.name}_backward", offset, attention.products[1]),
-    ):
+    ]
+    if overwritten:
+        counted.append((f"{attention.name}_backward_into", offset, attention.products[1]))
+    for op, skipped, count in counted:
         register_flop_formula(getattr(torch.ops.lctrain, op), get_raw=True)(
             _flop_formula(arguments, skipped, len(fields), count)
         )

@@ -26,11 +26,15 @@ class Implementation(NamedTuple):
             not support; None if it supports all. It takes (operands, options, gradient of out) of
             an attention, and a FusedCall of a fused operation.
         run: Function that computes the forward or backward.
+        overwrites: Function from (operands, pack, options) of an attention to the names of operands
+            over which a backward can write their gradients, once each program has read its part.
+            `run` then takes the tensors to write to as a last argument.
     """
 
     backend: str
     refuses: Refusal
     run: Run
+    overwrites: Callable[..., frozenset[str]]
 
 
 _IMPLEMENTATIONS: dict[tuple[str, str], dict[str, Implementation]] = {}
@@ -40,8 +44,17 @@ def serves_all(*_: Any) -> None:
     """Returns None for any call: the `refuses` of an implementation that supports every call."""
 
 
+def overwrites_nothing(*_: Any) -> frozenset[str]:
+    """Returns no names: the `overwrites` of an implementation that returns new tensors."""
+    return frozenset()
+
+
 def implements(
-    operation: str, direction: str, backend: str, refuses: Refusal = serves_all
+    operation: str,
+    direction: str,
+    backend: str,
+    refuses: Refusal = serves_all,
+    overwrites: Callable[..., frozenset[str]] = overwrites_nothing,
 ) -> Callable[[Run], Run]:
     """Returns a decorator that registers a function as an implementation.
 
@@ -50,11 +63,12 @@ def implements(
         direction: FORWARD or BACKWARD.
         backend: Implementation: "hopper", "triton" or "pytorch".
         refuses: Function that names an unsupported property of a call; see Implementation.
+        overwrites: Function that names operands that a backward can overwrite; see Implementation.
     """
 
     def register(run: Run) -> Run:
         known = _IMPLEMENTATIONS.setdefault((operation, direction), {})
-        known[backend] = Implementation(backend, refuses, run)
+        known[backend] = Implementation(backend, refuses, run, overwrites)
         return run
 
     return register

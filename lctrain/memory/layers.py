@@ -21,6 +21,7 @@ from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
 from lctrain.warn import warn_caller
 from lctrain_kernels.by_head import backward_by_head
+from lctrain_kernels.in_place import inputs_rebuilt
 
 DEVICE, HOST, RECOMPUTE, REBUILT = "device", "host", "recompute", "rebuilt"
 INPUT, ATTENTION = "input", "attention"
@@ -121,9 +122,9 @@ class LayerCheckpoints:
         repeated = self.policies[index + 1 : index + 2]  # its output is rebuilt for the next layer
         repeats = any(following.inputs == RECOMPUTE for following in repeated)
         plain = policy == LayerPolicy() and not repeats
-        if self._by_head:
-            layer = partial(_run_by_head, layer)
-        if (self._by_head or not plain) and torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            layer = partial(_run_rebuilt, layer, self._by_head)
+        elif self._by_head or not plain:
             _refuse_compilation()
         if policy.attention != RECOMPUTE and not self._has_operators:
             self._require_operators()
@@ -216,9 +217,16 @@ class LayerCheckpoints:
         return self.store.put(x, f"{ATTENTION} {x.dim()}", group, tokens)
 
 
-def _run_by_head(layer: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """Runs a layer, whose attention's backward will compute one key/value head at a time."""
-    with backward_by_head():
+def _run_rebuilt(layer: Callable[..., Any], by_head: bool, *given: Any, **options: Any) -> Any:
+    """Runs a layer, whose attention's backward may overwrite the rebuilt queries, keys and values.
+
+    Args:
+        layer: The layer's forward.
+        by_head: Whether that backward computes one key/value head at a time.
+        *given: Positional arguments of the layer.
+        **options: Keyword arguments of the layer.
+    """
+    with inputs_rebuilt(), backward_by_head() if by_head else nullcontext():
         return layer(*given, **options)
 
 

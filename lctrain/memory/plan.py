@@ -347,8 +347,7 @@ def _uncheckpointed(layers: Sequence[LayerBytes]) -> list[_Moment]:
     """Returns the bytes during the backward of every layer, if no layer is checkpointed."""
     kept = accumulate(layer.saved + layer.inputs for layer in layers)
     return [
-        _Moment(size, layer.backward - layer.saved)
-        for size, layer in zip(kept, layers, strict=True)
+        _Moment(size, layer.beside - layer.saved) for size, layer in zip(kept, layers, strict=True)
     ]
 
 

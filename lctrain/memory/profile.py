@@ -28,6 +28,7 @@ from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
 from lctrain.models.low_rank import leave_casts_to_autocast
 from lctrain_kernels.autocast import autocast_on_meta
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
+from lctrain_kernels.in_place import inputs_rebuilt
 
 PRECISIONS = ("true", "bf16-mixed")
 
@@ -43,6 +44,8 @@ class LayerBytes:
         forward: Peak bytes of the layer's forward under checkpointing, without the layer's input.
         backward: Peak bytes of the layer's recomputation and backward, without the layer's input.
         by_head: The same if attention's backward runs one key/value head at a time.
+        beside: The same if attention's backward overwrites none of its inputs, as it does without
+            activation checkpointing.
         gradients: Bytes of the gradients of the layer's trained weights.
     """
 
@@ -52,6 +55,7 @@ class LayerBytes:
     forward: int
     backward: int
     by_head: int
+    beside: int
     gradients: int = 0
 
 
@@ -186,6 +190,7 @@ def profile(
                 forward=one.forward + dequantized,
                 backward=one.backward + dequantized,
                 by_head=one.by_head + dequantized,
+                beside=one.beside + dequantized,
                 gradients=sum(_bytes(p) for p in layer.parameters() if p.requires_grad),
             )
             for one, whole, layer in zip(run.layers, plain, layers, strict=True)
@@ -213,7 +218,7 @@ class _Layer:
 
     def __init__(self) -> None:
         self.inputs = self.attention = self.saved = self.forward = self.backward = 0
-        self.by_head = 0
+        self.by_head = self.beside = 0
         self.outputs = self.head_dim = 0  # elements and columns of its attention's outputs
 
 
@@ -309,7 +314,7 @@ class _Run:
         def call(*args: Any, **named: Any) -> Any:
             calls.append(index)
             if len(calls) == 1:
-                with recording, self._precision():
+                with recording, inputs_rebuilt(), self._precision():
                     return layer(*args, **named)
             self._casts = {}
             if self._last is None or self._last[:2] != ("backward", index):
@@ -371,6 +376,7 @@ class _Run:
             setattr(self.layers[index], phase, taken)
         if phase == "backward":
             self.layers[index].by_head = self.tracker.peak_by_head - begin
+            self.layers[index].beside = self.tracker.peak_beside - begin
 
 
 def _loss_bytes(inner: Any, tokens: int, precision: str) -> int:

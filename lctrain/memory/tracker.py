@@ -16,9 +16,14 @@ from torch.utils._pytree import tree_leaves
 from lctrain.memory.experts import grouped_product
 from lctrain.memory.quantized import is_quantized, make_dense
 
-_BACKWARD_WORKSPACE = {"varlen_backward": 1, "dual_chunk_backward": 1, "differential_backward": 2}
+_BACKWARD_WORKSPACE = {
+    "varlen_backward": 1,
+    "varlen_backward_into": 1,
+    "dual_chunk_backward": 1,
+    "differential_backward": 2,
+}
 """Attention's backward operators -> tensors of the size of q that they accumulate in float32."""
-_BY_HEAD = frozenset(("varlen_backward", "dual_chunk_backward"))
+_BY_HEAD = frozenset(("varlen_backward", "varlen_backward_into", "dual_chunk_backward"))
 """Backward operators that can run one key/value head at a time."""
 _GROUPED = torch.ops.aten._grouped_mm.default
 
@@ -31,6 +36,7 @@ class Tracker(TorchDispatchMode):
         peak: Largest value of `live` since `restart`, including the workspace of attention kernels
             in the backward.
         peak_by_head: What `peak` would be if attention's backward ran one key/value head at a time.
+        peak_beside: What `peak` would be if attention's backward overwrote none of its inputs.
     """
 
     def __init__(self) -> None:
@@ -38,11 +44,12 @@ class Tracker(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.peak_by_head = 0
+        self.peak_beside = 0
         self._known: set[int] = set()
 
     def restart(self) -> None:
-        """Sets `peak` and `peak_by_head` to the bytes that exist now."""
-        self.peak = self.peak_by_head = self.live
+        """Sets all peaks to the bytes that exist now."""
+        self.peak = self.peak_by_head = self.peak_beside = self.live
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
         """Excludes the storages of tensors, such as weights, from the count."""
@@ -61,16 +68,21 @@ class Tracker(TorchDispatchMode):
                 self._add(leaf)
         schema = getattr(func, "_schema", None)
         name = "" if schema is None else schema.name.removeprefix("lctrain::")
-        space = by_head = 0
+        space = by_head = overwritten = 0
         if name in _BACKWARD_WORKSPACE:
             packed = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dim() == 3]
+            into, results = [], tree_leaves(found)
+            if name.endswith("_into"):  # the gradients are arguments: operands, or new tensors
+                into = packed[-3:]
+                operands = {x.untyped_storage()._cdata for x in packed[:-3]}
+                overwritten = sum(x.nbytes for x in into if x.untyped_storage()._cdata in operands)
             space = by_head = _BACKWARD_WORKSPACE[name] * 4 * max(x.numel() for x in packed)
             heads = min(x.shape[1] for x in packed)  # of keys and values
             if name in _BY_HEAD and heads > 1:  # a head's gradients, beside those of all heads
-                results = sum(x.numel() * x.element_size() for x in tree_leaves(found))
-                by_head = (space + results) // heads
+                by_head = (space + sum(x.nbytes for x in [*into, *results])) // heads
         self.peak = max(self.peak, self.live + space)
         self.peak_by_head = max(self.peak_by_head, self.live + by_head)
+        self.peak_beside = max(self.peak_beside, self.live + space + overwritten)
         return found
 
     def _add(self, tensor: Tensor) -> None:

@@ -32,6 +32,7 @@ LEVELS = {
     "lctrain_kernels.padding": -2,
     "lctrain_kernels.registry": -4,
     "lctrain_kernels.by_head": -3,
+    "lctrain_kernels.in_place": -3,
     "lctrain_kernels.operators": -2,
     "lctrain_kernels.fused_backend": -2,
     "lctrain_kernels.fused_operator": -3,

@@ -22,7 +22,7 @@ ATTENTION = 2 * 4096 * (4096 + 1024)
 
 def profile_of(tokens):
     """Returns the operations of the 8B shape with adapters and MLP tiles."""
-    none = LayerBytes(inputs=1, attention=1, saved=1, forward=1, backward=1, by_head=1)
+    none = LayerBytes(inputs=1, attention=1, saved=1, forward=1, backward=1, by_head=1, beside=1)
     return Profile(
         tokens=tokens,
         **dict.fromkeys(("weights", "gradients", "optimizer", "host", "around", "head", "loss"), 0),

@@ -38,7 +38,9 @@ def set_segments(monkeypatch, expandable):
 def test_the_reserve_is_within_5_percent_of_the_measured_one(expandable, run):
     policies = [LayerPolicy(*layer.split("/")) for layer in run["layers"]]
     size = run["tokens"] * WIDTH
-    layer = LayerBytes(inputs=size, attention=size, saved=0, forward=0, backward=0, by_head=0)
+    layer = LayerBytes(
+        inputs=size, attention=size, saved=0, forward=0, backward=0, by_head=0, beside=0
+    )
     given = [layer] * len(policies), policies, expandable
     reserved = run["planned_gib"] + (allocator_bytes(*given) + held_bytes(*given)) / GIB
     assert 20 * abs(reserved - run["reserved_gib"]) <= run["reserved_gib"]

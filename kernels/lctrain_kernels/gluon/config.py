@@ -5,10 +5,11 @@ bits of all else in every pack.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lctrain_kernels.gluon.structures import BackwardShape, ForwardShape
+from lctrain_kernels.options import AttentionOptions
 
 CONSUMERS = 2  # warpgroups of a forward, of 64 rows each
 REGISTERS = 168  # of each thread at entry; warp specialisation shares them out anew
@@ -234,6 +235,30 @@ def backward_tile(
     if deterministic:
         return tile._replace(block_m=64, reduce_from_registers=False)
     return tile if plain else tile._replace(block_m=64)
+
+
+def tile_of_call(shape: Sequence[int], documents: int, options: AttentionOptions) -> BackwardTile:
+    """Returns the tile configuration of a call's backward.
+
+    Args:
+        shape: Shape of q, [T, H, D].
+        documents: Number of documents.
+        options: Options of the call.
+    """
+    tokens, _, head_dim = shape
+    plain = not (options.has_dropout or options.softcap > 0)
+    return backward_tile(head_dim, options.deterministic, plain, tokens >= LONG * documents)
+
+
+def sums_dq_apart(shape: Sequence[int], documents: int, options: AttentionOptions) -> bool:
+    """Returns whether dq is first written once no program reads q any more.
+
+    The dQ warp writes dq while other programs still read queries, and a kernel before it sets the
+    rows of dq to 0 whose query sees no key.
+
+    The arguments are those of tile_of_call.
+    """
+    return tile_of_call(shape, documents, options).reduce_from_registers
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 Two Triton kernels run before and after the backward kernel; they are defined here.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,17 +12,16 @@ from torch import Tensor
 
 from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
-    LONG,
     REGISTERS,
     SLAB_ROWS,
     backward_shape,
-    backward_tile,
     entry_registers,
     forward_shape,
     forward_tile,
     is_persistent,
     pack_heads,
     slab_rows,
+    tile_of_call,
 )
 from lctrain_kernels.gluon.launch import multiprocessors, padded_columns, ragged_descriptor
 from lctrain_kernels.launch import cdiv, launch
@@ -261,10 +262,13 @@ def varlen_bwd(
     lse: Tensor,
     pack: TiledPack,
     options: AttentionOptions,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the Hopper backward, and returns dq, dk, dv and delta.
 
-    Arguments and results are those of varlen.triton_bwd.varlen_bwd. Programs add partial dq in
+    Arguments and results are those of varlen.triton_bwd.varlen_bwd. `into` are the tensors to which
+    dq, dk and dv are written, contiguous; None makes new ones. They may be k and v; q, where
+    config.sums_dq_apart. Programs add partial dq in
     float32. Unless options.deterministic is set, the order of additions depends on timing, so the
     last bits of dq differ from run to run; those of dk and dv do not.
 
@@ -275,9 +279,9 @@ def varlen_bwd(
     heads_kv = k.shape[1]
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq = torch.empty((total_q, heads, head_dim), dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if into is None:
+        into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    dq, dk, dv = into
     # Separate tensors: in one tensor, the alignment of a row would depend on the length.
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     kept_delta = torch.empty_like(lse) if options.has_dropout else None
@@ -285,9 +289,8 @@ def varlen_bwd(
     columns = padded_columns(head_dim)
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
-    plain = not (options.has_dropout or options.softcap > 0)
     documents = pack.cu_seqlens_q.shape[0] - 1
-    tile = backward_tile(head_dim, options.deterministic, plain, total_q >= LONG * documents)
+    tile = tile_of_call(q.shape, documents, options)
     rows = slab_rows(total_q, documents) if tile.reduce_from_registers else SLAB_ROWS
     if tile.reduce_from_registers:
         per_head = total_q // rows + (documents if rows > 1 else 0)  # slabs

@@ -3,6 +3,7 @@
 Each has three implementations: PyTorch, portable Triton kernels and Hopper kernels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,13 +96,38 @@ Gradients = tuple[Tensor, Tensor | None]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@implements("varlen", BACKWARD, "pytorch")
+def _hopper_overwrites(
+    operands: Operands, pack: PackTensors, options: AttentionOptions
+) -> frozenset[str]:
+    """Returns the operands that the Hopper backward can overwrite.
+
+    One program alone reads a tile of keys and values, before it writes their gradients. The queries
+    can be overwritten once all programs have added to a float32 sum of dq, which is rounded then.
+    """
+    from lctrain_kernels.gluon.config import sums_dq_apart
+
+    documents = pack.cu_seqlens_q.shape[0] - 1
+    apart = sums_dq_apart(operands.q.shape, documents, options)
+    return frozenset(("q", "k", "v") if apart else ("k", "v"))
+
+
+def _pytorch_overwrites(
+    operands: Operands, pack: PackTensors, options: AttentionOptions
+) -> frozenset[str]:
+    """Returns all operands, which are read before; on device meta, those of the Hopper kernels."""
+    if operands.q.is_meta:
+        return _hopper_overwrites(operands, pack, options)
+    return frozenset(operands._fields)
+
+
+@implements("varlen", BACKWARD, "pytorch", overwrites=_pytorch_overwrites)
 def _pytorch_backward(
     douts: Gradients,
     operands: Operands,
     saved: tuple[Tensor, Tensor],
     pack: PackTensors,
     options: AttentionOptions,
+    into: Sequence[Tensor] | None = None,
 ) -> Backward:
     _, lse = saved
     with torch.autocast(operands.q.device.type, enabled=False):
@@ -116,6 +142,7 @@ def _pytorch_backward(
             dropout_seed=options.dropout_seed,
             document_ids=pack.document_ids,
             query_offsets=pack.query_offsets,
+            into=into,
         )
 
 
@@ -132,17 +159,20 @@ def _triton_backward(
     return varlen_bwd(*douts, *operands, *saved, pack, options)
 
 
-@implements("varlen", BACKWARD, "hopper", _hopper_refuses("BACKWARD_LIMITS"))
+@implements(
+    "varlen", BACKWARD, "hopper", _hopper_refuses("BACKWARD_LIMITS"), overwrites=_hopper_overwrites
+)
 def _hopper_backward(
     douts: Gradients,
     operands: Operands,
     saved: tuple[Tensor, Tensor],
     pack: TiledPack,
     options: AttentionOptions,
+    into: Sequence[Tensor] | None = None,
 ) -> Backward:
     from lctrain_kernels.varlen.hopper import varlen_bwd
 
-    return varlen_bwd(*douts, *operands, *saved, pack, options)
+    return varlen_bwd(*douts, *operands, *saved, pack, options, into)
 
 
 def _fake_forward(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -199,5 +229,6 @@ varlen_attention = build_operators(
         products=(lambda x: 2 * 2 * x.q.shape[2], lambda x: 5 * 2 * x.q.shape[2]),
         finish=_finish,
         heads={"q": 1, "k": 1, "v": 1, "out": 1, "lse": 0, "delta": 0},
+        overwritten=("q", "k", "v"),
     )
 )

@@ -9,7 +9,7 @@ kernels do. Arithmetic is in float32, or in float64 for float64 inputs; callers 
 from logits. Dual chunk and differential attention call them with other logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -264,18 +264,20 @@ def varlen_backward(
     dropout_seed: Tensor | None = None,
     document_ids: Tensor | None = None,
     query_offsets: Tensor | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of varlen_forward.
 
     dout [T, H, Dv] and dlse [H, T] (or None) are the gradients of the results, and lse [H, T] is
-    the forward's result. The other arguments are those of varlen_forward.
+    the forward's result. `into` are the tensors to which dq, dk and dv are written, which may be q,
+    k and v; None makes new ones. The other arguments are those of varlen_forward.
 
     Returns:
         dq [T, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in the inputs' dtype, and delta [H, T], which
         is rowsum(dout * out) - dlse.
     """
     operands = Operands(q, k, v, options, alibi_slopes, dropout_seed, document_ids, query_offsets)
-    return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype)
+    return attend_backward(operands, dout, dlse, lse, cu_seqlens_q, cu_seqlens_k, q.dtype, into)
 
 
 def attend(
@@ -332,6 +334,7 @@ def attend_backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     dtype: torch.dtype,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of `attend`.
 
@@ -343,6 +346,8 @@ def attend_backward(
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         dtype: Dtype of dq, dk and dv.
+        into: Tensors to which dq, dk and dv are written, which may be the operands; None makes new
+            ones.
 
     Returns:
         dq [T, H, D], dk [Tk, Hk, D] and dv [Tk, Hk, Dv] in `dtype`, and delta [H, T] in the dtype
@@ -369,7 +374,13 @@ def attend_backward(
         delta[:, chunk.query] += (p * dp).sum(-1)
         ds = p * (dp - delta[:, chunk.query, None])
         x.add_gradients(chunk, ds if slope is None else ds * slope, dq, dk)
-    dq, dk, dv = (grad.transpose(0, 1).to(dtype).contiguous() for grad in (dq, dk, dv))
+    rows = [grad.transpose(0, 1) for grad in (dq, dk, dv)]
+    if into is None:
+        into = [grad.to(dtype).contiguous() for grad in rows]
+    else:
+        for target, grad in zip(into, rows, strict=True):
+            target.copy_(grad)
+    dq, dk, dv = into
     return dq, dk, dv, delta
 
 

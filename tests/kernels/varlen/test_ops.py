@@ -81,6 +81,17 @@ def test_opcheck_backward(with_dlse):
     )
 
 
+def test_opcheck_backward_into():
+    arguments = forward_arguments(CASE, requires_grad=False)
+    out, lse = FORWARD(*arguments)
+    into = [torch.empty_like(x) for x in arguments[:3]]
+    torch.library.opcheck(
+        torch.ops.lctrain.varlen_backward_into.default,
+        (torch.randn_like(out), None, *arguments, out, lse, *into),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(backend):
     """The compiled function gives the same bits in both passes, with and without dropout."""
