@@ -26,6 +26,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from lctrain.data.chat.calls import AS_GIVEN, CallForm, find_form, in_form
 from lctrain.data.chat.markers import (
     FIRST,
     PRIVATE,
@@ -344,15 +345,35 @@ class ChatTemplate:
     def _with_generation(self, messages: Messages, tools: Any) -> tuple[str, Sequence[Span]]:
         return self._call(messages, tools, return_assistant_tokens_mask=True)
 
+    @cached_property
+    def _form(self) -> CallForm:
+        """Form in which the template reads tool calls."""
+
+        def render(messages: Messages) -> str | None:
+            try:
+                return self._call(messages, [_TOOL], form=AS_GIVEN)[0]
+            except ConversationError:
+                return None
+
+        return find_form(render)
+
     def _call(
-        self, messages: Messages, tools: Any, before: str = "", **options: Any
+        self,
+        messages: Messages,
+        tools: Any,
+        before: str = "",
+        form: CallForm | None = None,
+        **options: Any,
     ) -> tuple[str, Sequence[Span]]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if form is None:
+            called = any("tool_calls" in message for message in messages)
+            form = self._form if called else AS_GIVEN
         try:
             texts, spans = cast(Any, render_jinja_template)(
-                conversations=[messages],
+                conversations=[in_form(messages, form)],
                 tools=tools,
                 chat_template=before + self._choose(tools),
                 **options,

@@ -1,5 +1,6 @@
 """Tests which tokens belong to a turn, for templates whose turns are hard to find."""
 
+import json
 import re
 
 import pytest
@@ -91,3 +92,36 @@ def test_trained_tokens_are_those_of_assistant_only_loss_with_the_templates_of_t
         assert fault is None
         assert ids.tolist() == theirs["input_ids"]
         assert trained.tolist() == [bool(mask) for mask in theirs["assistant_masks"]]
+
+
+# Like DeepSeek: a call needs content that is None, or arguments that are JSON text.
+WITH_NONE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.tool_calls and "
+    "m['content'] is none %}{{ m.tool_calls[0].function.name }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}{% else %}{{ m['content'] }}{% endif %}"
+    "<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WITH_TEXT = WITH_NONE.replace("m['content'] is none", "not m.content").replace(
+    "arguments | tojson", "arguments + ''"
+)
+
+
+@pytest.mark.parametrize("template", [WITH_NONE, WITH_TEXT], ids=["none", "text"])
+@pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": None}], ids=str)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_call_has_the_form_that_the_template_reads(template, content, as_text):
+    """As transformers renders a record that has this form already."""
+    tokenizer = make_tokenizer("chatml")
+    arguments = {"city": "Åre <|im_end|>", "days": 2}
+    given = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+    call = {"function": {"name": "f", "arguments": given}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}]
+    record = {"messages": [turns[0], turns[1] | content, *turns[2:]]}
+    ids, trained, fault = tokenized(tokenizer, record, template=template)
+    assert fault is None
+    text = json.dumps(arguments, ensure_ascii=False)
+    parts = re.findall("⟦.*?⟧", shown(tokenizer, ids, trained))
+    assert parts == [f"⟦f{text}<|im_end|>⟧", "⟦c<|im_end|>⟧"]
+    assert (ids == tokenizer.eos_token_id).sum() == 4  # those of the template
