@@ -130,6 +130,19 @@ def test_gathered_keys_with_padding(make_llama, seen, monkeypatch, attention):
     assert not seen["tables"]
 
 
+def test_batch_invariant_models_take_each_query_alone(make_llama, seen, monkeypatch):
+    """Padding may have more queries than keys, and requests of padding have no key."""
+    with patched_model(make_llama(), "flash", batch_invariant=True) as model:
+        expected = completions(model)
+        assert generated(model, batching(num_blocks=16)) == expected
+        pads = property(lambda _: True, lambda *_: None)
+        monkeypatch.setattr(ModelRunner, "pad_inputs", pads, False)
+        config = batching(tables=False, num_blocks=16)
+        config.q_padding_interval_size, config.kv_padding_interval_size = 24, 8
+        assert generated(model, config) == expected
+    assert min(seen["tables"], seen["gathered"]) > 0
+
+
 def test_dual_chunk_attention_scales_logits_by_the_keys_of_a_request(make_llama, seen):
     options = {"scale": "yarn", "window": 16}
     with patched_model(make_llama(), "dual_chunk", **options) as model:
