@@ -131,7 +131,7 @@ def test_gathered_keys_with_padding(make_llama, seen, monkeypatch, attention):
 
 
 def test_batch_invariant_models_take_each_query_alone(make_llama, seen, monkeypatch):
-    """Padding may have more queries than keys, and requests of padding have no key."""
+    """Steps by block tables, and gathered keys with padding."""
     with patched_model(make_llama(), "flash", batch_invariant=True) as model:
         expected = completions(model)
         assert generated(model, batching(num_blocks=16)) == expected
