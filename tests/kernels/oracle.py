@@ -13,6 +13,7 @@ from torch import Tensor
 from lctrain.kernels import dual_chunk_attn_varlen_func, flash_attn_varlen_func
 from lctrain_kernels.dual_chunk.reference import dense_dual_chunk_attention
 from lctrain_kernels.reference.attention import dense_attention
+from tests.kernels.kept_results import keep_results
 from tests.numerics import (
     assert_equal_in_float64,
     assert_error_at_most_twice,
@@ -232,6 +233,7 @@ def _dual_chunk(
     )
 
 
+@keep_results
 def dense(
     case: Case,
     inputs: Inputs,

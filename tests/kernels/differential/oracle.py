@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lctrain.kernels import diff_attn_varlen_func
 from lctrain_kernels.differential.reference import dense_differential
+from tests.kernels.kept_results import keep_results
 from tests.kernels.oracle import DROPOUT_SEED, cumulative
 from tests.numerics import assert_error_at_most_twice
 
@@ -189,6 +190,7 @@ def attention(
     return DifferentialResult(out, lse1, lse2, dq1, dq2, dk1, dk2[0] if dk2 else None, dv, dlam)
 
 
+@keep_results
 def dense(
     case: DifferentialCase,
     inputs: DifferentialInputs,

@@ -1,5 +1,6 @@
 """Interprets the PTX of the online softmax on all lanes of a warpgroup."""
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -23,12 +24,11 @@ def run_on_rows(
     """
     shape = np.broadcast_shapes(*(tensor.shape for tensor in tensors))
     held = [_registers(np.broadcast_to(tensor, shape)) for tensor in tensors]
+    inputs = [x[:, :, i::pack] for x in held for i in range(pack)]
     found = []
-    for first in range(0, held[0].shape[2], pack):
-        inputs = [x[:, :, first + i] for x in held for i in range(pack)]
-        for x in _run(asm, constraints.split(","), inputs):
-            found += [x.real, x.imag] if np.iscomplexobj(x) else [x]
-    results = np.stack(found, axis=2).reshape(4, 32, held[0].shape[2] // pack, -1, pack)
+    for x in _run(asm, constraints.split(","), inputs):
+        found += [x.real, x.imag] if np.iscomplexobj(x) else [x]
+    results = np.stack(found, axis=3).reshape(4, 32, held[0].shape[2] // pack, -1, pack)
     return [_tensor(results[:, :, :, i].reshape(4, 32, -1), shape) for i in range(results.shape[3])]
 
 
@@ -44,33 +44,41 @@ def _tensor(registers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Interprets PTX on operands [warp, lane]; all lanes of a warp take the same branch."""
+    """Interprets PTX on operands [warp, lane, run]; all lanes of a warp take the same branch."""
     outputs = sum(constraint.startswith("=") for constraint in constraints)
     values = {}
     for i, (tie, x) in enumerate(zip(constraints[outputs:], inputs, strict=True)):
         # The register of a tied input has one name here, that of the output.
         values[f"${tie}" if tie.isdigit() else f"${outputs + i}"] = x
     active = np.ones(inputs[0].shape, np.bool_)
-    for line in re.split(r"[;{}]", asm.replace("DONE:", ";here;")):
-        predicate, name, operands = re.fullmatch(
-            r"\s*(?:@!(\w+)\s)?\s*(\S*)\s*(.*?)\s*", line
-        ).groups()
-        if name in ("", ".reg"):
-            continue
+    for predicate, name, operands in _instructions(asm):
         if name == "here":
             active[:] = True
             continue
         if predicate:
-            assert (name, operands) == ("bra", "DONE")
+            assert (name, operands) == ("bra", ("DONE",))
             assert (values[predicate] == values[predicate][:, :1]).all(), "lanes of a warp part"
             active = active & values[predicate]
             continue
-        target, *sources = [place.strip() for place in operands.split(",")]
+        target, *sources = operands
         with np.errstate(all="ignore"):
             result = _execute(name, [_operand(source, values) for source in sources])
         values[target] = np.where(active, result, values.get(target, result))
     unwritten = np.full(inputs[0].shape, np.nan, np.float32)
     return [values.get(f"${i}", unwritten) for i in range(outputs)]
+
+
+@functools.cache
+def _instructions(asm: str) -> list[tuple[str | None, str, tuple[str, ...]]]:
+    """Returns the predicate, name and operands of every instruction; "here" is the label DONE."""
+    found = []
+    for line in re.split(r"[;{}]", asm.replace("DONE:", ";here;")):
+        predicate, name, operands = re.fullmatch(
+            r"\s*(?:@!(\w+)\s)?\s*(\S*)\s*(.*?)\s*", line
+        ).groups()
+        if name not in ("", ".reg"):
+            found.append((predicate, name, tuple(part.strip() for part in operands.split(","))))
+    return found
 
 
 def _operand(text: str, values: dict[str, np.ndarray]) -> np.ndarray:

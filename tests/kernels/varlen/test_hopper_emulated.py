@@ -198,13 +198,20 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("step", [0.2, 1.0, 8.0, -1.0])
-@pytest.mark.parametrize("case", GROWING.values(), ids=GROWING.keys())
-def test_logits_that_grow_from_block_to_block(case, step, hopper):
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *itertools.product(["D64-three_warpgroups"], [0.2, 1.0, 8.0, -1.0]),
+        *itertools.product(["D128-g4-float16"], [0.2, 8.0]),
+        *itertools.product(["D64-window-sink"], [1.0, -1.0]),
+    ],
+)
+def test_logits_that_grow_from_block_to_block(name, step, hopper):
     """Logits grow by less or by more than the threshold at which the running maximum is raised.
 
     Kernels visit blocks of keys from the last to the first.
     """
+    case = GROWING[name]
     inputs = make_inputs(case)
     with torch.no_grad():
         inputs.q[..., 0] = 8.0
