@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lctrain.models import patch_model
 from lctrain.models.differential import to_differential
 from lctrain.models.differential_configs import differential_config
+from tests.forked import run_forked
 from tests.models.differential_families import V2, make_differential
 from tests.models.families import (
     gradients,
@@ -192,10 +193,8 @@ def test_round_trip_in_a_fresh_process(tmp_path):
             assert model.model.layers[0].self_attn.lambda_proj.weight.std() > 0.01
         torch.save(found, "found.pt")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "load.py").write_text(textwrap.dedent(code))
+    run_forked(str(tmp_path / "load.py"), cwd=tmp_path)
     for family, found in torch.load(tmp_path / "found.pt").items():
         assert_error_at_most_twice(found, expected[family], exact[family], family)
 
