@@ -230,7 +230,10 @@ class ChatTemplate:
             return cast(int, prompt)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns and self._train_on != "all":
-            raise ConversationError("a conversation must have an assistant turn, got none.")
+            raise ConversationError(
+                "a conversation must have an assistant turn, got none. Remove it, or use "
+                "data.train_on=all."
+            )
         return turns[-1] if self._train_on == "last_assistant" else 0
 
     def _by_markers(self, messages: Messages, tools: Any, first: int) -> Rendered:
