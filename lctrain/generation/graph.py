@@ -27,12 +27,13 @@ class GraphCapture:
         self.used = False
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocators refer to them
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Returns a function that replays the graph, and the tensor that a replay fills.
 
         A replay of one graph overwrites the results of the others. A capture that fails leaves the
-        stream, the allocator and the random state as they were.
+        stream, the allocator and the random state as they were. Later captures get a new pool.
 
         Args:
             function: Launches kernels on buffers of fixed places. It has run before, so nothing is
@@ -49,8 +50,12 @@ class GraphCapture:
                 with self._capturing(graph):
                     result = function()
             except BaseException:
+                self._failed.append(graph)
                 torch.cuda.set_stream(stream)  # the failed capture has left its own stream
-                self._end_failed(state)
+                try:
+                    self._end_failed(state)
+                finally:
+                    torch.cuda.set_stream(stream)
                 raise
         return graph.replay, result
 
@@ -63,7 +68,8 @@ class GraphCapture:
 
         The allocator goes on taking memory of the stream from the pool, and the random generator
         stays in its mode of captures, in which every later draw fails. The end of a capture that
-        succeeds leaves that mode.
+        succeeds leaves that mode. It needs another pool: nothing can tell the allocator of pinned
+        memory that the failed capture has ended, and it refuses a pool in which one runs.
 
         Args:
             state: State of the random generator before the capture.
@@ -72,6 +78,7 @@ class GraphCapture:
         if end_pool is not None:
             with suppress(RuntimeError):  # the end of the capture did not raise
                 end_pool(self._device.index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
         buffer = torch.zeros(1, device=self._device)
         with self._capturing(torch.cuda.CUDAGraph()):
             buffer.add_(1)

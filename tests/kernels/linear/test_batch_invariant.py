@@ -46,7 +46,7 @@ def test_bits_depend_on_no_other_row(
 @devices
 def test_it_is_a_linear_layer(device, dtype, backend, has_bias):
     torch.manual_seed(0)
-    tensors = [torch.randn(3, 23, 64), torch.randn(48, 64), torch.randn(48)][: 2 + has_bias]
+    tensors = [torch.randn(3, 23, 64), torch.randn(480, 64), torch.randn(480)][: 2 + has_bias]
     assert_error_at_most_twice_plain(
         lambda *tensors: batch_invariant_linear(*tensors, backend=backend),
         functional.linear,
