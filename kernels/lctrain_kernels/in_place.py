@@ -59,7 +59,8 @@ def is_unheld(tensors: list[Any], place: int) -> bool:
     """Returns whether a list is all that holds a tensor and its memory.
 
     A view or another tensor with the same storage holds the memory, too. So does an autograd node
-    that saved the tensor, a hook that keeps it, and an object that keeps its storage. Work that
+    that saved the tensor, a hook that keeps it, and an object that keeps its storage. Memory that
+    torch did not allocate, such as a NumPy array's, may have holders that no count shows. Work that
     another CUDA stream still has to do is not seen.
 
     Args:
@@ -69,9 +70,12 @@ def is_unheld(tensors: list[Any], place: int) -> bool:
     x = tensors[place]
     if type(x) is not Tensor or not x.is_contiguous() or x.numel() == 0 or x.is_neg():
         return False
-    fills = x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.nbytes
-    del x
-    return fills and _IS_COUNTED and _holders(tensors, place) == _ALONE
+    storage = x.untyped_storage()
+    fills = x.storage_offset() == 0 and storage.nbytes() == x.nbytes and storage.resizable()
+    del x, storage
+    # Counted twice, at import and now: a debugger or a dispatch mode may hold one of the tensors.
+    alone = tuple(map(min, _ALONE, _count_alone()))
+    return fills and alone[0] == 1 and _holders(tensors, place) == alone
 
 
 def _holders(tensors: Sequence[Tensor], place: int) -> tuple[int, int, int, int]:
@@ -82,6 +86,9 @@ def _holders(tensors: Sequence[Tensor], place: int) -> tuple[int, int, int, int]
     return x._use_count(), sys.getrefcount(x), of_storage, sys.getrefcount(storage)
 
 
-_ALONE = _holders([torch.empty(1, device="cpu")], 0)
-_IS_COUNTED = _ALONE[0] == 1
-"""Whether one tensor that one list holds is counted as one, and so its counts can be compared."""
+def _count_alone() -> tuple[int, int, int, int]:
+    """Returns the counts of a tensor that one list holds."""
+    return _holders([torch.empty(1, device="cpu")], 0)
+
+
+_ALONE = _count_alone()
