@@ -25,10 +25,15 @@ KEPT = object()
 AS_GIVEN = CallForm(KEPT, False)
 _FORMS = [CallForm(blank, as_text) for as_text in (False, True) for blank in (KEPT, None, "")]
 _NAME, _VALUE, _NULL = "a_function", "a value", "None"
+_ARGUMENTS = {"key": _VALUE}
+_UNWANTED = (_NULL, str(_ARGUMENTS), repr(json.dumps(_ARGUMENTS)))
 
 
 def find_form(render: Callable[[Messages], str | None]) -> CallForm:
     """Returns the first form in which a template writes a call with its arguments.
+
+    A template that writes the Python repr of an object expects JSON text, unless it also writes
+    that of the text: it writes whole calls as they are.
 
     Args:
         render: Renders messages; None if the template refuses them.
@@ -36,7 +41,7 @@ def find_form(render: Callable[[Messages], str | None]) -> CallForm:
     Returns:
         The form; AS_GIVEN if there is none, as for a template without tools.
     """
-    function = {"name": _NAME, "arguments": {"key": _VALUE}}
+    function = {"name": _NAME, "arguments": _ARGUMENTS}
     call = {"type": "function", "id": "123456789", "function": function}
     messages: Messages = [
         {"role": "user", "content": "a"},
@@ -46,7 +51,8 @@ def find_form(render: Callable[[Messages], str | None]) -> CallForm:
     ]
     for form in _FORMS:
         text = render(in_form(messages, form)) or ""
-        if _NAME in text and _VALUE in text and _NULL not in text:
+        is_written = _NAME in text and _VALUE in text
+        if is_written and not any(unwanted in text for unwanted in _UNWANTED):
             return form
     return AS_GIVEN
 

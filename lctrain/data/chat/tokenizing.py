@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _RENDERED = 128  # conversations that are rendered while those before them are tokenized
 _NONE = np.array([], dtype=np.int32)
-_RECIPE = "chat-5"  # raise when tokenizing changes, so that old caches are not used
+_RECIPE = "chat-6"  # raise when tokenizing changes, so that old caches are not used
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from lctrain.data.chat.calls import AS_GIVEN, find_form
 from tests.data.chat.conftest import CONVERSATIONS, make_tokenizer
 from tests.data.chat.test_masks import shown, tokenized
 
@@ -105,9 +106,15 @@ WITH_NONE = (
 WITH_TEXT = WITH_NONE.replace("m['content'] is none", "not m.content").replace(
     "arguments | tojson", "arguments + ''"
 )
+# Writes an object without an error, but as Python does.
+AS_IT_IS = WITH_NONE.replace("m['content'] is none", "true").replace(
+    "arguments | tojson", "arguments"
+)
 
 
-@pytest.mark.parametrize("template", [WITH_NONE, WITH_TEXT], ids=["none", "text"])
+@pytest.mark.parametrize(
+    "template", [WITH_NONE, WITH_TEXT, AS_IT_IS], ids=["none", "text", "as-it-is"]
+)
 @pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": None}], ids=str)
 @pytest.mark.parametrize("as_text", [False, True])
 def test_a_call_has_the_form_that_the_template_reads(template, content, as_text):
@@ -125,3 +132,7 @@ def test_a_call_has_the_form_that_the_template_reads(template, content, as_text)
     parts = re.findall("⟦.*?⟧", shown(tokenizer, ids, trained))
     assert parts == [f"⟦f{text}<|im_end|>⟧", "⟦c<|im_end|>⟧"]
     assert (ids == tokenizer.eos_token_id).sum() == 4  # those of the template
+
+
+def test_a_template_that_writes_whole_calls_gets_them_as_they_are():
+    assert find_form(str) == AS_GIVEN
