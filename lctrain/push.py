@@ -9,6 +9,7 @@ Without `--upload`, it needs no network and no login.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,13 @@ class Upload:
             "tokenizer (tokenizer_config.json)": "tokenizer_config.json" not in names,
         }
         lines += [f"warning: no {what}" for what, absent in missing.items() if absent]
+        base = self._base_folder()
+        if base is not None:
+            lines.append(
+                f"warning: the adapters need the model in {base}, a folder that others do not "
+                "have. Upload that model, and write its name on the hub into adapter_config.json "
+                "(base_model_name_or_path) and README.md; or train with adapter.merge=true."
+            )
         return "\n".join(lines)
 
     def send(self) -> str:
@@ -123,6 +131,21 @@ class Upload:
                 "repeat the command."
             ) from error
         return str(sent)
+
+    def _base_folder(self) -> str | None:
+        """Returns the folder of the adapters' base model; None without adapters or for a name."""
+        path = self.folder / "adapter_config.json"
+        if not path.is_file():
+            return None
+        try:
+            base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"adapter_config.json must be JSON with base_model_name_or_path, got {str(path)!r} "
+                f"({type(error).__name__}: {error}). Export the adapters again."
+            ) from error
+        is_folder = isinstance(base, str) and (Path(base).is_absolute() or Path(base).is_dir())
+        return base if is_folder else None
 
     def _is_uploaded(self, path: Path) -> bool:
         parts = [Path(part) for part in path.relative_to(self.folder).parts]

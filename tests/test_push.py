@@ -1,5 +1,7 @@
 """Tests lctrain-push: what it prints without a network, what it sends, and its errors."""
 
+import json
+
 import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 
@@ -54,6 +56,36 @@ def test_without_upload_it_prints_and_sends_nothing(model, hub, capsys):
     assert "warning" not in printed
     assert "Nothing was uploaded. Add --upload to do it." in printed
     assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    ("base", "warned"), [("/models/small", True), ("owner/base", False), (None, False)]
+)
+def test_adapters_of_a_local_base_model_are_a_warning(model, hub, capsys, base, warned):
+    (model / "config.json").unlink()
+    text = json.dumps({"base_model_name_or_path": base})
+    (model / "adapter_config.json").write_text(text)
+    assert main([str(model), "owner/name"]) == 0
+    printed = capsys.readouterr().out
+    assert ("the adapters need the model in /models/small, a folder that" in printed) is warned
+    assert ("train with adapter.merge=true" in printed) is warned
+
+
+def test_a_relative_folder_of_the_base_model_is_a_warning(model, hub, capsys, monkeypatch):
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "runs/base"}')
+    (model.parent / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(model.parent)
+    assert main([str(model), "owner/name"]) == 0
+    assert "warning: the adapters need the model in runs/base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_adapter_config_is_an_error(model, hub, capsys, text):
+    (model / "adapter_config.json").write_text(text)
+    assert main([str(model), "owner/name"]) == 2
+    printed = capsys.readouterr().err
+    assert "adapter_config.json must be JSON with base_model_name_or_path, got" in printed
+    assert "Export the adapters again." in printed
 
 
 def test_with_upload_it_sends_the_printed_files(model, hub, capsys):
