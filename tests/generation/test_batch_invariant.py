@@ -1,5 +1,7 @@
 """Tests batch_invariant=True: rollouts have the bits of the trainer's log-probabilities."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from lctrain.batch import PackedBatch
 from lctrain.batch_invariant import is_batch_invariant
 from lctrain.callbacks import PatchAttention
 from lctrain.config.attention import AttentionConfig
+from lctrain.data.share import share_pack
+from lctrain.distributed.shared_pack import ContextGroups
 from lctrain.generation import completion_packs, prefill
 from lctrain.loss import policy_loss, token_log_probs
 from lctrain_kernels import fused_backend
@@ -17,13 +21,15 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [3], [4] * 20, [5, 6, 7, 8
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2}
 SIZES["tie_word_embeddings"] = False
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+WINDOW = {"Mistral": {"sliding_window": 6}}
 
 
-def make_model(family, head_dim=16, layers=2):
+def make_model(family, head_dim=16, layers=2, **options):
     """Returns a tiny model in eval mode without an end token."""
     import transformers
 
     sizes = SIZES | HEADS | {"head_dim": head_dim, "num_hidden_layers": layers}
+    sizes |= WINDOW.get(family, {}) | options
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -60,9 +66,10 @@ def trained(model, completions, samples=1, temperature=1.0):
         ("Llama", torch.bfloat16, 0.7, False),
         ("Qwen3", torch.float32, 0.7, False),
         ("Qwen2", torch.float32, 0.0, False),
+        ("Mistral", torch.float32, 1.0, False),
         ("Llama", torch.float32, 1.0, True),
     ],
-    ids=["llama", "bfloat16", "qwen3", "qwen2", "lora"],
+    ids=["llama", "bfloat16", "qwen3", "qwen2", "mistral", "lora"],
 )
 def test_rollouts_have_the_trainers_bits(family, dtype, temperature, lora, monkeypatch):
     """Continuous batching: five prompts in a batch of three, and prompts in pieces of 8 tokens."""
@@ -82,7 +89,7 @@ def test_rollouts_have_the_trainers_bits(family, dtype, temperature, lora, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
 def test_the_kernels_of_a_gpu_have_the_trainers_bits(family, monkeypatch, ordered_products):
     """All kernels under Triton's interpreter: products, norms, RoPE, attention, pages, losses."""
     choose = fused_backend._choose
@@ -196,6 +203,56 @@ def test_groups_that_share_a_prompt_are_refused():
         token_log_probs(model, pack)
 
 
+def test_a_pack_that_ranks_share_is_refused():
+    model = make_model("Llama")
+    lctrain.patch_model(model, batch_invariant=True)
+    batch = share_pack(PackedBatch.from_documents([[1, 2, 3] * 9]), size=2, rank=0)
+    share = batch.share.shared_by(ContextGroups(), batch.document_ids)
+    batch = dataclasses.replace(batch, share=share)
+    with pytest.raises(ValueError, match=r"got a pack that ranks share\. Use trainer\.context_par"):
+        model(batch.input_ids, **batch.model_kwargs())
+
+
+def test_weights_that_ranks_divide_are_refused():
+    model = make_model("Llama")
+    lctrain.patch_model(model, batch_invariant=True)
+    kind = type("DividedWeight", (torch.nn.Parameter,), {})
+    linear = model.model.layers[1].mlp.down_proj
+    linear._parameters["weight"] = linear.weight.detach().as_subclass(kind)
+    with pytest.raises(ValueError, match="needs plain tensors, got a DividedWeight: ranks that"):
+        token_log_probs(model, PackedBatch.from_documents([[1, 2]]))
+
+
+def test_logits_that_a_hook_changes_are_refused():
+    model = make_model("Llama")
+    lctrain.patch_model(model, batch_invariant=True)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with pytest.raises(ValueError, match="must have one linear layer between hidden states and lo"):
+        lctrain.generate(model, PROMPTS)
+    with pytest.raises(ValueError, match="must have one linear layer between hidden states and lo"):
+        token_log_probs(model, PackedBatch.from_documents([[1, 2]]))
+
+
+def test_merged_adapters_have_the_trainers_bits():
+    """Weights change under a patch: merged, unmerged again, and without the adapter."""
+    base = make_model("Llama")
+    model = adapted(base)
+    lctrain.patch_model(base, batch_invariant=True)
+
+    def rollouts():
+        found = lctrain.generate(model, PROMPTS, max_new_tokens=3)
+        assert torch.equal(flat(found), trained(model, found).detach())
+        return flat(found)
+
+    before = rollouts()
+    model.merge_adapter()
+    rollouts()
+    model.unmerge_adapter()
+    rollouts()
+    with model.disable_adapter():
+        assert not torch.equal(rollouts(), before)
+
+
 @pytest.mark.parametrize("options", [{"dora": True}, {}], ids=["dora", "quantized"])
 def test_linear_layers_of_another_kind_are_refused(options):
     base = make_model("Llama")
@@ -232,6 +289,34 @@ def test_families_that_are_not_covered(name):
     with pytest.raises(ValueError, match=r"needs modules that compute .* Covered are causal"):
         lctrain.patch_model(model, batch_invariant=True)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 16,
+            "factor": 2.0,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_frequencies_that_depend_on_the_length_are_refused(rope):
+    model = make_model("Llama", rope_parameters=rope | {"rope_theta": 1e4})
+    message = "frequencies that do not depend on the length, got those of model.rotary_emb"
+    with pytest.raises(ValueError, match=message):
+        lctrain.patch_model(model, batch_invariant=True)
+
+
+def test_hybrid_layers_are_refused():
+    """Lfm2 mixes neighbouring tokens by a convolution in its first layer."""
+    model = make_model("Lfm2", layer_types=["conv", "full_attention"], layers=2)
+    with pytest.raises(ValueError, match="by full or sliding-window attention only, got Lfm2"):
+        lctrain.patch_model(model, batch_invariant=True)
 
 
 @pytest.mark.parametrize(
