@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lctrain.data.fields import FieldError, decode, missing_column
 from lctrain.data.readers import File, Row, fault
-from lctrain.data.streams import DAMAGE
+from lctrain.data.streams import DAMAGE, PARQUET, known_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,10 +114,24 @@ def _read_group(
 def damaged(path: str, error: BaseException, group: int | None = None) -> str:
     """Returns the message for a Parquet file, or one of its row groups, that cannot be read."""
     where = "is damaged or no Parquet file"
-    if group is not None:
+    if group is None:
+        other = _other_type(path)
+        if other is not None:
+            return f"files must be Parquet files, got {path}, which is {other}"
+    else:
         where = f"is damaged in row group {group}, which is left out"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"files must be Parquet files, got {path}, which {where} ({reason}). Restore the file, or "
         "leave it out of data.files."
     )
+
+
+def _other_type(path: str) -> str | None:
+    """Returns the known type of a file without the first bytes of Parquet, with the remedy."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return None
+    return None if head.startswith(PARQUET) else known_type(head)

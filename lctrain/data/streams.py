@@ -17,6 +17,9 @@ from typing import Any
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """Exceptions that reading a missing, truncated or damaged file raises; pyarrow's are OSErrors."""
 
+PARQUET = b"PAR1"
+"""First bytes of a Parquet file."""
+
 _HEAD = 8192  # bytes at the beginning of a file that are inspected
 _TAR = slice(257, 262)
 _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -26,12 +29,17 @@ _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _FOREIGN = (
-    (b"PAR1", "a Parquet file", "Read it with data=parquet."),
+    (PARQUET, "a Parquet file", "Read it with data=parquet."),
     (b"ARROW1", "an Arrow file", "Read its folder with data=hub data.dataset=<folder>."),
     (b"PK\x03\x04", "a zip archive or an office document", "Unpack it, or save it as text."),
     (b"%PDF", "a PDF", "Convert it to text."),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it."),
     (b"SQLite format 3", "a SQLite database", "Export its text as JSON lines."),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of Git LFS, not the file itself",
+        "Fetch the file with `git lfs pull` in its repository.",
+    ),
 )
 
 
@@ -82,9 +90,9 @@ def check_text(head: bytes, path: str, encoding: str) -> None:
         path: Path of the file, for the message.
         encoding: Encoding with which the file will be read.
     """
-    for magic, kind, remedy in _FOREIGN:
-        if head.startswith(magic):
-            raise ForeignFileError(f"files must be text, got {path}, which is {kind}. {remedy}")
+    known = known_type(head)
+    if known is not None:
+        raise ForeignFileError(f"files must be text, got {path}, which is {known}")
     if head[_TAR] == b"ustar":
         raise ForeignFileError(
             f"files must be text, got {path}, which is a tar archive. Unpack it."
@@ -94,6 +102,18 @@ def check_text(head: bytes, path: str, encoding: str) -> None:
             f"files must be text, got {path}, which holds zero bytes. It is binary, or UTF-16 "
             "without a byte-order mark: leave it out of data.files, or set data.encoding=utf-16-le."
         )
+
+
+def known_type(head: bytes) -> str | None:
+    """Returns the type of a file that is not text, with the remedy, as text.
+
+    Args:
+        head: First bytes of the file, decompressed.
+    """
+    for magic, kind, remedy in _FOREIGN:
+        if head.startswith(magic):
+            return f"{kind}. {remedy}"
+    return None
 
 
 def check_encoding(encoding: str | None) -> None:

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lctrain.data import HubSource, JsonlSource, ParquetSource, TextSource
+from lctrain.data.chat.readers import read_chat
 from lctrain.data.documents import read_documents
 
 LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(2000))
@@ -234,6 +235,23 @@ def test_shards_of_mixed_types_and_one_that_is_damaged(tmp_path, read):
         assert name in fault
     with pytest.raises(ValueError, match=r"8_other\.parquet: field must be a column"):
         read(ParquetSource(files=str(tmp_path / "8_other.parquet"), on_error="raise"))
+
+
+@pytest.mark.parametrize("source", [TextSource, JsonlSource, ParquetSource])
+def test_a_pointer_of_git_lfs_is_no_text(source, write, read):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    path = write("a.parquet", pointer)
+    with pytest.raises(ValueError, match=r"a\.parquet, which is a pointer of Git LFS.*lfs pull"):
+        read(source(files=[path], on_error="raise"))
+    (row,) = read_chat(((path, "a", 0, 0),))
+    assert "a.parquet, which is a pointer of Git LFS" in row["fault"]
+
+
+def test_another_file_type_among_parquet_files_has_its_remedy(write, read):
+    for content, words in ((b"PK\x03\x04..", "Unpack it"), (b"PAR1 junk", "Restore the file")):
+        path = write("b.parquet", content)
+        with pytest.raises(ValueError, match=rf"must be Parquet files, got .*{words}"):
+            read(ParquetSource(files=[path], on_error="raise"))
 
 
 def test_a_damaged_row_group_is_left_out(tmp_path, read):

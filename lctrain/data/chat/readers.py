@@ -13,13 +13,12 @@ from lctrain.data.chat.conversation import USED, read_conversation
 from lctrain.data.fields import FieldError, replace_surrogates
 from lctrain.data.parquet import damaged
 from lctrain.data.readers import File, Row, fault, read_json_lines
-from lctrain.data.streams import DAMAGE, open_bytes
+from lctrain.data.streams import DAMAGE, PARQUET, open_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_AT_A_TIME = 256
-_PARQUET = b"PAR1"
 
 
 def read_chat(
@@ -36,7 +35,7 @@ def read_chat(
     for file in files:
         try:
             with open_bytes(file[0]) as stream:
-                is_parquet = stream.read(len(_PARQUET)) == _PARQUET
+                is_parquet = stream.read(len(PARQUET)) == PARQUET
         except DAMAGE:
             is_parquet = False  # the reader of lines reports the damage
         if is_parquet:
