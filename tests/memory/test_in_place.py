@@ -1,5 +1,7 @@
 """Tests gradients in the memory of rebuilt queries, keys and values: when, and with which bits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +14,9 @@ from lctrain.memory.peaks import layer_peaks
 from lctrain.memory.profile import profile
 from lctrain.memory.tracker import Tracker
 from lctrain_kernels import operators
+from lctrain_kernels.gluon import support
+from lctrain_kernels.options import AttentionOptions
+from lctrain_kernels.varlen.operators import Operands, _pytorch_overwrites
 from tests.memory.test_policy import POLICIES, packs, same, step  # noqa: F401
 from tests.models.families import make_model
 
@@ -207,8 +212,10 @@ WIDE = {"checkpoint": "device/recompute", "attention-kept": "device/device"}
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["all-heads", "by-head"])
 @pytest.mark.parametrize("name", WIDE)
-def test_the_plan_counts_gradients_in_place(name, by_head):
+def test_the_plan_counts_gradients_in_place(name, by_head, monkeypatch):
     """Attention is wider than the hidden states, so that its backward sets the peak of a layer."""
+    monkeypatch.setattr(support, "BACKWARD_LIMITS", ())  # such as float32
+    monkeypatch.setattr(support, "may_be_planned", lambda: True)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -242,3 +249,13 @@ def test_the_plan_counts_gradients_in_place(name, by_head):
     rows = 2 * (8 + 4 + 4) * 32 * tokens  # half of q, k and v, in float32
     assert all(one.beside - one.backward > rows for one in measured.layers)
     assert tracker.peak_beside - tracker.peak > (rows if not by_head else -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("here", [False, True], ids=["no-hopper", "hopper"])
+def test_the_plan_counts_on_gradients_in_place_of_the_hopper_kernels_only(dtype, here, monkeypatch):
+    monkeypatch.setattr(support, "may_be_planned", lambda: here)
+    q = torch.empty(64, 2, 64, dtype=dtype, device="meta")
+    pack = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 64]))
+    found = _pytorch_overwrites(Operands(q, q, q), pack, AttentionOptions(softmax_scale=1.0))
+    assert bool(found) == (here and dtype == torch.bfloat16)

@@ -140,3 +140,11 @@ def available(device: torch.device) -> bool:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     return index in _DEVICES
+
+
+def may_be_planned() -> bool:
+    """Returns whether a memory plan may count on the Hopper kernels.
+
+    It may if they run on a GPU here, or if no GPU is here: a plan then is for another machine.
+    """
+    return _KNOWN_TRITON or not torch.cuda.is_available()

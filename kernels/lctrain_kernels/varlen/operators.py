@@ -114,10 +114,15 @@ def _hopper_overwrites(
 def _pytorch_overwrites(
     operands: Operands, pack: PackTensors, options: AttentionOptions
 ) -> frozenset[str]:
-    """Returns all operands, which are read before; on device meta, those of the Hopper kernels."""
-    if operands.q.is_meta:
-        return _hopper_overwrites(operands, pack, options)
-    return frozenset(operands._fields)
+    """Returns all operands, which are read before; on device meta, those of the planned kernels."""
+    if not operands.q.is_meta:
+        return frozenset(operands._fields)
+    from lctrain_kernels.gluon import support
+
+    refused = _hopper_refuses("BACKWARD_LIMITS")(operands, options, None)
+    if refused is not None or not support.may_be_planned():
+        return frozenset()  # as the Triton kernels
+    return _hopper_overwrites(operands, pack, options)
 
 
 @implements("varlen", BACKWARD, "pytorch", overwrites=_pytorch_overwrites)
