@@ -391,7 +391,7 @@ def test_the_device_of_the_trainer_counts(make_llama, tmp_path, monkeypatch):
     assert asked == [torch.device("cpu")]
     model = make_llama()
     auto = MemoryConfig(name="auto")
-    with pytest.raises(ValueError, match=r"without its weights, .* Patch it by lctrain.patch_mod"):
+    with pytest.raises(ValueError, match=r"without its weights to be .* lctrain.patch_mod"):
         policy.plan_for(model, auto, 64, "true")
     lctrain.patch_model(model)
     elsewhere = policy.plan_for(model, auto, 64, "true", torch.device("cuda:0"))
