@@ -122,7 +122,8 @@ class GlobalMemory:
         self.dtype = _TL_DTYPES[tensor.dtype]
         whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
         self.is_bfloat16 = tensor.dtype == torch.bfloat16
-        self.flat = (whole.view(torch.int16) if self.is_bfloat16 else whole).numpy()
+        # Tensor.numpy marks the memory for ever as shared: no backward would overwrite it.
+        self.flat = np.from_dlpack(whole.view(torch.int16) if self.is_bfloat16 else whole)
         self.begin = tensor.storage_offset()
         self.address = whole.data_ptr()
 
