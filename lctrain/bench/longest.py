@@ -92,11 +92,12 @@ def scaled(measured: Profile, tokens: int) -> Profile:
     )
 
 
-def longest(profile_of: Callable[[int], Profile], device_gib: float, host_gib: float) -> int:
+def longest(profile_of: Callable[..., Profile], device_gib: float, host_gib: float) -> int:
     """Returns the largest number of tokens that fits under `memory=auto`; 0 if none does.
 
     Args:
-        profile_of: Function that returns the bytes of a step on a number of tokens.
+        profile_of: Function that returns the bytes of a step on a number of tokens, as `profile`
+            does; it takes device_limit, the memory of the GPU in bytes.
         device_gib: Memory of the GPU in GiB.
         host_gib: Host memory in GiB that the step may use.
     """
@@ -104,6 +105,9 @@ def longest(profile_of: Callable[[int], Profile], device_gib: float, host_gib: f
         name="auto", mlp_tokens=MLP_TOKENS, device_gib=device_gib, host_gib=host_gib
     )
     limits = int(device_gib * GIB), int(host_gib * GIB)
+
+    def profile_at(tokens: int) -> Profile:
+        return profile_of(tokens, device_limit=limits[0])
 
     def search(measured: Profile) -> int:
         """Returns the largest number of tokens that fits, from the bytes of another number."""
@@ -116,10 +120,10 @@ def longest(profile_of: Callable[[int], Profile], device_gib: float, host_gib: f
         return low * STEP
 
     profiled = PROFILED
-    found = search(profile_of(profiled))
+    found = search(profile_at(profiled))
     while found > 0 and NEAR * abs(found - profiled) > profiled:
         profiled = found
-        found = search(profile_of(profiled))
+        found = search(profile_at(profiled))
     return found
 
 
@@ -133,8 +137,8 @@ def _recomputing_attention(measured: Profile) -> Profile:
     return replace(measured, layers=layers)
 
 
-def profiles(setting: Setting) -> Callable[[int], Profile]:
-    """Returns a function: tokens -> bytes of a step that trains adapters on a setting's model."""
+def profiles(setting: Setting) -> Callable[..., Profile]:
+    """Returns a function from tokens and device_limit to the bytes of a step with adapters."""
     model = build_shape(setting.shape, "sdpa", torch.device("meta"), torch.bfloat16)
     patch_model(model, fused=True)
     model = add_adapter(model, AdapterConfig(rank=RANK)).train()

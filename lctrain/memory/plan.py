@@ -217,7 +217,7 @@ def plan(
         options = {**options, "host_gib": host_gib}
     config = MemoryConfig(name=policy, device_gib=device_gib, **options)
     limits = tuple(None if gib is None else int(gib * GIB) for gib in (device_gib, host_gib))
-    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
+    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer, limits[0])
     return plan_of(replace(measured, accumulates=micro_batches > 1), config, *limits)
 
 

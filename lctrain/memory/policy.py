@@ -199,7 +199,7 @@ def plan_for(
         limit = free_device_bytes(device)
         there = [p for p in model.parameters() if p.device.type == device.type]
         limit += sum(map(stored_bytes, there))
-    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer)
+    measured = profile(model, tokens, precision, config.mlp_tokens, quantize, optimizer, limit)
     measured = replace(measured, accumulates=micro_batches > 1)
     if shards is not None:
         measured = divided(measured, model, precision, shards)

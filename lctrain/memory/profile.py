@@ -28,6 +28,7 @@ from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
 from lctrain.models.low_rank import leave_casts_to_autocast
 from lctrain_kernels.autocast import autocast_on_meta
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
+from lctrain_kernels.gluon.support import planned_memory
 from lctrain_kernels.in_place import inputs_rebuilt
 
 PRECISIONS = ("true", "bf16-mixed")
@@ -122,6 +123,7 @@ def profile(
     mlp_tokens: int | None = None,
     quantize: str | None = None,
     optimizer: str = ADAMW,
+    device_limit: int | None = None,
 ) -> Profile:
     """Runs forward and backward of a model on the meta device, and counts the bytes.
 
@@ -134,6 +136,8 @@ def profile(
         mlp_tokens: Number of tokens that an MLP computes at a time; None for all tokens at once.
         quantize: Format in which frozen dense weights will be stored: nf4, int8 or None.
         optimizer: Dotted name of the optimizer's class.
+        device_limit: Memory of the GPU in bytes; None if it is unknown. Where no GPU is, it tells
+            whether the Hopper kernels, which take less memory, may run.
 
     Raises:
         ValueError: if transformers cannot checkpoint the model's layers, or the model reads values
@@ -155,8 +159,9 @@ def profile(
     if mlp_tokens is not None:
         TiledMLPs(layers, mlp_tokens)
     try:
-        plain = _Run(decoder, tokens, precision, checkpointed=False).layers
-        run = _Run(decoder, tokens, precision, checkpointed=True, last=len(plain) - 1)
+        with planned_memory(device_limit):
+            plain = _Run(decoder, tokens, precision, checkpointed=False).layers
+            run = _Run(decoder, tokens, precision, checkpointed=True, last=len(plain) - 1)
     except (NotImplementedError, RuntimeError) as error:
         text = inner.config.get_text_config()
         remedy = "Patch it by lctrain.patch_model before it is planned."

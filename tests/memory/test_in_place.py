@@ -259,3 +259,11 @@ def test_the_plan_counts_on_gradients_in_place_of_the_hopper_kernels_only(dtype,
     pack = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 64]))
     found = _pytorch_overwrites(Operands(q, q, q), pack, AttentionOptions(softmax_scale=1.0))
     assert bool(found) == (here and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("gib", "counted"), [(None, True), (80, True), (48, False)])
+def test_no_plan_for_a_small_gpu_counts_on_the_hopper_kernels(gib, counted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with support.planned_memory(None if gib is None else gib * 2**30):
+        assert support.may_be_planned() is counted
+    assert support.may_be_planned()

@@ -2,7 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from typing import Any, NamedTuple, TypeVar
 
@@ -142,9 +144,31 @@ def available(device: torch.device) -> bool:
     return index in _DEVICES
 
 
+SMALLEST_HOPPER = 79 << 30  # bytes of an H100's memory, rounded down
+_planned_memory: ContextVar[int | None] = ContextVar("planned_memory", default=None)
+
+
+@contextmanager
+def planned_memory(limit: int | None) -> Iterator[None]:
+    """Context manager around a memory plan, which tells how much memory its GPU has.
+
+    Args:
+        limit: Bytes; None if it is unknown.
+    """
+    token = _planned_memory.set(limit)
+    try:
+        yield
+    finally:
+        _planned_memory.reset(token)
+
+
 def may_be_planned() -> bool:
     """Returns whether a memory plan may count on the Hopper kernels.
 
-    It may if they run on a GPU here, or if no GPU is here: a plan then is for another machine.
+    It may if they run on a GPU here. If no GPU is here, a plan is for another machine: then it may,
+    unless that machine's GPU has less memory than every Hopper GPU.
     """
-    return _KNOWN_TRITON or not torch.cuda.is_available()
+    if torch.cuda.is_available():
+        return _KNOWN_TRITON
+    limit = _planned_memory.get()
+    return limit is None or limit >= SMALLEST_HOPPER
