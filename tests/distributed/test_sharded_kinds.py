@@ -230,6 +230,7 @@ def test_the_plan_of_a_shard():
         weights=-(-whole.weights // 4) + extra,
         gradients=-(-whole.gradients // 4) + 2 * extra,  # as they are, and to be reduced
         optimizer=-(-whole.optimizer // 4),
+        accumulates=True,  # shares of gradients exist throughout the step
         head_dim=0,  # no time is expected
     )
     mixed = divided(whole, model, "bf16-mixed", 4)

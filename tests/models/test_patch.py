@@ -178,7 +178,7 @@ def test_every_layer_carries_the_spec():
         (
             {"dropuot": 0.1},
             "options of attention='flash' must be among dropout, deterministic, backend, "
-            "sliding_window, got dropuot. Check the spelling",
+            "sliding_window, batch_invariant, got dropuot. Check the spelling",
         ),
         (
             {"chunk_size": 16},
