@@ -10,6 +10,7 @@ OTHERS = {
     "lctrain/bench/chat.py": "a text that is tokenized",
     "lctrain/bench/step.py": "a message to another process",
     "lctrain/bench/step_process.py": "a message to another process",
+    "lctrain/data/chat/calls.py": "a text that a template writes",
     "lctrain/data/chat/conversation.py": "a text that is tokenized",
     "lctrain/data/chat/markers.py": "a text that is tokenized",
     "lctrain/data/chat/source.py": "a hash",

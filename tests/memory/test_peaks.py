@@ -20,6 +20,7 @@ from lctrain.memory.profile import profile
 from lctrain.memory.store import HostStore
 from lctrain.memory.tracker import Tracker
 from lctrain.models.low_rank import add_adapter
+from lctrain_kernels.gluon import support
 
 TOKENS, TILE, WIDTH, LAYERS = 256, 32, 128, 9
 POLICIES = {
@@ -62,7 +63,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def bytes_of(model):
-    return profile(model, TOKENS, mlp_tokens=TILE)
+    """Bytes of a step in which attention's gradients are written in place, as on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "BACKWARD_LIMITS", ())  # such as float32
+        patch.setattr(support, "may_be_planned", lambda: True)
+        return profile(model, TOKENS, mlp_tokens=TILE)
 
 
 def run_step(model, policies, by_head):
