@@ -73,8 +73,8 @@ def estimate_rest(run: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """Returns the estimated time of a whole step from the part of it that has run.
 
     The layers whose backward has ended tell the time of a layer's backward. Each layer that is
-    left takes as long. Where a layer computes its attention again, the whole time of a layer's
-    forward is added, so the estimate is rather too long. The optimizer's step is not in it.
+    left takes as long. Where more of these compute their attention again, the time of a layer's
+    forward is added for each, so the estimate is rather too long. The optimizer's step is left out.
 
     Args:
         run: A run of a record with `layers`, the kept inputs and attention of each layer, and
@@ -98,8 +98,9 @@ def estimate_rest(run: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     if not done:
         return {}
     layer_s = median(second - first for first, second in pairwise(forward))
-    backward_s = (until - backward[0][1] - layer_s * sum(again[ended:])) / done
-    step_s = until + ended * backward_s + layer_s * sum(again[:ended])
+    backward_s = (until - backward[0][1]) / done
+    more = sum(again[:ended]) - ended * sum(again[ended:]) / done
+    step_s = until + ended * backward_s + max(0.0, more) * layer_s
     return {
         "estimated_from": lowest,
         "step_ms": [round(1000 * step_s, 1)],

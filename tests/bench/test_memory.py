@@ -77,7 +77,9 @@ def test_the_rest_of_a_stopped_step_is_estimated():
     assert found == {"estimated_from": 0, "step_ms": [34_000.0], "tokens_per_s": 2.0}
     again = ["device/recompute"] * 4  # the layers that have ended computed it again, too
     found = estimate_rest({"layers": again, "progress": ended}, 68)
-    assert found["step_ms"] == [20_000.0 + 2 * 1000 * (3 + 2)]
+    assert found["step_ms"] == [30_000.0]
+    kept = ["device/device"] * 2 + ["device/recompute"] * 2  # what is left takes less
+    assert estimate_rest({"layers": kept, "progress": ended}, 68)["step_ms"] == [30_000.0]
 
 
 def test_policies_run_in_turn(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lctrain
+from lctrain.generation import continuous, task
 from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
@@ -49,6 +50,20 @@ def make_batch(patched):
 
     with torch.no_grad():
         yield make
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """Fills new memory with NaN, and accepts distributions of NaN."""
+    for module in (continuous, task):
+        monkeypatch.setattr(module, "require_distributions", lambda *_: None)
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        made = empty(*size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lctrain
-from lctrain.generation import continuous, decode, prefill, task
+from lctrain.generation import decode, prefill
 from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE
@@ -149,22 +149,14 @@ def test_log_probs_are_those_of_the_trainers_pack(model):
     assert log_probs(found) == near_roundings(trained, ROUNDINGS)
 
 
-def test_nothing_of_another_request_shows(model, make, monkeypatch):
+def test_nothing_of_another_request_shows(model, make, request):
     """Token 96 gives NaN, and every page holds NaN before it is used."""
     prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[5]]
     model.lm_head.weight[96] = 0.0
     expected = make(model, prompts).run()
     assert not any(96 in row for row in tokens(expected))
     model.model.embed_tokens.weight[96] = float("nan")
-    monkeypatch.setattr(continuous, "require_distributions", lambda *_: None)
-    monkeypatch.setattr(task, "require_distributions", lambda *_: None)
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    request.getfixturevalue("nan_memory")
     mixed = [row for one in prompts for row in ([96] * 70, one)]
     for batch_size in (6, 3):
         found = make(model, mixed, batch_size=batch_size).run()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lctrain
-from lctrain.generation import continuous, prefill, task
+from lctrain.generation import continuous, prefill
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE, CacheShape, PagePool, pages_of
@@ -244,21 +244,13 @@ def test_forks_of_a_full_cache(make_batch):
     assert full._pool.free == 3
 
 
-def test_nothing_of_another_request_shows(make_batch, patched, monkeypatch):
+def test_nothing_of_another_request_shows(make_batch, patched, request):
     """Token 96 gives NaN, and every page holds NaN before it is used."""
     prompts = [[5] * 70, [6, 7], [8] * 64]
     expected = make_batch(prompts, temperature=0).run()
     patched.model.embed_tokens.weight[96] = float("nan")
     patched.lm_head.weight[96] = 0.0
-    monkeypatch.setattr(continuous, "require_distributions", lambda *_: None)
-    monkeypatch.setattr(task, "require_distributions", lambda *_: None)
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    request.getfixturevalue("nan_memory")
     bad = [[96] * 70, [96], [96] * 3]
     mixed = [prompt for pair in zip(bad, prompts, strict=True) for prompt in pair]
     for batch_size in (6, 3, 1):

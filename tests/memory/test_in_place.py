@@ -17,7 +17,7 @@ from lctrain_kernels import operators
 from lctrain_kernels.gluon import support
 from lctrain_kernels.options import AttentionOptions
 from lctrain_kernels.varlen.operators import Operands, _pytorch_overwrites
-from tests.memory.test_policy import POLICIES, packs, same, step  # noqa: F401
+from tests.memory.test_policy import POLICIES, same, step
 from tests.models.families import make_model
 
 INTO = torch.ops.lctrain.varlen_backward_into.default
@@ -54,7 +54,7 @@ def overwritten(model, arguments):
 
 
 @pytest.fixture
-def llama(packs):  # noqa: F811
+def llama(packs):
     model = make_model("llama").train()
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**packs[0])  # the first call checks the head by calls of its own
@@ -62,7 +62,7 @@ def llama(packs):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_gradients_are_those_of_transformers_own_checkpointing(family, packs):  # noqa: F811
+def test_gradients_are_those_of_transformers_own_checkpointing(family, packs):
     model = make_model(family).train()
     with lctrain.patch_model(model, fused=True, loss=True, dropout=0.3):
         model(**packs[0])
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_transformers_own_checkpointing(family, packs):  
                 assert set(backwards.overwritten) == {"qk" if family == "phi3" else "qkv"}, name
 
 
-def test_the_backward_by_heads_takes_no_memory_for_gradients(llama, packs, monkeypatch):  # noqa: F811
+def test_the_backward_by_heads_takes_no_memory_for_gradients(llama, packs, monkeypatch):
     found = {}
     use_policy(llama, "checkpoint", backward_by_head=True)
 
@@ -107,7 +107,7 @@ def keep_outputs(model, name, kept):
     ]
 
 
-def test_what_a_hook_keeps_is_not_overwritten(llama, packs):  # noqa: F811
+def test_what_a_hook_keeps_is_not_overwritten(llama, packs):
     use_policy(llama, "checkpoint")
     kept = []
     hooks = keep_outputs(llama, "v_proj", kept)
@@ -120,7 +120,7 @@ def test_what_a_hook_keeps_is_not_overwritten(llama, packs):  # noqa: F811
     assert overwritten(llama, packs[0]) == ["qkv", "qkv"]
 
 
-def test_what_another_node_saved_is_not_overwritten(llama, packs):  # noqa: F811
+def test_what_another_node_saved_is_not_overwritten(llama, packs):
     """The product saves the values, which reach attention through a view."""
 
     def double(module, given, out):
@@ -135,7 +135,7 @@ def test_what_another_node_saved_is_not_overwritten(llama, packs):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["view", "storage", "numpy"])
-def test_whatever_keeps_the_memory_of_values(kind, llama, packs):  # noqa: F811
+def test_whatever_keeps_the_memory_of_values(kind, llama, packs):
     use_policy(llama, "checkpoint")
     kept = []
 
@@ -153,12 +153,12 @@ def test_whatever_keeps_the_memory_of_values(kind, llama, packs):  # noqa: F811
         hook.remove()
 
 
-def test_without_checkpointing_nothing_is_overwritten(llama, packs):  # noqa: F811
+def test_without_checkpointing_nothing_is_overwritten(llama, packs):
     use_policy(llama, "none")
     assert overwritten(llama, packs[0]) == ["", ""]
 
 
-def test_graphs_of_gradients_and_anomaly_detection_overwrite_nothing(llama, packs):  # noqa: F811
+def test_graphs_of_gradients_and_anomaly_detection_overwrite_nothing(llama, packs):
     handle = use_policy(llama, "checkpoint")
     weights = list(llama.parameters())
     with torch.autograd.detect_anomaly(check_nan=False):
@@ -170,7 +170,7 @@ def test_graphs_of_gradients_and_anomaly_detection_overwrite_nothing(llama, pack
     handle.remove()
 
 
-def test_a_kept_graph_is_rebuilt_for_every_backward(llama, packs):  # noqa: F811
+def test_a_kept_graph_is_rebuilt_for_every_backward(llama, packs):
     use_policy(llama, "checkpoint")
     expected = step(llama, packs[:1])
     llama.zero_grad()
@@ -186,7 +186,7 @@ def test_a_kept_graph_is_rebuilt_for_every_backward(llama, packs):  # noqa: F811
     assert backwards.overwritten == again.overwritten == ["qkv", "qkv"]
 
 
-def test_compiled_autograd_overwrites_nothing(llama, packs, monkeypatch):  # noqa: F811
+def test_compiled_autograd_overwrites_nothing(llama, packs, monkeypatch):
     use_policy(llama, "checkpoint")
     expected = step(llama, packs[:1])
     llama.zero_grad()

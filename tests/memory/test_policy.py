@@ -15,7 +15,7 @@ from lctrain.memory.optimizer import optimizer_bytes
 from lctrain.memory.policy import apply_config, policies_of
 from lctrain.models.low_rank import add_adapter
 from tests.configs.composed import load
-from tests.models.families import make_documents, make_model
+from tests.models.families import make_model
 
 POLICIES = {
     "attention-kept": ("checkpoint", {"keep_attention": 2}),
@@ -33,15 +33,6 @@ POLICIES = {
         {"segment_layers": 2, "host_attention": 1, "backward_by_head": True},
     ),
 }
-
-
-@pytest.fixture
-def packs():
-    """Two packs of different lengths in transformers' format."""
-    documents = make_documents()
-    return [
-        lctrain.PackedBatch.from_documents(part).arguments() for part in (documents, documents[2:])
-    ]
 
 
 def step(model, packs):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lctrain
 from lctrain.memory import LayerCheckpoints, use_policy
 from lctrain.memory.layers import LayerPolicy
-from tests.memory.test_policy import packs, same, step  # noqa: F401 (packs is a fixture)
+from tests.memory.test_policy import same, step
 from tests.models.families import make_model
 
 LAYERS = 5
@@ -42,7 +42,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("segment", [2, 3, 5])
-def test_rebuilt_inputs_are_those_of_the_forward(segment, packs):  # noqa: F811
+def test_rebuilt_inputs_are_those_of_the_forward(segment, packs):
     """A layer runs three times, and the last one of a segment twice."""
     model = make_model("gemma2", num_hidden_layers=LAYERS).train()
     calls = []
@@ -66,7 +66,7 @@ def test_rebuilt_inputs_are_those_of_the_forward(segment, packs):  # noqa: F811
 
 
 @pytest.mark.parametrize("policy", ["checkpoint", "offload"])
-def test_reused_attention_is_computed_once_in_the_backward(policy, packs):  # noqa: F811
+def test_reused_attention_is_computed_once_in_the_backward(policy, packs):
     """It is freed with its layer: the first segment has nothing of the last one's."""
     model = make_model("llama", num_hidden_layers=6).train()
     with lctrain.patch_model(model, fused=True, loss=True):
@@ -101,7 +101,7 @@ def test_hidden_dropout_is_that_of_the_forward():
         handle.remove()
 
 
-def test_an_aborted_step_lets_go_of_a_segment(packs):  # noqa: F811
+def test_an_aborted_step_lets_go_of_a_segment(packs):
     model = make_model("llama", num_hidden_layers=4).train()
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**packs[0])
@@ -122,7 +122,7 @@ def test_an_aborted_step_lets_go_of_a_segment(packs):  # noqa: F811
         assert same(step(model, packs), expected)
 
 
-def test_a_graph_of_segments_can_be_read_twice(packs):  # noqa: F811
+def test_a_graph_of_segments_can_be_read_twice(packs):
     model = make_model("llama", num_hidden_layers=4).train()
     with lctrain.patch_model(model, fused=True, loss=True):
         model(**packs[0])
@@ -136,7 +136,7 @@ def test_a_graph_of_segments_can_be_read_twice(packs):  # noqa: F811
     assert same([p.grad for p in model.parameters()], expected)
 
 
-def test_frozen_layers_in_a_segment_need_no_warning(packs):  # noqa: F811
+def test_frozen_layers_in_a_segment_need_no_warning(packs):
     """No graph holds the call of a frozen layer, so the layer after it keeps its input."""
     model = make_model("llama", num_hidden_layers=4).train()
     model.requires_grad_(False)
