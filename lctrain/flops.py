@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lctrain.experts import experts_per_token, token_shares
+
 # Dense bf16 matrix FLOP/s from the vendors' data sheets, without sparsity. The first entry whose
 # name is a part of the device's name applies.
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
@@ -117,15 +119,22 @@ def _matrix_parameters(model: nn.Module, config: Any) -> float:
     looked_up = {id(inputs.weight)} if inputs is not None else set()
     if outputs is not None:
         looked_up.discard(id(outputs.weight))  # tied: the same weights project to the vocabulary
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    active = getattr(config, "num_experts_per_tok", None)
+    shares = _expert_shares(model, config)
     total = 0.0
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.dim() < 2 or id(weight) in looked_up:
             continue
-        share = active / experts if experts and active and ".experts." in name else 1.0
-        total += math.prod(weight.shape) * share
+        total += math.prod(weight.shape) * shares.get(id(weight), 1.0)
     return total
+
+
+def _expert_shares(model: nn.Module, config: Any) -> dict[int, float]:
+    """Returns the fraction of tokens that each expert's weight multiplies, by the weight's id."""
+    shares: dict[int, float] = {}
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for index, layer in (numbered for layers in lists for numbered in enumerate(layers)):
+        shares |= token_shares(layer, experts_per_token(config, index))
+    return shares
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lctrain.experts import token_shares
+
 
 def group_experts(model: nn.Module) -> None:
     """Makes a model compute its experts as one grouped product, as transformers does by default.
@@ -22,32 +24,34 @@ def group_experts(model: nn.Module) -> None:
             config._experts_implementation = "grouped_mm"
 
 
-def experts_per_token(config: Any) -> int:
-    """Returns the number of experts that compute each token; 1 for a model without experts.
-
-    Args:
-        config: Configuration of a transformers model.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_experts_per_tok", None) or 1
-
-
 def elements(layer: nn.Module, chosen: int = 1, trained: bool = False) -> float:
     """Returns the number of elements of a layer's matrices by which one token is multiplied.
+
+    peft adds the adapters of experts to their weights, so no token is multiplied by the adapters,
+    and their gradients need those of the weights.
 
     Args:
         layer: A layer.
         chosen: Number of experts that compute each token.
-        trained: Whether to leave out frozen matrices.
+        trained: Whether to leave out matrices whose gradients nothing needs.
     """
+    shares = token_shares(layer, chosen)
+    adapted: set[int] = set()
+    adapters: set[int] = set()
+    for wrapper in layer.modules():
+        module: Any = wrapper
+        if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):  # peft's ParamWrapper
+            factors = [*module.lora_A.parameters(), *module.lora_B.parameters()]
+            adapters.update(map(id, factors))
+            if any(factor.requires_grad for factor in factors):
+                adapted.add(id(module.get_param()))
     found = 0.0
     for parameter in layer.parameters():
-        if trained and not parameter.requires_grad:
+        key = id(parameter)
+        if key in adapters or (trained and not parameter.requires_grad and key not in adapted):
             continue
-        if parameter.dim() == 2:
-            found += parameter.numel()
-        elif parameter.dim() == 3:
-            found += parameter.numel() * min(1, chosen / len(parameter))
+        if parameter.dim() == 2 or key in shares:
+            found += parameter.numel() * shares.get(key, 1.0)
     return found
 
 

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.batch import PackedBatch
+from lctrain.experts import experts_per_token
 from lctrain.memory.alike import structure
 from lctrain.memory.attention import KeptResults
-from lctrain.memory.experts import elements, experts_per_token, group_experts
+from lctrain.memory.experts import elements, group_experts
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.optimizer import ADAMW, optimizer_bytes
 from lctrain.memory.quantized import weight_bytes
 from lctrain.memory.tiles import TiledMLPs
-from lctrain.memory.tracker import Bfloat16Products, Tracker, skeleton
+from lctrain.memory.tracker import (
+    Bfloat16Products,
+    Tracker,
+    skeleton,
+    torch_autocast_takes_meta,
+)
 from lctrain.models.low_rank import leave_casts_to_autocast
 from lctrain_kernels.autocast import autocast_on_meta
 from lctrain_kernels.cross_entropy.chunks import ACCELERATOR_CHUNK_BYTES, pick_chunk_tokens
@@ -176,7 +182,10 @@ def profile(
     tiled = 0.0
     if mlp_tokens is not None and mlp_tokens < tokens and run.repeats_mlps:
         tiled = sum(elements(layer.mlp) for layer in layers if hasattr(layer, "mlp"))
-    head, chosen = _head_weight(inner), experts_per_token(inner.config)
+    head = _head_weight(inner)
+    chosen = [experts_per_token(inner.config, index) for index in range(len(layers))]
+    multiplied = sum(map(elements, layers, chosen)) / len(layers)
+    trained_part = sum(elements(x, one, True) for x, one in zip(layers, chosen, strict=True))
     dtype = next(layers[0].parameters()).dtype
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(map(_bytes, trained))
@@ -205,11 +214,8 @@ def profile(
         loss=_loss_bytes(inner, tokens, precision),
         # q k and p v take 2 operations for each of T^2 / 2 pairs and each column.
         attention_operations=2 * tokens * sum(x.outputs for x in run.layers) / len(layers),
-        other_operations=2 * tokens * sum(elements(x, chosen) for x in layers) / len(layers),
-        trained_operations=2
-        * tokens
-        * sum(elements(x, chosen, True) for x in layers)
-        / len(layers),
+        other_operations=2 * tokens * multiplied,
+        trained_operations=2 * tokens * trained_part / len(layers),
         tile_operations=2 * tokens * tiled / len(layers),
         head_operations=2 * tokens * _head_passes(head) * (0 if head is None else head.numel()),
         head_dim=max(layer.head_dim for layer in run.layers),
@@ -272,6 +278,7 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(torch.device("meta"))
             dtype = torch.bfloat16 if self._mixed else None
+            stack.enter_context(torch_autocast_takes_meta())
             stack.enter_context(autocast_on_meta(dtype))
             stack.enter_context(self.tracker)
             hidden = decoder(**batch)[0]

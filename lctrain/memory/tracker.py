@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lctrain.memory.experts import grouped_product
 from lctrain.memory.quantized import is_quantized, make_dense
+from lctrain_kernels.autocast import autocast_dtype, autocast_on_meta
 
 _BACKWARD_WORKSPACE = {
     "varlen_backward": 1,
@@ -102,7 +105,7 @@ class Tracker(TorchDispatchMode):
 class Bfloat16Products(TorchFunctionMode):
     """Casts float32 inputs of matrix products to bfloat16, as bf16-mixed precision does on a GPU.
 
-    torch has no autocast for the meta device.
+    torch has no autocast for the meta device. `autocast_on_meta` says where it would be on.
 
     Args:
         weights: Cache of bfloat16 weights by the id of the float32 weight, like autocast's. This
@@ -117,7 +120,8 @@ class Bfloat16Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         products = (nn.functional.linear, torch.matmul, torch.bmm, torch.mm)
-        if func in products and isinstance(args[0], Tensor):
+        is_on = autocast_dtype("meta") is not None
+        if is_on and func in products and isinstance(args[0], Tensor):
             args = [self._cast(value) for value in args]
         return func(*args, **(kwargs or {}))
 
@@ -129,6 +133,23 @@ class Bfloat16Products(TorchFunctionMode):
         if id(value) not in self._weights:
             self._weights[id(value)] = value.to(torch.bfloat16)
         return self._weights[id(value)]
+
+
+@contextmanager
+def torch_autocast_takes_meta() -> Iterator[None]:
+    """Context manager in which `torch.autocast("meta")` does what `autocast_on_meta` does.
+
+    Libraries enter autocast on the device of a weight, as peft does for adapters of experts.
+    """
+    autocast: Any = torch.autocast
+
+    def make(device_type: str, dtype: Any = None, enabled: bool = True, **options: Any) -> Any:
+        if device_type != "meta":
+            return autocast(device_type, dtype, enabled, **options)
+        return autocast_on_meta((dtype or torch.bfloat16) if enabled else None)
+
+    with patch.object(torch, "autocast", make), patch.object(torch.amp, "autocast", make):
+        yield
 
 
 def skeleton(model: nn.Module) -> Any:

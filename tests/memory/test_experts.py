@@ -10,8 +10,9 @@ from lctrain.loss import causal_lm_loss
 from lctrain.memory import plan, use_policy
 from lctrain.memory.experts import grouped_product
 from lctrain.memory.profile import profile
-from lctrain.memory.tracker import Tracker
+from lctrain.memory.tracker import Tracker, torch_autocast_takes_meta
 from lctrain.models.low_rank import add_adapter
+from lctrain_kernels.autocast import autocast_dtype, autocast_on_meta
 from tests.models.families import make_model
 
 TOKENS = 384
@@ -38,8 +39,9 @@ def make_mixtral(dtype=torch.float32, experts=4, chosen=2):
 
 
 @pytest.mark.parametrize("policy", ["none", "checkpoint"])
-def test_the_plan_is_within_5_percent_of_what_a_step_takes(policy):
-    model = make_mixtral()
+@pytest.mark.parametrize("adapts", [False, True], ids=["weights", "adapters"])
+def test_the_plan_is_within_5_percent_of_what_a_step_takes(policy, adapts):
+    model = adapted() if adapts else make_mixtral()
     planned = plan(model, TOKENS, policy)
     if policy != "none":
         use_policy(model, policy, tokens=TOKENS)
@@ -106,9 +108,26 @@ def test_what_peft_cannot_do_with_experts_is_an_error_that_names_the_option():
         adapted(targets=["q_proj"], **settings)
 
 
-def test_adapters_of_experts_are_not_planned():
-    """peft enters autocast on the weights' device there, which the meta device does not have."""
-    message = "must run without its weights to be planned.* memory=checkpoint or offload"
-    with pytest.raises(ValueError, match=message):
-        plan(adapted(), TOKENS)
-    assert plan(adapted(targets=["q_proj", "v_proj"]), TOKENS, "checkpoint").rows[0].backward
+def test_adapters_of_experts_cost_the_gradients_of_the_weights_that_they_change():
+    whole, model = profile(make_mixtral(), TOKENS), adapted()
+    some = profile(adapted(targets=["q_proj"]), TOKENS)
+    found = profile(model, TOKENS)
+    experts = 2 * TOKENS * (2 * 3 * 64 * 96 + 4 * 64)  # two of three matrices each, and the router
+    linear = sum(p.numel() for n, p in model.named_parameters() if "attn.q_proj.lora" in n) / 4
+    assert some.trained_operations == 2 * TOKENS * linear
+    adapters = found.other_operations - whole.other_operations  # of linear layers
+    assert found.trained_operations == experts + adapters
+    mixed = profile(model, TOKENS, "bf16-mixed")
+    assert found.layers[0].saved > mixed.layers[0].saved
+    assert torch.autocast is torch.amp.autocast_mode.autocast
+
+
+def test_autocast_on_meta_is_that_of_the_context():
+    with torch_autocast_takes_meta(), autocast_on_meta(torch.bfloat16):
+        with torch.autocast("meta", enabled=False):
+            assert autocast_dtype("meta") is None
+        with torch.amp.autocast(device_type="meta", dtype=torch.float16):
+            assert autocast_dtype("meta") == torch.float16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert autocast_dtype("cpu") == autocast_dtype("meta") == torch.bfloat16
+        assert autocast_dtype("cpu") is None
