@@ -18,7 +18,7 @@ from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 
 FEW = 8
-"""Tokens of the short run from which the time of a step of `generate_batch` is found."""
+"""Tokens of the short run before a contender of lctrain is timed, which compiles its kernels."""
 
 
 GREEDY = SamplingOptions(temperature=0)
@@ -138,41 +138,43 @@ def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dic
     return _figures(times[-1] - times[0], times[1] - times[0], steps, new_tokens)
 
 
-def run_generate_batch(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
+def run_generate_batch(
+    model: Any, prompts: Sequence[list[int]], new_tokens: int, **options: Any
+) -> dict[str, Any]:
     """Times transformers' continuous batching as it comes.
 
-    A short run before it warms it up; the time of a step is the difference of the two.
+    It decodes some requests while it prefills others. So a step counts from the moment at which
+    every request has its first token. The time ends with the last token: that in which the cache
+    is freed does not count.
 
     Args:
         model: A model of transformers in eval mode.
         prompts: Token ids of each prompt.
-        new_tokens: Tokens of each completion, more than FEW.
+        new_tokens: Tokens of each completion.
+        options: Further arguments of `generate_batch`.
 
     Raises:
         RuntimeError: if a request failed.
     """
     from transformers import GenerationConfig
 
-    def run(tokens: int) -> float:
-        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
-        config.pad_token_id = 0
-        start = time.perf_counter()
-        found = model.generate_batch(list(prompts), generation_config=config)
-        seconds = time.perf_counter() - start
-        lengths = [len(one.generated_tokens) for one in found.values()]
-        if lengths != [tokens] * len(prompts):
-            errors = {str(one.error) for one in found.values()}
-            raise RuntimeError(
-                f"{len(lengths)} requests with up to {max(lengths, default=0)} "
-                f"tokens, {sorted(errors)[:1]}"
-            )
-        return seconds
-
-    few = run(FEW)
-    seconds = run(new_tokens)
-    step = max(0.0, seconds - few) / (new_tokens - FEW)
-    rest = seconds - step * (new_tokens - 1)
-    return _figures(seconds, rest, [step] * (new_tokens - 1), new_tokens)
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+    config.pad_token_id = 0
+    start = time.perf_counter()
+    found = model.generate_batch(
+        list(prompts), generation_config=config, record_timestamps=True, **options
+    )
+    lengths = [len(one.generated_tokens) for one in found.values()]
+    if lengths != [new_tokens] * len(prompts):
+        errors = {str(one.error) for one in found.values()}
+        raise RuntimeError(
+            f"{len(lengths)} requests with up to {max(lengths, default=0)} "
+            f"tokens, {sorted(errors)[:1]}"
+        )
+    times = [one.timestamps for one in found.values()]
+    last = max(times, key=lambda one: one[0])
+    steps = [later - earlier for earlier, later in pairwise(last)]
+    return _figures(max(one[-1] for one in times) - start, last[0] - start, steps, new_tokens)
 
 
 def _figures(

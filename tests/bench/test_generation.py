@@ -9,7 +9,7 @@ import torch
 
 import lctrain
 from lctrain.bench.__main__ import main
-from lctrain.bench.generation_runs import _figures
+from lctrain.bench.generation_runs import _figures, run_generate_batch
 from lctrain.bench.generation_yardsticks import (
     floor_seconds,
     log_prob_difference,
@@ -32,7 +32,7 @@ def patched_tiny():
 
 
 def test_a_trial_measures_every_case(tmp_path):
-    """generate_batch is left out: on a CPU it takes minutes."""
+    """generate_batch is left out: on a CPU it takes minutes; another test calls it."""
     output = tmp_path / "generation.json"
     options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", NAMES]
     assert main(["generation", *options, "--output", str(output)]) == 0
@@ -103,8 +103,23 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["generation"]) == 2
     assert "lctrain-bench generation needs a GPU" in capsys.readouterr().err
-    assert main(["generation", "--peer-tokens", "8"]) == 2
-    assert "--peer-tokens must be above 8, got 8" in capsys.readouterr().err
+    assert main(["generation", "--peer-tokens", "1"]) == 2
+    assert "--peer-tokens must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_a_step_of_generate_batch_counts_once_all_requests_have_a_token():
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    shape = tiny(SHAPES["llama-1b"])
+    model = build_shape(shape, "sdpa", torch.device("cpu"), torch.float32).eval()
+    prompts = make_prompts(3, 20, 70, shape.vocab_size)
+    # By default the cache takes all memory of the machine, which takes minutes on a CPU.
+    config = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=128)
+    figures = run_generate_batch(model, prompts, 5, continuous_batching_config=config)
+    assert figures["new_tokens"] == 5
+    assert 0 < figures["prefill_seconds"] < figures["seconds"]
+    decode_ms = 1000 * (figures["seconds"] - figures["prefill_seconds"])
+    assert 0 < figures["step_ms"] < decode_ms
 
 
 def test_seconds_beyond_the_median_step_are_recorded():
