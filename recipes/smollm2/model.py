@@ -53,7 +53,8 @@ def write_model(gguf: Path, folder: Path) -> None:
     """Writes a model in bfloat16, with its tokenizer.
 
     transformers turns the quantized weights into float32. A new model takes them, since the loaded
-    one carries the quantization in its config.
+    one carries the quantization in its config. The tokenizer takes its special tokens from the
+    config: some versions of transformers (5.17) read the begin token of GGUF as its end token.
 
     Args:
         gguf: The GGUF file of a Llama.
@@ -69,4 +70,9 @@ def write_model(gguf: Path, folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     model.bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(model.config, f"{name}_id")
+        if number is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.save_pretrained(folder)

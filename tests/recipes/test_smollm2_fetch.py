@@ -205,6 +205,7 @@ def test_model_and_novels_are_written_once(tmp_path, material, capsys):
     assert config["max_position_embeddings"] == SIZES["max_position_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.decode(tokenizer("Hello, ab!")["input_ids"]) == "Hello, ab!"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<begin>", "<end>")
     made = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     weights = source.state_dict()
     assert made.state_dict().keys() == weights.keys()
