@@ -30,11 +30,9 @@ STAGES = {
 
 FOLDERS = {
     "train": ["train"],
-    "perplexity": ["perplexity"],
-    "passkey": ["passkey"],
     "continue": [f"continued_{gradient}" for gradient in GRADIENTS],
 }
-"""Folders of the runs of each stage, below that of the recipe."""
+"""Folders of the trainings of each stage, below that of the recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

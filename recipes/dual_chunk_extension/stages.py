@@ -7,6 +7,7 @@ from typing import Any
 
 from lctrain.config import AttentionConfig, PathsConfig, PretrainedModelConfig
 from lctrain.eval import METHODS
+from lctrain.eval.cells import CellStore
 from lctrain.evaluate import EvalConfig, PasskeyConfig, evaluate
 from lctrain.recipes.dual_chunk_extension.experiment import (
     Experiment,
@@ -14,6 +15,7 @@ from lctrain.recipes.dual_chunk_extension.experiment import (
     run_training,
 )
 from lctrain.recipes.machine import machine
+from lctrain.recipes.output import remove_stopped
 
 SHARD = "14MB"
 
@@ -49,14 +51,21 @@ def find_passkeys(experiment: Experiment) -> None:
 
 
 def run_evaluation(experiment: Experiment, task: str) -> Any:
-    """Runs a task of `lctrain-eval` on the trained model, in a folder with the task's name."""
-    scale = experiment.scale
+    """Runs a task of `lctrain-eval` on the trained model, in a folder with the task's name.
+
+    An evaluation that was stopped goes on after its last cell.
+    """
+    scale, path = experiment.scale, experiment.output / task
+    has_begun = CellStore.has_cells(path)
+    if not has_begun:
+        remove_stopped(path)
     return evaluate(
         EvalConfig(
             model=PretrainedModelConfig(name_or_path=str(experiment.model)),
             data=experiment.data(),
             attention=AttentionConfig(),
-            paths=PathsConfig(output_dir=str(experiment.output / task)),
+            paths=PathsConfig(output_dir=str(path)),
+            resume=str(path) if has_begun else None,
             tasks=[task],
             methods=list(METHODS),
             window=scale.window,

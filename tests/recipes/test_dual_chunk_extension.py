@@ -9,13 +9,14 @@ import torch
 
 from lctrain import kernels
 from lctrain.eval import METHODS
-from lctrain.recipes.dual_chunk_extension import table
+from lctrain.recipes.dual_chunk_extension import stages, table
 from lctrain.recipes.dual_chunk_extension.__main__ import main
 from lctrain.recipes.dual_chunk_extension.continuation import _smooth
 from lctrain.recipes.dual_chunk_extension.experiment import Experiment
 from lctrain.recipes.dual_chunk_extension.misses import at_most, misses
 from lctrain.recipes.dual_chunk_extension.published import published_gradient
 from lctrain.recipes.dual_chunk_extension.scale import SCALES
+from lctrain.schemas import TextData
 from tests.numerics import assert_equal_in_float64, assert_far_apart, near, near_roundings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,21 @@ def test_the_whole_experiment_runs(tmp_path, monkeypatch):
 def test_the_model_folder_is_needed_by_the_later_stages(tmp_path):
     with pytest.raises(ValueError, match=r"without the folder `model`. Run the stage train first"):
         Experiment(tmp_path, SCALES["tiny"]).data()
+
+
+def test_an_evaluation_goes_on_after_its_last_cell(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(stages, "evaluate", runs.append)
+    monkeypatch.setattr(Experiment, "data", lambda self: TextData(files=("text.txt",)))
+    folder = tmp_path / "passkey"
+    folder.mkdir()
+    (folder / "cells.jsonl").write_text('{"identity": {}}\n')  # stopped before its first cell
+    stages.find_passkeys(Experiment(tmp_path, SCALES["tiny"]))
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "cells.jsonl").write_text('{"identity": {}}\n{"items": []}\n')
+    stages.find_passkeys(Experiment(tmp_path, SCALES["tiny"]))
+    assert [run.resume for run in runs] == [None, str(folder)]
 
 
 def test_the_published_gradient_is_in_place_inside_only():
