@@ -62,6 +62,7 @@ def test_compiled_steps_on_a_static_cache(attention, device):
     tokens = torch.randint(3, 512, (2, 300), device=device)
     with patched_model(llama(), attention, **options) as model:
         model.to(device, torch.bfloat16)
+        torch._dynamo.reset()  # code compiled for the model of another test is not a recompilation
         with torch._dynamo.config.patch(error_on_recompile=True):
             found = model.generate(tokens, cache_implementation="static", **OPTIONS)
         for row in found.tolist():
