@@ -15,9 +15,10 @@ from lctrain.generation.decode import BUFFERS, Capture, DecodeStep, batch_sizes
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.graph import GraphCapture, capture_refusal
 from lctrain.generation.invariant_head import find_invariant_head
+from lctrain.generation.joined_projections import JoinedProjections
 from lctrain.generation.options import Completion
 from lctrain.generation.pages import CacheShape, PagePool
-from lctrain.generation.pool_size import give_back, longest_pages, pool_pages
+from lctrain.generation.pool_size import give_back, longest_pages, pack_tokens, pool_pages
 from lctrain.generation.request import Request
 from lctrain.generation.schedule import Schedule
 from lctrain.generation.shared_pages import PrefixBounds, SharedPages, bounds_of
@@ -74,7 +75,9 @@ class ContinuousBatch:
         head = find_invariant_head(model, float(task.options.temperature or 1))
         self._forward = CachedForward(model, head)
         self.device = device = self._forward.device
+        self._projections = JoinedProjections(model)
         self._pool = PagePool(shape, pool_pages(task, shape, device, cache_gib), device)
+        self._pack_tokens = pack_tokens(model, device)
         self._width = max(longest_pages(task))
         self._choice = TokenChoice(task.options, head)
         self._stops = StopStrings(task.tokenizer, task.stop) if task.stop else None
@@ -100,14 +103,15 @@ class ContinuousBatch:
 
     def run(self) -> list[Completion]:
         """Returns the completions of each prompt, in the order of the prompts."""
-        while self.schedule.waiting or self.schedule.running:
-            if groups := self.schedule.admit():
-                self._prefill(groups)
-            else:
-                self._decode()
-            while len(self._unread) > self.most_unread:
-                self._read()
-        self._settle()
+        with self._projections.in_use():
+            while self.schedule.waiting or self.schedule.running:
+                if groups := self.schedule.admit():
+                    self._prefill(groups)
+                else:
+                    self._decode()
+                while len(self._unread) > self.most_unread:
+                    self._read()
+            self._settle()
         return [found for found in self._completions if found is not None]
 
     def _requests(self) -> list[Request]:
@@ -124,7 +128,7 @@ class ContinuousBatch:
     def _prefill(self, groups: Sequence[list[Request]]) -> None:
         """Launches the prefill of groups of equal tokens, and the choice of their next tokens."""
         leaders = [(group[0].tokens, group[0].pages, group[0].known) for group in groups]
-        logits = prefill.prefill(self._forward, self._pool, leaders)
+        logits = prefill.prefill(self._forward, self._pool, leaders, self._pack_tokens)
         rows = [row for row, group in enumerate(groups) for _ in group]
         requests = [request for group in groups for request in group]
         if len(rows) != len(logits):
@@ -146,8 +150,9 @@ class ContinuousBatch:
         tables = self.schedule.tables()
         shared = self._shared_pages.find(self.schedule.version, requests, tables)
         decoder = self._decoder(len(requests), shared)
+        is_last = all(one.launched + 1 == self._task.max_new_tokens for one in requests)
         try:
-            values = decoder(requests, tables, shared)
+            values = decoder(requests, tables, shared, is_last)
         except RuntimeError as error:
             if not decoder.is_capturing:
                 raise

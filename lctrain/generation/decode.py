@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records a function; returns a function that runs it again, and the tensor with its result."""
 
-WARM_UP = 2
-"""Steps of a size before one is captured. A capture takes about as long as a step without graph."""
+WARM_UP = 1
+"""Steps of a size that are launched kernel by kernel. The last of them is captured afterwards: a
+capture takes about as long, and meanwhile the device works on what has been launched."""
 
 BUFFERS = 2
 """Sets of inputs on the host. A set is written again when the tokens of its step were read."""
@@ -51,7 +52,7 @@ class DecodeStep:
         tokens: Tokens of the slots.
         size: Number of rows B.
         width: Most pages of a request.
-        capture: Captures the step after WARM_UP steps; None runs it as it is.
+        capture: Captures the step behind WARM_UP steps; None runs it as it is.
         bounds: Sizes of the prefixes that requests share in every step; None for none.
     """
 
@@ -94,7 +95,11 @@ class DecodeStep:
         self._result: Tensor | None = None
 
     def __call__(
-        self, requests: Sequence[Request], tables: Tensor, shared: SharedPrefixes | None = None
+        self,
+        requests: Sequence[Request],
+        tables: Tensor,
+        shared: SharedPrefixes | None = None,
+        is_last: bool = False,
     ) -> Tensor:
         """Returns ids and log-probabilities of the next token of each request, [2, n] float64.
 
@@ -104,6 +109,7 @@ class DecodeStep:
             requests: Running requests, n of them.
             tables: Pages of each request, [n, width] int32, on the CPU.
             shared: Prefixes that requests share, on the CPU; given if the step has bounds for them.
+            is_last: Whether no request needs another step, so that a capture would be in vain.
         """
         count, turn = len(requests), self._steps % BUFFERS
         host = self._host[turn]
@@ -119,24 +125,24 @@ class DecodeStep:
             assert shared is not None
             self._prefixes[turn].fill(shared)
         self._inputs.buffer.copy_(host.buffer, non_blocking=True)
-        if self.is_capturing:
-            assert self.capture is not None
-            self._replay, self._result = self.capture(self._run)
-        self._steps += 1
         if self._replay is None:
             result = self._run()
+            if self.is_capturing and not is_last:
+                assert self.capture is not None
+                self._replay, self._result = self.capture(self._run)
         else:
             self._replay()
             assert self._result is not None
             result = self._result
+        self._steps += 1
         # Not a part of the graph: run twice, a step gives the same result.
         self._tokens.last.index_copy_(0, self._inputs.slots.long(), self._chosen)
         return result[:, :count]
 
     @property
     def is_capturing(self) -> bool:
-        """Whether the next step is captured before it is replayed."""
-        return self._replay is None and self.capture is not None and self._steps >= WARM_UP
+        """Whether the next step is captured, for the steps behind it."""
+        return self._replay is None and self.capture is not None and self._steps + 1 >= WARM_UP
 
     @property
     def lengths(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 _KNOWN = ("lctrain", "transformers", "peft", "torch")
 """Packages whose hooks compute the same in every step, so that a replay may leave them out."""
 
+LEAST_FREE = 2**30
+"""Bytes that the driver must have free, or the allocator gives memory back before a capture."""
+
 
 class GraphCapture:
     """Captures functions as CUDA graphs that share one memory pool.
+
+    The host records kernels while the device works on earlier ones. `torch.cuda.graph` would wait
+    for these, to give the allocator's memory back.
 
     Args:
         device: GPU on which the functions run, with its index.
@@ -27,6 +33,7 @@ class GraphCapture:
         self.used = False
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocators refer to them
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -59,9 +66,18 @@ class GraphCapture:
                 raise
         return graph.replay, result
 
-    def _capturing(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        # Other threads, such as those that pin batches, may go on meanwhile.
-        return torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Context in which the kernels of this thread are recorded instead of launched."""
+        if torch.cuda.mem_get_info(self._device)[0] < LEAST_FREE:
+            torch.cuda.empty_cache()  # synchronises
+        with torch.cuda.stream(self._stream):
+            # Other threads, such as those that pin batches, may go on meanwhile.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
 
     def _end_failed(self, state: Tensor) -> None:
         """Ends what torch leaves open when the end of a capture raises.

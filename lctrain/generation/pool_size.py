@@ -1,11 +1,13 @@
-"""Sizes of the paged cache: what it holds, how large it may be, and whether it goes back."""
+"""Sizes of the paged cache: what it holds, how large it may be, whether it goes back; of packs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
+from lctrain.data.vocabulary import vocabulary_size
 from lctrain.distributed.gather import free_bytes
 from lctrain.generation.pages import PAGE, CacheShape, pages_of
 from lctrain.generation.road import find_cache
@@ -19,6 +21,13 @@ LARGE = 1 / 16
 """Share of a GPU's memory from which a cache goes back to the driver at the end of a call."""
 HOST_BYTES = 4 * 2**30
 """Most bytes of a cache on a CPU, unless one request needs more or the caller gives a size."""
+
+PACK_TOKENS = 8192
+"""Most tokens of a pack of prompts on a CPU, and on a GPU without room for LARGE_PACK_TOKENS."""
+LARGE_PACK_TOKENS = 16384
+"""The same on a GPU. An H200 computes a smaller pack of a 1B model before the next is launched."""
+PACK_WIDTHS = 8
+"""Estimate of the memory of a pack: numbers of a token, in widths of its widest layer."""
 
 
 def longest_pages(task: GenerationTask) -> list[int]:
@@ -59,6 +68,27 @@ def pool_pages(
             "max_new_tokens, or pass a larger cache_gib."
         )
     return min(wanted, fitting)
+
+
+def pack_tokens(model: nn.Module, device: torch.device) -> int:
+    """Returns the most tokens of a pack of prompts, from the memory that the cache leaves free.
+
+    Args:
+        model: A causal LM of transformers, or a model of PEFT around one.
+        device: Device of the model, on which the cache lies already.
+    """
+    if device.type != "cuda":
+        return PACK_TOKENS
+    vocabulary = vocabulary_size(model)
+    widths = [
+        size * weight.element_size()
+        for weight in model.parameters()
+        if weight.dim() > 1
+        for size in weight.shape[-2:]
+        if size != vocabulary
+    ]
+    needed = LARGE_PACK_TOKENS * PACK_WIDTHS * max(widths, default=0)
+    return LARGE_PACK_TOKENS if needed <= _certain_bytes(device) else PACK_TOKENS
 
 
 def cache_tokens(model: Any, cache_gib: float | None = None) -> int | None:

@@ -13,10 +13,6 @@ from lctrain.generation.forward import CachedForward
 from lctrain.generation.pages import PAGE, PagePool
 from lctrain.transfer import upload
 
-TOKENS = 8192
-"""Most tokens of a pack. Longer prompts are cut, and each piece attends to those before it."""
-
-
 Prompt = tuple[Sequence[int], Sequence[int], int]
 """Tokens and pages of a request, and the number of tokens whose keys its pages hold already."""
 
@@ -102,7 +98,7 @@ def prefill(
     forward: CachedForward,
     pool: PagePool,
     requests: Sequence[Prompt],
-    most: int = TOKENS,
+    most: int,
 ) -> Tensor:
     """Stores the tokens of requests, and returns the logits after each request's last token.
 
@@ -110,7 +106,7 @@ def prefill(
         forward: The model.
         pool: Pages.
         requests: What to store. Tokens that are known come from an earlier request.
-        most: Most tokens of a pack.
+        most: Most tokens of a pack. Longer prompts are cut, and each piece attends to those before.
 
     Returns:
         [requests, V].

@@ -70,6 +70,11 @@ class TokenChoice:
             scores: What CachedForward returned: logits of the next token, [B, V] floating point.
             keys: Keys of each row's draw, on the device of the scores.
         """
+        if self._head is None and not (self._draws or self.reads_history):
+            from lctrain_kernels.greedy.api import most_probable
+
+            tokens, log_probs = most_probable(scores)
+            return tokens, log_probs.float()
         given, scores = scores, logits_of(self._head, scores)
         tempered = self._tempered(scores)
         model = torch.log_softmax(tempered, -1) if self._head is None else None

@@ -298,7 +298,7 @@ def _rotating_mixin(own: type) -> type:
         shared = fused_modules.share_input(self, hidden_states)
         return rotating(self, shared, *arguments, **named)
 
-    return type("FusedProjections", (), {"forward": projecting})
+    return type("FusedProjections", (), {"forward": projecting, "shares_input": True})
 
 
 def _is_residual_layer(module: nn.Module) -> bool:

@@ -144,12 +144,15 @@ class SharedInput:
         x: Hidden states [B, S, E].
         linears: The linear layers. All must satisfy `is_plain_linear`, and no two may share a
             weight.
+        joined: Their weights one below the other, for one product; None for one per layer.
     """
 
-    def __init__(self, x: Tensor, linears: Sequence[nn.Linear]) -> None:
+    def __init__(
+        self, x: Tensor, linears: Sequence[nn.Linear], joined: Tensor | None = None
+    ) -> None:
         weights = [linear.weight for linear in linears]
         self.shape = x.shape
-        self._outs = dict(zip(map(id, weights), merged_linear(x, *weights), strict=True))
+        self._outs = dict(zip(map(id, weights), products(x, weights, joined), strict=True))
 
     @classmethod
     def __torch_function__(
@@ -174,14 +177,40 @@ def share_input(module: nn.Module, hidden_states: Tensor) -> Any:
         module: Attention layer with q_proj, k_proj and v_proj.
         hidden_states: Hidden states [B, S, E].
     """
-    linears = [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
+    linears = projections(module)
     if torch.compiler.is_compiling() or not is_plain(hidden_states):
         return hidden_states
     if not all(is_plain_linear(linear) for linear in linears):
         return hidden_states
     if len({id(linear.weight) for linear in linears}) < len(linears):
         return hidden_states  # SharedInput stores each output under its weight
-    return SharedInput(hidden_states, linears)
+    return SharedInput(hidden_states, linears, vars(module).get(JOINED_WEIGHTS))
+
+
+JOINED_WEIGHTS = "lctrain_joined_weights"
+"""Attribute of an attention layer or MLP while generation computes with copies of its weights."""
+
+
+def projections(module: nn.Module) -> list[Any]:
+    """Returns the linear layers on the input of an attention layer or of a gated MLP."""
+    names = ("gate_proj", "up_proj") if isinstance(module, GatedMLP) else _ATTENTION_PROJECTIONS
+    return [getattr(module, name) for name in names]
+
+
+_ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def products(x: Tensor, weights: Sequence[Tensor], joined: Tensor | None) -> Sequence[Tensor]:
+    """Returns the products of x [..., E] with weights [N_i, E], each [..., N_i].
+
+    Args:
+        x: Input of linear layers.
+        weights: Their weights.
+        joined: The weights one below the other, for one product whose parts are views; or None.
+    """
+    if joined is None:
+        return merged_linear(x, *weights)
+    return merged_linear(x, joined)[0].split([len(weight) for weight in weights], -1)
 
 
 class GatedMLP:
@@ -198,20 +227,25 @@ class GatedMLP:
 
         Args:
             x: Hidden states [..., E].
-            residual: Residual stream [..., E] to add to the output, or None.
+            residual: Residual stream [..., E] to add to the output, or None. Nothing else reads it
+                afterwards: without gradients, the output overwrites it.
         """
         self_: Any = self
         if computes_otherwise(self_, self_.act_fn):
             out = super().forward(x)  # type: ignore[misc]
             return out if residual is None else residual + out
-        linears = (self_.gate_proj, self_.up_proj)
+        linears = projections(self_)
         if is_plain(x) and all(is_plain_linear(linear) for linear in linears):
-            gate, up = merged_linear(x, *(linear.weight for linear in linears))
+            joined = vars(self).get(JOINED_WEIGHTS)
+            gate, up = products(x, [linear.weight for linear in linears], joined)
         else:
             gate, up = (linear(x) for linear in linears)
         down = self_.down_proj
         if is_plain(gate, up) and is_plain_linear(down) and not keeps_tensors_elsewhere():
             inside = residual if can_add(gate, residual) else None
+            if inside is not None and can_overwrite(inside):
+                active = gate_states(gate, up, self.fused_activation)
+                return add_product(inside, active, down.weight)
             out = gated_linear(
                 gate, up, down.weight, activation=self.fused_activation, residual=inside
             )
@@ -291,6 +325,21 @@ def gate_states(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def add_product(residual: Tensor, states: Tensor, weight: Tensor) -> Tensor:
+    """Adds `states @ weight.T` to a residual stream [..., E] in place, and returns it.
+
+    torch.addmm copies the residual stream before it adds to it.
+
+    Args:
+        residual: Residual stream in the dtype of states, contiguous.
+        states: Input [..., I] of the linear layer.
+        weight: Its weight [E, I].
+    """
+    rows = residual.view(-1, residual.shape[-1])
+    torch.addmm(rows, states.reshape(-1, states.shape[-1]), weight.t(), out=rows)
+    return residual
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Returns whether the kernels can read tensors: no DTensor or other Tensor subclass."""
     return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
@@ -316,6 +365,13 @@ def can_add(states: Tensor, residual: Tensor | None) -> bool:
     if residual is None or not is_plain(residual) or torch.compiler.is_compiling():
         return False
     return residual.dtype == (autocast_dtype(states.device.type) or states.dtype)
+
+
+def can_overwrite(residual: Tensor) -> bool:
+    """Returns whether a product may be added to a residual stream in place: without gradients."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return residual.is_contiguous() and autocast_dtype(residual.device.type) is None
 
 
 def is_unobserved(module: nn.Module, mixin: type) -> bool:

@@ -3,13 +3,11 @@
 Chunks of dual chunk attention have 8 tokens, so prompts and completions cross their borders.
 """
 
-from functools import partial
-
 import pytest
 import torch
 
 import lctrain
-from lctrain.generation import decode, prefill
+from lctrain.generation import continuous, decode
 from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE
@@ -127,7 +125,7 @@ def test_equal_prompts_and_equal_beginnings_share_pages(model, make):
 
 def test_prompts_are_prefilled_in_pieces(model, make, monkeypatch):
     """Pieces of 12 tokens begin and end within chunks, and attend to the pages before them."""
-    monkeypatch.setattr(prefill, "prefill", partial(prefill.prefill, most=12))
+    monkeypatch.setattr(continuous, "pack_tokens", lambda *_: 12)
     check_one_by_one(model, make(model).run())
 
 
@@ -188,7 +186,7 @@ def yarn(endless):
 @pytest.mark.parametrize("pages", [None, 5])
 def test_factors_of_the_length_are_those_of_one_prompt_alone(yarn, make, monkeypatch, pages):
     """No request is prefilled again, and only prompts of one length share pages."""
-    monkeypatch.setattr(prefill, "prefill", partial(prefill.prefill, most=12))
+    monkeypatch.setattr(continuous, "pack_tokens", lambda *_: 12)
     prompts = [*PROMPTS, BEGIN[:64] + BEGIN[:26], [*BEGIN[:64], 3], BEGIN[:65]]
     batch = make(yarn, prompts, pages=pages)
     check_one_by_one(yarn, batch.run(), prompts)

@@ -12,7 +12,7 @@ from lctrain.callbacks import PatchAttention
 from lctrain.config.attention import AttentionConfig
 from lctrain.data.share import share_pack
 from lctrain.distributed.shared_pack import ContextGroups
-from lctrain.generation import completion_packs, prefill
+from lctrain.generation import completion_packs, continuous
 from lctrain.loss import policy_loss, token_log_probs
 from lctrain_kernels import fused_backend
 from tests.numerics import assert_errors_at_most_twice
@@ -73,7 +73,7 @@ def trained(model, completions, samples=1, temperature=1.0):
 )
 def test_rollouts_have_the_trainers_bits(family, dtype, temperature, lora, monkeypatch):
     """Continuous batching: five prompts in a batch of three, and prompts in pieces of 8 tokens."""
-    monkeypatch.setattr(prefill.prefill, "__defaults__", (8,))
+    monkeypatch.setattr(continuous, "pack_tokens", lambda *_: 8)
     base = make_model(family).to(dtype)
     model = adapted(base) if lora else base
     with lctrain.patch_model(base, batch_invariant=True):
@@ -99,7 +99,7 @@ def test_the_kernels_of_a_gpu_have_the_trainers_bits(family, monkeypatch, ordere
         return choose(operation, call, "triton" if backend == "auto" and serves else backend)
 
     monkeypatch.setattr(fused_backend, "_choose", triton_first)
-    monkeypatch.setattr(prefill.prefill, "__defaults__", (6,))
+    monkeypatch.setattr(continuous, "pack_tokens", lambda *_: 6)
     model = make_model(family, layers=1).half()
     lctrain.patch_model(model, batch_invariant=True, backend="triton")
     prompts = [[5, 6, 7, 8], [3], [4] * 14]
@@ -353,7 +353,7 @@ def test_settings_of_a_run():
 )
 def test_rollouts_have_the_trainers_bits_on_a_gpu(family, lora, graphs, monkeypatch):
     """Prompts of up to 700 tokens, in pieces of 256, beside one another in batches of four."""
-    monkeypatch.setattr(prefill.prefill, "__defaults__", (256,))
+    monkeypatch.setattr(continuous, "pack_tokens", lambda *_: 256)
     base = make_model(family, head_dim=64)
     model = (adapted(base) if lora else base).to("cuda", torch.bfloat16)
     lctrain.patch_model(base, batch_invariant=True)

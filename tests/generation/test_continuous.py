@@ -130,7 +130,7 @@ def test_equal_prompts_share_pages_until_they_write(make_batch, monkeypatch):
     read = []
     original = prefill.prefill
     monkeypatch.setattr(
-        prefill, "prefill", lambda f, p, rows: read.extend(rows) or original(f, p, rows)
+        prefill, "prefill", lambda f, p, rows, n: read.extend(rows) or original(f, p, rows, n)
     )
     greedy = make_batch(prompts, temperature=0)
     assert tokens(greedy.run()) == expected
@@ -166,7 +166,7 @@ def test_prompts_that_begin_alike_share_pages(make_batch, monkeypatch):
     read = []
     original = prefill.prefill
     monkeypatch.setattr(
-        prefill, "prefill", lambda f, p, rows: read.extend(rows) or original(f, p, rows)
+        prefill, "prefill", lambda f, p, rows, n: read.extend(rows) or original(f, p, rows, n)
     )
     together = make_batch(prompts, temperature=0)
     assert tokens(together.run()) == expected

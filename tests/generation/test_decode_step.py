@@ -12,7 +12,7 @@ from lctrain.generation import decode
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import batch_sizes
 from lctrain.generation.forward import CachedForward
-from lctrain.generation.graph import GraphCapture, capture_refusal
+from lctrain.generation.graph import LEAST_FREE, GraphCapture, capture_refusal
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
@@ -26,7 +26,7 @@ PROMPTS = [[5, 6, 7], [8] * 63, [9, 10], [11, 12, 13, 14], [15]]
 
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch):
-    """Captures the third step of a size, also in short completions."""
+    """Captures the second step of a size, also in short completions."""
     monkeypatch.setattr(decode, "WARM_UP", WARM_UP)
 
 
@@ -111,6 +111,31 @@ def test_each_size_is_captured_once(make_batch):
     assert tokens(found.run()) == tokens(make_batch(prompts).run())
     assert capture.captures == 2
     assert capture.replays == found.steps - 2 * WARM_UP
+
+
+def test_the_last_step_is_not_captured(make_batch):
+    capture = Recording()
+    expected = tokens(make_batch(PROMPTS, max_new_tokens=WARM_UP + 1).run())
+    found = make_batch(PROMPTS, capture=capture, max_new_tokens=WARM_UP + 1).run()
+    assert tokens(found) == expected
+    assert capture.captures == 0
+
+
+def test_a_step_is_captured_before_earlier_tokens_are_read(make_batch, monkeypatch):
+    """The host captures while the device works on the prefill."""
+    monkeypatch.setattr(decode, "WARM_UP", 1)
+    order = []
+    capture = Recording()
+    wait = HostCopy.wait
+    monkeypatch.setattr(HostCopy, "wait", lambda copy: order.append("read") or wait(copy))
+
+    def noted(function):
+        order.append("capture")
+        return capture(function)
+
+    make_batch(PROMPTS, capture=noted).run()
+    assert order[:2] == ["capture", "read"]
+    assert order.count("capture") == 1
 
 
 def test_a_capture_that_fails_is_given_up_with_its_reason(make_batch):
@@ -219,30 +244,33 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_device():
     assert torch.cuda.memory_reserved() < reserved + size
 
 
-@pytest.mark.parametrize("open_pool", [True, False])
-def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool):
+@pytest.mark.parametrize(
+    ("open_pool", "free"),
+    [(True, 2**33), (False, 2**33), (True, 2**20)],
+    ids=["", "closed", "full"],
+)
+def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool, free):
     """The calls of torch in their order; the end of the failed capture raises, as in torch."""
-    calls, recording, pools = [], set(), count(1)
+    begin = ["empty", "begin"] if free < LEAST_FREE else ["begin"]
+    calls, recording, pools, fails = [], set(), count(1), ["once"]
 
     class Graph:
-        def replay(self):
-            calls.append("replay")
-
-    class Capture:
-        def __init__(self, graph, pool, capture_error_mode):
+        def capture_begin(self, pool, capture_error_mode):
             assert capture_error_mode == "thread_local"
+            assert pool not in recording  # torch's allocator of pinned memory refuses it
             self.pool = pool
-
-        def __enter__(self):
-            assert self.pool not in recording  # torch's allocator of pinned memory refuses it
-            recording.add(self.pool)
+            recording.add(pool)
             calls.append("begin")
 
-        def __exit__(self, kind, *_):
+        def capture_end(self):
             calls.append("end")
-            if kind is not None:
+            if fails:
+                fails.clear()
                 raise RuntimeError("the capture was invalidated")
             recording.remove(self.pool)
+
+        def replay(self):
+            calls.append("replay")
 
     def end_pool(index, pool):
         assert (index, pool) == (3, (0, 1))
@@ -255,7 +283,10 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool):
         "graph_pool_handle": lambda: (0, next(pools)),
         "device": nullcontext,
         "CUDAGraph": Graph,
-        "graph": Capture,
+        "Stream": lambda device: f"stream of {device}",
+        "stream": lambda stream: nullcontext(),
+        "mem_get_info": lambda device: (free, 2**34),
+        "empty_cache": lambda: calls.append("empty"),
         "current_stream": lambda: "stream",
         "set_stream": calls.append,
         "get_rng_state": lambda device: "state",
@@ -268,9 +299,9 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool):
     capture = GraphCapture(torch.device("cuda", 3))
     with pytest.raises(RuntimeError, match="invalidated"):
         capture(lambda: 1 / 0)
-    recovery = ["stream", "end pool", "begin", "end", ("state", "cuda:3"), "stream"]
-    assert calls == ["begin", "end", *recovery]
+    recovery = ["stream", "end pool", *begin, "end", ("state", "cuda:3"), "stream"]
+    assert calls == [*begin, "end", *recovery]
     calls.clear()
     replay, result = capture(lambda: "result")
     replay()
-    assert (calls, result) == (["begin", "end", "replay"], "result")
+    assert (calls, result) == ([*begin, "end", "replay"], "result")

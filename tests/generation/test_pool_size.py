@@ -6,10 +6,18 @@ import weakref
 import pytest
 import torch
 
-from lctrain.generation import continuous, generate
+from lctrain.generation import continuous, generate, pool_size
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import CacheShape, PagePool
-from lctrain.generation.pool_size import LARGE, give_back, pool_pages
+from lctrain.generation.pool_size import (
+    LARGE,
+    LARGE_PACK_TOKENS,
+    PACK_TOKENS,
+    PACK_WIDTHS,
+    give_back,
+    pack_tokens,
+    pool_pages,
+)
 from lctrain.generation.task import GenerationTask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -102,3 +110,13 @@ def test_generate_frees_its_cache_and_asks_whether_memory_goes_back(patched, mon
     ((device, size),) = calls
     assert device == CPU
     assert size > 0
+
+
+def test_packs_are_large_where_their_activations_fit(patched, monkeypatch):
+    width = patched.config.intermediate_size
+    assert patched.config.hidden_size < width < patched.config.vocab_size
+    needed = LARGE_PACK_TOKENS * PACK_WIDTHS * width * 4
+    free = iter([needed, needed - 1])
+    monkeypatch.setattr(pool_size, "_certain_bytes", lambda device: next(free))
+    assert pack_tokens(patched, CPU) == PACK_TOKENS
+    assert [pack_tokens(patched, GPU) for _ in range(2)] == [LARGE_PACK_TOKENS, PACK_TOKENS]

@@ -113,3 +113,25 @@ def test_a_second_derivative_is_an_error(family) -> None:
     (first,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(first.square().sum(), list(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_without_gradients_the_product_overwrites_the_residual(family) -> None:
+    """torch.addmm would copy the residual stream, which nothing reads afterwards."""
+    model = make(family).eval()
+    batch = PackedBatch.from_documents(make_documents())
+    written = []
+
+    class Written(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.aten.addmm.out:
+                written.append(kwargs["out"] is args[0])
+            return operator(*args, **(kwargs or {}))
+
+    with lctrain.patch_model(model, fused=True):
+        expected = model(**batch.model_kwargs(), output_hidden_states=True).hidden_states
+        with torch.no_grad(), Written():
+            found = model(**batch.model_kwargs(), output_hidden_states=True).hidden_states
+    assert written == [True] * model.config.num_hidden_layers
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))

@@ -37,7 +37,7 @@ from lctrain_kernels.tile.arguments import DOT_PRECISION, alibi_strides, padded_
 from lctrain_kernels.tile.config import TileConfig
 from lctrain_kernels.tile.mask import UNBOUNDED
 
-APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS = 16, 4, 4
+APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS = 16, 4, 1
 MOST_PARTIAL_BYTES = 2**29
 """Most memory for the results of splits; a call that needs more computes requests as a whole."""
 
