@@ -124,7 +124,8 @@ def differential_attention_forward(
             return diff_attn_pack_func(q1, q2, k1, k2, v, per_query, pack, **cached_options)[0]
 
         sizes = (query.shape[1] // 2, value.shape[3] * (2 if lctrain_halves else 1))
-        attention = StepAttention(packed, stored, *sizes, causal, sliding_window is not None)
+        windowed = sliding_window is not None
+        attention = StepAttention(packed, stored, *sizes, causal, windowed, plans=True)
         return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     fixed = is_cached_rows(attention_mask)

@@ -151,7 +151,7 @@ def dual_chunk_attention_forward(
     if lctrain_step is not None:
         factors: dict[str, Any] = {} if logit_scale is None else {"logit_scale": logit_scale}
         packed, stored = partial(chunks.packed, **factors), partial(chunks.stored, **factors)
-        attention = StepAttention(packed, stored, query.shape[1], value.shape[3])
+        attention = StepAttention(packed, stored, query.shape[1], value.shape[3], plans=True)
         return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)

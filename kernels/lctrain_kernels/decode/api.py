@@ -143,8 +143,7 @@ def flash_attn_with_kvcache(
     _, left, right = resolve_window(window_size, causal)
     if plan is not None:
         check_plan(plan, q, cache, new, left)
-        if plan.shared is not None:
-            check_shared_pages(plan.shared, cache)
+        check_shared_pages(plan.shared, cache)
     slopes, sink = unit_stride(alibi_slopes, learnable_sink)
     options = DecodeOptions(
         softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),

@@ -191,8 +191,7 @@ def decode_attention(
         options.alibi_slopes,
         options.learnable_sink if whole else None,
     )
-    rows_of_q = q if packed is None else q[None]
-    strides = DecodeStrides._make((*_strides(rows_of_q, cache.k, cache.v), _table_stride(cache)))
+    strides = cache_strides(q if packed is None else q[None], cache)
     common: tuple[Any, ...] = (
         pointers,
         strides,
@@ -314,6 +313,11 @@ def decode_shape(
         scattered=scattered,
         prefetch=prefetch and page > 0,
     )
+
+
+def cache_strides(q: Tensor, cache: KVCache) -> DecodeStrides:
+    """Returns the strides of queries [B, Sq, H, D] and of a cache, for the attention kernels."""
+    return DecodeStrides._make((*_strides(q, cache.k, cache.v), _table_stride(cache)))
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -132,9 +132,9 @@ def check_shared(
         )
 
 
-def check_shared_pages(shared: SharedPrefixes, cache: KVCache) -> None:
+def check_shared_pages(shared: SharedPrefixes | None, cache: KVCache) -> None:
     """Raises unless the members of each group have the pages of its prefix in common."""
-    if not reads_values(cache.seqlens.device):
+    if shared is None or not reads_values(cache.seqlens.device):
         return
     assert cache.block_table is not None
     members = shared.members.tolist()

@@ -10,7 +10,8 @@ from torch import Tensor
 from lctrain_kernels.decode.call import checked_call
 from lctrain_kernels.decode.checks import check_no_gradients, check_numbers
 from lctrain_kernels.decode.operators import append_tokens, decode_attention
-from lctrain_kernels.decode.structures import DecodeOptions, NewTokens
+from lctrain_kernels.decode.plan_checks import check_plan, check_shared_pages
+from lctrain_kernels.decode.structures import DecodeOptions, DecodePlan, NewTokens
 from lctrain_kernels.options import check_softcap_and_scale, resolve_window
 
 
@@ -30,6 +31,7 @@ def diff_attn_with_kvcache(
     window_size: Sequence[int] = (-1, -1),
     *,
     halves: bool = False,
+    plan: DecodePlan | None = None,
     max_seqlen_k: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -63,6 +65,8 @@ def diff_attn_with_kvcache(
         window_size: (left, right) keys around a query's own position; -1 is unbounded.
         halves: Whether heads are paired as in version 1 of the differential transformer, in the
             layout of transformers' DiffLlama, instead of version 2.
+        plan: Plan of make_decode_plan, made once per step for all layers, as for
+            flash_attn_with_kvcache.
         max_seqlen_k: Upper bound of the lengths after the call, a Python int.
         backend: "auto", "triton" or "pytorch".
 
@@ -87,8 +91,11 @@ def diff_attn_with_kvcache(
     check_softcap_and_scale(0.0, softmax_scale)
     heads, head_dim = q.shape[2] // 2, q.shape[3]
     _check_branches(q, k_cache, lam, halves)
-    append_tokens(call.cache, new, call.backend)
     _, left, right = resolve_window(window_size, causal)
+    if plan is not None:
+        check_plan(plan, q, call.cache, new, left)
+        check_shared_pages(plan.shared, call.cache)
+    append_tokens(call.cache, new, call.backend)
     if halves:
         q = torch.cat([branch for branch in q.chunk(2, 2) for _ in range(2)], 2)
     out, _ = decode_attention(
@@ -103,6 +110,7 @@ def diff_attn_with_kvcache(
             halves=halves,
         ),
         call.backend,
+        plan=plan,
         longest=call.longest,
     )
     if halves:  # [B, Sq, branch, half of the value, H, D]

@@ -8,8 +8,16 @@ from torch import Tensor
 from lctrain_kernels.decode.call import checked_call
 from lctrain_kernels.decode.checks import check_no_gradients
 from lctrain_kernels.decode.operators import append_tokens, decode_attention
-from lctrain_kernels.decode.structures import DecodeOptions, KVCache, NewTokens, PackedQueries
+from lctrain_kernels.decode.plan_checks import check_plan, check_shared_pages
+from lctrain_kernels.decode.structures import (
+    DecodeOptions,
+    DecodePlan,
+    KVCache,
+    NewTokens,
+    PackedQueries,
+)
 from lctrain_kernels.dual_chunk.checks import check_chunks
+from lctrain_kernels.dual_chunk.prefixes import attend_prefixes
 from lctrain_kernels.dual_chunk.reference import DualChunkGeometry
 from lctrain_kernels.options import check_softcap_and_scale
 
@@ -31,6 +39,7 @@ def dual_chunk_attn_with_kvcache(
     logit_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     return_softmax_lse: bool = False,
+    plan: DecodePlan | None = None,
     max_seqlen_k: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,6 +49,11 @@ def dual_chunk_attn_with_kvcache(
     Queries are the last positions of their request. A query and one of its three ranges of keys are
     a request of the decode kernels, so that one launch reads each key once per query. The ranges
     are merged by lse, in the order of the keys. The call has no backward.
+
+    A shared prefix may lie in other ranges of each request of its group. One more launch computes
+    it: every query has a rotation and a range of its own there, so its keys are read once for all
+    requests whose queries are in one chunk. Where a group crosses the border of a chunk, the keys
+    of the chunks that its requests see in different ranges are read once per range.
 
     Shapes: B requests, Sq queries each, H query heads, Hk key/value heads, head dim D.
 
@@ -63,6 +77,7 @@ def dual_chunk_attn_with_kvcache(
         logit_scale: Positive factor of the logits of each request, [B] float32, or None.
         softmax_scale: Factor of q.k; D^-0.5 by default.
         return_softmax_lse: Whether to return (out, lse).
+        plan: Plan of make_decode_plan for this step, of which the shared prefixes are used.
         max_seqlen_k: Upper bound of the lengths after the call, a Python int.
         backend: "auto", "triton" or "pytorch".
 
@@ -86,6 +101,9 @@ def dual_chunk_attn_with_kvcache(
     requests, seqlen_q, heads, head_dim = q.shape
     check_chunks(chunk_size, local_size, inv_freq, logit_scale, head_dim, requests, q.device)
     check_softcap_and_scale(0.0, softmax_scale)
+    if plan is not None:
+        check_plan(plan, q, call.cache, new, -1)
+        check_shared_pages(plan.shared, call.cache)
     append_tokens(call.cache, new, call.backend)
     geometry = DualChunkGeometry(chunk_size, local_size)
     starts, ends, deltas = _ranges(call.cache, new.tokens, seqlen_q, geometry)
@@ -93,13 +111,22 @@ def dual_chunk_attn_with_kvcache(
     turned = _rotated(q.to(wide), deltas, inv_freq.to(wide))
     if logit_scale is not None:
         turned = turned * logit_scale.to(wide)[:, None, None, None]
+    turned = turned.to(q.dtype)
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    before = None
+    if plan is not None and plan.shared is not None and call.backend != "pytorch":
+        held = torch.minimum(plan.shared.prefix, call.cache.seqlens.clamp(min=0))
+        prefixes = call.cache._replace(seqlens=held)
+        before = attend_prefixes(turned, prefixes, starts, ends, plan.shared, softmax_scale)
+        starts = torch.maximum(starts, held[:, None])
+        ends = torch.maximum(ends, starts)
     count = starts.numel()
     request = torch.arange(requests, device=q.device)[:, None].expand(starts.shape).flatten()
     cache = call.cache
     rows = request.int() if cache.batch_index is None else cache.batch_index[request]
     table = None if cache.block_table is None else cache.block_table[request]
     out, lse = decode_attention(
-        turned.to(q.dtype).view(count, heads, head_dim),
+        turned.view(count, heads, head_dim),
         KVCache(
             *(cache.k, cache.v, ends.flatten().int()),
             batch_index=rows if table is None else None,
@@ -107,12 +134,16 @@ def dual_chunk_attn_with_kvcache(
             block_table=table,
         ),
         NewTokens(),
-        DecodeOptions(head_dim**-0.5 if softmax_scale is None else float(softmax_scale), wide=True),
+        DecodeOptions(softmax_scale, wide=True),
         call.backend,
         longest=cache.capacity if call.longest is None else call.longest,
         packed=PackedQueries(torch.arange(count + 1, dtype=torch.int32, device=q.device), 1),
     )
-    out, lse = _merged(out.view(*starts.shape, heads, head_dim), lse.view(heads, *starts.shape))
+    out, lse = out.view(*starts.shape, heads, head_dim), lse.view(heads, *starts.shape)
+    if before is not None:
+        out = torch.cat((before[0][None], out))
+        lse = torch.cat((before[1].transpose(0, 1)[:, None], lse), 1)
+    out, lse = _merged(out, lse)
     out = out.to(q.dtype)
     return (out, lse) if return_softmax_lse else out
 
@@ -151,7 +182,7 @@ def _rotated(x: Tensor, deltas: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges the ranges: out [3, B, Sq, H, D] and lse [H, 3, B, Sq] to [B, Sq, H, D], [B, H, Sq].
+    """Merges parts of keys: out [n, B, Sq, H, D], lse [H, n, B, Sq] to [B, Sq, H, D], [B, H, Sq].
 
     A query without keys has out = 0 and lse = -inf.
     """

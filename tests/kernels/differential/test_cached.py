@@ -7,6 +7,7 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func, diff_attn_with_kvcache
 from tests.kernels.decode.kvcache import KVCase, make_kv
+from tests.kernels.decode.sharing import plan_of, share, shared_of
 from tests.kernels.oracle import cumulative
 from tests.numerics import assert_error_at_most_twice
 
@@ -20,13 +21,14 @@ CASES = {
 }
 
 
-def call(inputs, lam, halves, backend):
+def call(inputs, lam, halves, backend, plan=None):
     places = ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "block_table", "causal")
     options = {name: inputs.options[name] for name in places if name in inputs.options}
     return diff_attn_with_kvcache(
         *(inputs.q, inputs.k_cache, inputs.v_cache, lam, inputs.k, inputs.v),
         window_size=inputs.options["window_size"],
         halves=halves,
+        plan=plan,
         backend=backend,
         **options,
     )
@@ -74,6 +76,45 @@ def test_matches_float64(case, halves, backend, device, nan_filled_memory):
     exact, same = (plain(case, inputs, lam, halves, dtype) for dtype in (torch.float64, HALF))
     assert out.shape == exact.shape
     assert_error_at_most_twice(out, same, exact, "out")
+
+
+SHARED = replace(ONE, lengths=(150, 135, 20, 129), capacity=160, page=16)
+
+
+@pytest.mark.parametrize("halves", [True, False], ids=["version1", "version2"])
+def test_a_shared_prefix_matches_float64(halves, device, nan_filled_memory):
+    inputs = make_kv(SHARED, device)
+    share(inputs, SHARED, (0, 1, 3), 128)
+    lam = torch.rand(SHARED.heads // 2, device=device)
+    out = call(inputs, lam, halves, "triton", plan_of(inputs, SHARED, shared_of(inputs, SHARED)))
+    exact, same = (plain(SHARED, inputs, lam, halves, dtype) for dtype in (torch.float64, HALF))
+    assert_error_at_most_twice(out, same, exact, "out")
+    apart = call(inputs, lam, halves, "triton")
+    assert torch.equal(out[2], apart[2])
+
+
+def test_a_plan_without_prefixes_changes_no_bit(device):
+    inputs = make_kv(SHARED, device)
+    lam = torch.rand(SHARED.heads // 2, device=device)
+    found = call(inputs, lam, True, "triton", plan_of(inputs, SHARED))
+    assert torch.equal(found, call(inputs, lam, True, "triton"))
+
+
+def test_a_request_reaches_no_sibling_of_its_group(device):
+    """A request's suffix and queries are NaN: the others of its group keep their bits."""
+    clean, inputs = make_kv(SHARED, device), make_kv(SHARED, device)
+    for one in (clean, inputs):
+        share(one, SHARED, (0, 1, 3), 128)
+    lam = torch.rand(SHARED.heads // 2, device=device)
+    plan = plan_of(clean, SHARED, shared_of(clean, SHARED))
+    expected = call(clean, lam, True, "triton", plan)
+    for tensor in (inputs.q, inputs.k, inputs.v):
+        tensor[1] = float("nan")
+    page, slot = inputs.places(1, torch.arange(128, 135, device=device))
+    inputs.k_cache[page, slot] = inputs.v_cache[page, slot] = float("nan")
+    found = call(inputs, lam, True, "triton", plan)
+    assert torch.equal(found[[0, 2, 3]], expected[[0, 2, 3]])
+    assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ CASES = {
 }
 
 
-def call(inputs, backend, chunk_size, local_size, scale=None):
+def call(inputs, backend, chunk_size, local_size, scale=None, plan=None):
     places = ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "block_table")
     options = {name: inputs.options[name] for name in places if name in inputs.options}
     return dual_chunk_attn_with_kvcache(
@@ -33,6 +33,7 @@ def call(inputs, backend, chunk_size, local_size, scale=None):
         local_size=local_size,
         logit_scale=scale,
         return_softmax_lse=True,
+        plan=plan,
         backend=backend,
         **options,
     )
