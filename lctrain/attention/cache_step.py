@@ -36,6 +36,8 @@ class StepAttention(NamedTuple):
         causal: Whether the layer attends causally.
         windowed: Whether a query sees only a window of keys.
         plans: Whether `stored` takes a plan of make_decode_plan, as the argument `plan`.
+        prefix_cost: Time that shared prefixes cost a layer, beyond their reads, in multiples of
+            that of flash attention.
     """
 
     packed: Packed
@@ -45,6 +47,7 @@ class StepAttention(NamedTuple):
     causal: bool = True
     windowed: bool = False
     plans: bool = False
+    prefix_cost: float = 1.0
 
 
 class CacheStep(Protocol):

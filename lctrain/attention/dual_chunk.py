@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
 
+PREFIX_COST = 4.0
+"""Cost of shared prefixes: about ten small kernels cut the ranges of keys and merge the results."""
+
 
 class DualChunkInputs(NamedTuple):
     """Inputs of dual chunk attention that all layers share in one forward pass.
@@ -151,7 +154,9 @@ def dual_chunk_attention_forward(
     if lctrain_step is not None:
         factors: dict[str, Any] = {} if logit_scale is None else {"logit_scale": logit_scale}
         packed, stored = partial(chunks.packed, **factors), partial(chunks.stored, **factors)
-        attention = StepAttention(packed, stored, query.shape[1], value.shape[3], plans=True)
+        attention = StepAttention(
+            *(packed, stored, query.shape[1], value.shape[3]), plans=True, prefix_cost=PREFIX_COST
+        )
         return lctrain_step.attend(module, (query, key, value), attention, kwargs), None
     refuse_unknown(kwargs)
     cached, rows = rows_in_cache(module, query, key, value, attention_mask, kwargs)

@@ -106,7 +106,8 @@ class _Measure:
     def __init__(self) -> None:
         self.layers: list[int | None] = []
         self.shapes: set[tuple[int, int, int, torch.dtype]] = set()
-        self.causal = self.plans = True
+        self.causal = True
+        self.prefix_cost = 1.0
 
     def attend(
         self,
@@ -119,7 +120,7 @@ class _Measure:
         self.layers.append(getattr(module, "layer_idx", None))
         self.shapes.add((key.shape[1], key.shape[3], value.shape[3], value.dtype))
         self.causal &= attention.causal
-        self.plans &= attention.plans
+        self.prefix_cost = max(self.prefix_cost, attention.prefix_cost)
         size = (1, query.shape[2], attention.heads, attention.width)
         return value.new_zeros(size)
 
@@ -147,4 +148,4 @@ def measure_cache(model: Any) -> CacheShape | str:
         return f"keys and values have head dims {head_dim} and {value_dim}"
     if forward.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return f"its attention computes in {dtype} on a GPU"
-    return CacheShape(len(step.layers), heads, head_dim, dtype, step.plans)
+    return CacheShape(len(step.layers), heads, head_dim, dtype, step.prefix_cost)

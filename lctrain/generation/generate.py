@@ -116,8 +116,7 @@ def generate(
         shared_prefixes: Whether a decode step reads pages that requests share once for all of them:
             "auto" on a GPU, where it takes less time; "always"; or "never". Attention is the same
             up to rounding, which then depends on the group. With "never", the bits of a request's
-            attention do not depend on other requests. Dual chunk and differential attention do not
-            share such reads: "auto" is "never" there, and "always" an error.
+            attention do not depend on other requests.
         log_probs: Which log-probabilities the completions have. "decode": those from which the
             tokens were drawn. "trainer": those that `token_log_probs` computes, bit for bit, on the
             packs of `completion_packs(completions, samples, pack_tokens)`, in eval mode; the two

@@ -20,7 +20,7 @@ class CacheShape(NamedTuple):
         heads: Number of key/value heads.
         head_dim: Head dim of queries, keys and values.
         dtype: Dtype of keys and values.
-        plans: Whether the layers take plans of decode steps, and so can read shared pages once.
+        prefix_cost: Highest StepAttention.prefix_cost of the layers.
         window: Tokens of a request from which on its keys and values depend on its length, as with
             scale="yarn" of dual chunk attention; None if they never do.
     """
@@ -29,7 +29,7 @@ class CacheShape(NamedTuple):
     heads: int
     head_dim: int
     dtype: torch.dtype
-    plans: bool = True
+    prefix_cost: float = 1.0
     window: int | None = None
 
     @property

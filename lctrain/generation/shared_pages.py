@@ -49,25 +49,15 @@ class SharedPages:
     """Finds the groups of requests whose first pages a decode step reads once for all of them.
 
     Args:
-        sharing: "auto", "always" or "never". "auto" is for CUDA devices, for groups that save more
-            time than they cost, and for attention that takes plans.
+        sharing: "auto", "always" or "never". "auto" is for CUDA devices, and for groups that save
+            more time than they cost.
         pool: Pages.
         device: Device of the pages.
-
-    Raises:
-        ValueError: if `sharing` is "always" for attention that takes no plans.
     """
 
     def __init__(self, sharing: str, pool: PagePool, device: torch.device) -> None:
-        if sharing == "always" and not pool.shape.plans:
-            raise ValueError(
-                "shared_prefixes must be 'auto' or 'never' unless the model is patched with "
-                "attention='flash', got 'always': other attentions read all pages of a request. "
-                "Pass 'auto'."
-            )
         self._pool = pool
-        pays = sharing == "auto" and device.type == "cuda" and pool.shape.plans
-        self._finds = sharing == "always" or pays
+        self._finds = sharing == "always" or (sharing == "auto" and device.type == "cuda")
         self._must_pay = sharing == "auto"
         self._version = -1
         self._found: SharedPrefixes | None = None
@@ -111,7 +101,7 @@ def pays(shared: SharedPrefixes, shape: CacheShape) -> bool:
     """
     groups = shared.groups.tolist()
     saved = sum((count - 1 - MEMBER_SHARE * count) * tokens for _, count, tokens in groups)
-    return saved * shape.token_bytes > FIXED_BYTES
+    return saved * shape.token_bytes > FIXED_BYTES * shape.prefix_cost
 
 
 def bounds_of(shared: SharedPrefixes, size: int) -> PrefixBounds:

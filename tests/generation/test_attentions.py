@@ -72,7 +72,7 @@ def model(request, endless):
 def make():
     """Returns a factory of ContinuousBatch: make(model, prompts, pages=None, ...), greedy."""
 
-    def make(model, prompts=PROMPTS, pages=None, capture=None, **sizes):
+    def make(model, prompts=PROMPTS, pages=None, capture=None, sharing="auto", **sizes):
         sizes = {"batch_size": 64, "samples": 1, "options": {"temperature": 0}} | sizes
         options = SamplingOptions(**sizes.pop("options"))
         count = len(prompts) * sizes["samples"]
@@ -81,7 +81,7 @@ def make():
         )
         shape = find_cache(model)
         gib = None if pages is None else pages * shape.page_bytes / 2**30
-        return ContinuousBatch(model, asked, shape, gib, capture)
+        return ContinuousBatch(model, asked, shape, gib, capture, sharing)
 
     with torch.no_grad():
         yield make
@@ -121,6 +121,16 @@ def test_equal_prompts_and_equal_beginnings_share_pages(model, make):
     assert tokens(found) == tokens(alone.run())
     assert (drawn.schedule.forked, alone.schedule.forked) == (2, 0)
     assert len({tuple(one.token_ids) for one in found}) == 3
+
+
+def test_steps_of_shared_pages_give_the_same_tokens(model, make, monkeypatch):
+    """On a CPU, every step checks its groups against the page table."""
+    monkeypatch.setattr(decode, "WARM_UP", 1)
+    prompts = [PROMPTS[0], *PROMPTS]
+    for batch_size, capture in ((64, None), (4, Recording())):
+        batch = make(model, prompts, sharing="always", batch_size=batch_size, capture=capture)
+        check_one_by_one(model, batch.run(), prompts)
+        assert 0 < batch.shared_steps <= batch.steps
 
 
 def test_prompts_are_prefilled_in_pieces(model, make, monkeypatch):
@@ -227,7 +237,5 @@ def test_evaluation_reads_the_paged_cache(model):
 
 
 def test_what_the_attention_cannot_do_is_an_error(model):
-    with pytest.raises(ValueError, match=r"shared_prefixes must be 'auto' or 'never' .*flash"):
-        lctrain.generate(model, PROMPTS, shared_prefixes="always")
     with pytest.raises(ValueError, match=r"log_probs must be 'decode' unless .*attention='flash'"):
         lctrain.generate(model, PROMPTS, log_probs="trainer")

@@ -148,7 +148,7 @@ def compile_variant(target: str, variant: KernelVariant) -> dict:
         extra["loop_spills"] = loop_spills(code)
         extra["barriers"] = sorted({int(number) for number in BARRIERS.findall(assembly)})
     instructions = MATRIX_INSTRUCTIONS[target]
-    if target == "sm_90" and variant.name.startswith("decode_"):
+    if target == "sm_90" and variant.name.startswith(("decode_", "dual_chunk_prefix")):
         instructions = SMALL_TILES
     return {
         "matrix_instructions": len(re.findall(instructions, assembly)),

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from lctrain_kernels.decode.launch import APPEND_TOKENS, APPEND_WARPS, MERGE_WARPS
 from lctrain_kernels.decode.launch_config import DecodeConfig, table_config
 from lctrain_kernels.decode.launch_plan import PLAN_SPLITS
@@ -110,6 +112,7 @@ ALL = DecodeCase("all-page64", page=64, everything=True)
 PACKED = DecodeCase("packed-page16", page=16, packed=True)
 SHARED = DecodeCase("shared-page16", page=16, shared=True)
 DIFFERENTIAL = DecodeCase("differential", differential=True)
+SHARED_DIFFERENTIAL = DecodeCase("shared-page64-diff", page=64, shared=True, differential=True)
 
 
 def describe(
@@ -124,11 +127,14 @@ def describe(
     absent: tuple[str, ...] = (),
     prefetch: bool = False,
     note: str = "",
+    function: triton.JITFunction | None = None,
+    flags: DecodeFlags | None = None,
+    wide: bool = False,
 ) -> KernelVariant:
     """Describes one compilation of a decode kernel.
 
     Args:
-        kernel: Name of the kernel, a key of KERNELS.
+        kernel: Name of the kernel, a key of KERNELS unless `function` is given.
         case: Kind of call.
         head_dim: Head dim D.
         tile: Tile configuration of the attention kernels.
@@ -138,11 +144,14 @@ def describe(
         absent: Names of pointers that this variant does not pass, besides those of the case.
         prefetch: Whether page numbers are loaded one tile ahead.
         note: Text that is appended to the kernel's name.
+        function: Attention kernel of another folder; by default, that of KERNELS.
+        flags: Constant flags of the call; those of the case by default.
+        wide: Whether out is float32, as it is with case.differential.
     """
-    function = KERNELS[kernel]
+    attends = function is not None or kernel in ("decode_split", "decode_whole", "decode_prefix")
+    function = KERNELS[kernel] if function is None else function
     group = 1 if kernel == "decode_append" else GROUP
     missing = {*case.absent, *absent}
-    attends = kernel in ("decode_split", "decode_whole", "decode_prefix")
     shape = case.shape(tile, head_dim, group, prefetch)
     if kernel == "decode_plan" and not case.everything:
         missing.add("window_left")
@@ -150,7 +159,7 @@ def describe(
         "TILE": shape if attends else shape._replace(halves=False),
         "FLAGS": DecodeFlags(False, False, False, True, False)
         if kernel == "decode_append"
-        else case.flags(),
+        else flags or case.flags(),
         "PRECISION": DOT_PRECISION,
         **(constants or {}),
     }
@@ -160,7 +169,7 @@ def describe(
             return None
         if name in _SCALARS:
             return "fp32"
-        if name in _FLOATS or (name == "out" and case.differential):
+        if name in _FLOATS or (name == "out" and (wide or case.differential)):
             return "*fp32"
         return "*i32" if name in _INTEGERS or name.endswith("_ptr") else f"*{dtype}"
 
@@ -170,7 +179,7 @@ def describe(
         fields = groups.get(name)
         if name == "pointers":
             types[name] = fields._make(kind(field) for field in fields._fields)
-        elif name == "groups":
+        elif name in ("groups", "ranges"):
             types[name] = fields._make("*i32" for _ in fields._fields)
         elif name == "strides":
             types[name] = fields._make("i32" for _ in fields._fields)
@@ -320,3 +329,4 @@ def _grouped_variants(head_dim: int, config: DecodeConfig) -> Iterator[KernelVar
         yield split_variant(case, head_dim, config)
         yield merge_variant(case, head_dim, config)
     yield plan_variant(SHARED, head_dim, config)
+    yield from prefix_variants(SHARED_DIFFERENTIAL, head_dim, config)

@@ -3,9 +3,14 @@
 import itertools
 from collections.abc import Iterator
 
+from lctrain_kernels.decode import aot as decode_aot
+from lctrain_kernels.decode.launch import MERGE_WARPS
+from lctrain_kernels.decode.launch_config import table_config as decode_config
+from lctrain_kernels.dual_chunk.prefix_launch import BY_RANGE, MERGE_ALL
 from lctrain_kernels.dual_chunk.triton_dkv import dual_chunk_dkv_kernel
 from lctrain_kernels.dual_chunk.triton_dq import dual_chunk_dq_kernel
 from lctrain_kernels.dual_chunk.triton_fwd import dual_chunk_fwd_kernel
+from lctrain_kernels.dual_chunk.triton_prefix import dual_chunk_prefix_kernel
 from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG, dual_chunk_rotate_kernel
 from lctrain_kernels.tile.attention_variant import OFFSET_HEAD_DIM, attention_variant
 from lctrain_kernels.tile.config import DUAL_CHUNK_OPERATIONS, TileConfig, table_config
@@ -16,6 +21,7 @@ KERNELS = {
     "dual_chunk_dq": dual_chunk_dq_kernel,
     "dual_chunk_dkv": dual_chunk_dkv_kernel,
     "dual_chunk_rotate": dual_chunk_rotate_kernel,
+    "dual_chunk_prefix": dual_chunk_prefix_kernel,
 }
 _FEATURES = ("causal", "dropout", "offset_dropout", "all")
 _STATISTICS = ("out", "dout", "lse", "stats")  # of queries; the rotation of keys has none
@@ -57,6 +63,38 @@ def _variant(
     )
 
 
+def prefix_variants(table: str, head_dim: int) -> Iterator[KernelVariant]:
+    """Yields the variants of dual_chunk_prefix_kernel, with each of its tiles, and of its merge.
+
+    Args:
+        table: Name of the architecture's table.
+        head_dim: Head dim D.
+    """
+    config, case = decode_config(table, head_dim), decode_aot.SHARED
+    for tile in (config.tile, *config.shared_tiles):
+        yield decode_aot.describe(
+            "dual_chunk_prefix",
+            case,
+            head_dim,
+            tile,
+            function=KERNELS["dual_chunk_prefix"],
+            flags=BY_RANGE,
+            absent=("out", "lse", "seqlens", "prefix", "work"),
+            prefetch=config.prefetch_pages,
+        )
+    yield decode_aot.describe(
+        "decode_merge",
+        case,
+        head_dim,
+        config.tile,
+        constants={"ROWS": config.merge_rows, "UNROLL": config.merge_unroll},
+        options={"num_warps": MERGE_WARPS, "enable_fp_fusion": True},
+        flags=MERGE_ALL,
+        wide=True,
+        note="-prefixes",
+    )
+
+
 def kernel_variants(
     table: str, head_dims: tuple[int, ...], features: tuple[str, ...]
 ) -> Iterator[KernelVariant]:
@@ -90,6 +128,8 @@ def kernel_variants(
         )
     if "causal" not in features:
         return
+    for head_dim in head_dims if table == "sm_90" else (128,):
+        yield from prefix_variants(table, head_dim)
     for operation in DUAL_CHUNK_OPERATIONS:
         config = table_config("float32", operation, head_dims[0], 4)
         yield _variant(operation, config, head_dims[0], dtype="fp32")

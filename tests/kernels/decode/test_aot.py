@@ -127,6 +127,19 @@ def test_variants_of_differential_attention(launches):
         assert_described(launches, f"decode_{kernel}", variant)
 
 
+def test_variants_of_shared_prefixes_of_differential_attention(launches):
+    config, case = table_config("sm_90", 128), aot.SHARED_DIFFERENTIAL
+    q, cache, _, options = operands(case, 128)
+    zeros = torch.zeros(REQUESTS, dtype=torch.int32)
+    options = options._replace(wide=True, halves=True)
+    for members, variant in zip((2, 8, 64), aot.prefix_variants(case, 128, config), strict=True):
+        shared = SharedPrefixes(zeros, zeros, zeros[:3].view(1, 3), longest=2048, most=members)
+        plan = DecodePlan(torch.zeros(9, dtype=torch.int32), 8, 512, 1, 0, -1, shared=shared)
+        with override_decode_config(config):
+            launch.decode_attention(q.repeat(1, 1, 2, 1), cache, NewTokens(), options, plan, 4000)
+        assert_described(launches, "decode_prefix", variant)
+
+
 def assert_described(launches, kernel, variant):
     launches[f"{kernel}_kernel"].assert_described_by(variant)
 

@@ -5,12 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lctrain_kernels.decode.launch_config import DecodeConfig, override_decode_config
-from lctrain_kernels.dual_chunk import cached
+from lctrain_kernels.decode import aot as decode_aot
+from lctrain_kernels.decode.launch_config import (
+    DecodeConfig,
+    override_decode_config,
+    table_config,
+)
+from lctrain_kernels.decode.structures import KVCache, SharedPrefixes
+from lctrain_kernels.dual_chunk import aot, cached, prefix_launch
 from lctrain_kernels.tile.config import TileConfig
 from tests.kernels.decode.kvcache import KVCase, make_kv
 from tests.kernels.decode.sharing import plan_of, share, shared_of
 from tests.kernels.dual_chunk.test_cached import call, plain
+from tests.kernels.launches import describe_for_a_compiler, launches_of
 from tests.numerics import assert_error_at_most_twice
 
 HALF = torch.float16
@@ -124,6 +131,27 @@ def test_pytorch_computes_every_request_alone(device):
     found = call(inputs, "pytorch", 24, 8, plan=shared_plan(inputs, PAGED))
     expected = call(inputs, "pytorch", 24, 8)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_variants_are_what_is_launched(monkeypatch):
+    for module in (aot, decode_aot):
+        describe_for_a_compiler(module, monkeypatch)
+        kernels = {name: getattr(module, f"{name}_kernel") for name in module.KERNELS}
+        monkeypatch.setattr(module, "KERNELS", kernels)
+    launches = launches_of(prefix_launch, monkeypatch)
+    config, dtype = table_config("sm_90", 128), torch.bfloat16
+    q = torch.empty(3, 64, 1, 64, 128, dtype=dtype, device="meta")
+    k = torch.empty(99, 16, 16, 128, dtype=dtype, device="meta")
+    zeros = torch.zeros(64, dtype=torch.int32)
+    cache = KVCache(k, k, zeros, block_table=torch.zeros(64, 256, dtype=torch.int32))
+    ranges = torch.zeros(3, 64, 1, dtype=torch.int32)
+    *tiles, merge = aot.prefix_variants("sm_90", 128)
+    for members, variant in zip((4, 16, 64), tiles, strict=True):
+        shared = SharedPrefixes(zeros, zeros, zeros[:3].view(1, 3), longest=2048, most=members)
+        with override_decode_config(config):
+            prefix_launch.attend_prefixes(q, cache, ranges, ranges, shared, 0.1)
+        launches["dual_chunk_prefix_kernel"].assert_described_by(variant)
+        launches["decode_merge_kernel"].assert_described_by(merge)
 
 
 def test_opcheck(device):
