@@ -18,6 +18,7 @@ from lctrain.models.code import parameters
 from lctrain.models.frequencies import length_dependent
 from lctrain.models.inputs import InputHook
 from lctrain.models.late_hook import LateHook, prepare
+from lctrain.models.window import refuse_cut_keys
 
 HALF = ("torch.bfloat16", "torch.float16")
 
@@ -29,7 +30,8 @@ def require_batching(model: Any) -> InputHook:
         model: A causal LM of transformers whose config names an attention of lctrain.
 
     Raises:
-        ValueError: if the model is not patched, or its layers cannot read a paged cache.
+        ValueError: if the model is not patched, its layers cannot read a paged cache, or the cache
+            would forget keys.
     """
     name = model.config._attn_implementation
     hook = input_hook(model, name)
@@ -41,6 +43,7 @@ def require_batching(model: Any) -> InputHook:
         )
     if length_dependent(model) and name != "lctrain_dual_chunk":
         raise _refusal(model, "RoPE frequencies that depend on the length")
+    refuse_cut_keys(model)
     counts = counts_positions_itself(model) or embeddings_read_mask(model)
     if counts or "position_ids" not in parameters(model):
         raise _refusal(model, "positions that the model counts itself")

@@ -61,6 +61,11 @@ def _slides(layer: Any) -> bool:
     return bool(getattr(layer, "is_sliding", False))
 
 
+def forgets_keys(arguments: Mapping[str, Any]) -> bool:
+    """Returns whether a call's cache has layers that forget keys behind a window."""
+    return any(_slides(layer) for layer in getattr(given_cache(arguments), "layers", ()))
+
+
 def give_rows(arguments: dict[str, Any], rows: int, tokens: int) -> None:
     """Replaces masks that transformers made for a cache of fixed size by results of cached_rows.
 

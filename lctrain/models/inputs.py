@@ -22,8 +22,15 @@ from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import (
     counts_positions_itself,
     embeddings_read_mask,
+    has_windows,
 )
-from lctrain.models.cache import give_rows, given_cache, given_rows, refuse_full
+from lctrain.models.cache import (
+    forgets_keys,
+    give_rows,
+    given_cache,
+    given_rows,
+    refuse_full,
+)
 from lctrain.models.code import parameters
 from lctrain.models.continued_rows import (
     continued_lengths,
@@ -48,7 +55,7 @@ from lctrain.models.positions import (
 from lctrain.models.read_boundaries import read_boundaries, refuse_unread
 from lctrain.models.shared_attention import covered_tokens, give_positions, read_share
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
-from lctrain.models.window import cache_window
+from lctrain.models.window import cache_window, refuse_cut_keys
 from lctrain.pluralize import pluralize
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
@@ -78,6 +85,7 @@ class InputHook:
         names: Names of the forward's positional parameters.
         within_windows: Length up to which rows lie within a window; None without windows.
         cache_window: Keys that layers with windows keep in a cache; None without windows.
+        windowed: Whether layers attended within windows when the model was patched.
         unpads: Whether rows with padding become one pack; UnpadSwap sets it.
     """
 
@@ -90,6 +98,7 @@ class InputHook:
         self.pools_rows = pools_rows(model)
         self.within_windows = row_length_within_windows(model, spec)
         self.cache_window = cache_window(model.config)
+        self.windowed = has_windows(model)
         self.unpads = False
         self.rotaries = tuple(length_dependent(model))
         for name in self.rotaries:
@@ -121,6 +130,8 @@ class InputHook:
             return ((), self._unpad(model, inputs, tokens, given)) if packs else None
         self._refuse(model, inputs)
         rows = (tokens.shape[0], tokens.shape[1])
+        if not self.windowed and forgets_keys(inputs):
+            refuse_cut_keys(model)
         refuse_full(inputs, *rows, self.cache_window)
         give_rows(inputs, *rows)
         if paged_cache(inputs) is not None or given_rows(inputs) is not None:

@@ -7,6 +7,7 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, DynamicCache, St
 from lctrain import patch_model
 from lctrain.attention import flash
 from lctrain.attention.cached import cached_rows
+from lctrain.models.batching import require_batching
 from lctrain.models.differential import to_differential
 from tests.numerics import assert_equal_in_float64, assert_error_at_most_twice
 
@@ -49,6 +50,34 @@ def test_generate_returns_the_tokens_of_transformers(make_llama, calls, cache, p
             logits = model(found[:, :-1], attention_mask=torch.cat((mask, mask[:, :4] | 1), 1))
         assert torch.equal(logits.logits[:, 8:].argmax(-1), found[:, 9:])
         assert not calls
+
+
+@pytest.mark.parametrize("attention", ["flash", "dual_chunk", "differential"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+def test_a_window_that_the_layers_do_not_know_is_refused(make_llama, attention, cache):
+    """transformers would forget keys to which the layers attend, without an error."""
+    model, tokens = make_llama(), torch.randint(3, 97, (1, 9))
+    if attention == "differential":
+        model = DiffLlamaForCausalLM(DiffLlamaConfig(**model.config.to_diff_dict())).eval()
+    model.config.sliding_window = 4
+
+    def generate():
+        if cache == "paged":
+            return require_batching(model)
+        return model.generate(
+            tokens, cache_implementation=cache if cache == "static" else None, **OPTIONS
+        )
+
+    message = (
+        rf"sliding_window must be None in the config of {type(model).__name__}, got 4: its layers "
+        r"attend to all keys.* Set model.config.sliding_window = None before you generate"
+    )
+    with patch_model(model, attention=attention):
+        with pytest.raises(ValueError, match=message):
+            generate()
+        assert model(tokens, use_cache=False).logits.isfinite().all()
+        model.config.sliding_window = None
+        generate()
 
 
 def test_several_queries_and_padding_between_tokens(make_llama, calls):
