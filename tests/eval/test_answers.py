@@ -1,5 +1,7 @@
 """Tests which prompts are answered together, and that their answers do not depend on it."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,24 @@ def test_a_paged_cache_answers_prompts_together_as_alone(
     assert (single, sizes, halves) == ([1] * count, [count], [2] * (count // 2))
     assert alone == tokens == pairs
     assert len({*map(tuple, tokens)}) > 2
+
+
+@pytest.mark.parametrize(
+    ("task", "length"),
+    [(Needle(needles=2, depths=[0.5]), 150), (Ruler(tasks=["niah_single_1"], items=2), 400)],
+    ids=["needle", "ruler"],
+)
+def test_dual_chunk_attention_answers_beyond_the_window(subject, answer, monkeypatch, task, length):
+    """Prompts of several windows: the tokens of transformers' loop on one prompt at a time."""
+    chunks = {"window": 64, "chunk_size": 48, "local_size": 16}
+    with lctrain.patch_model(subject.model, "dual_chunk", **chunks):
+        tokens, sizes = answer(task, length, max_tokens=length)
+        monkeypatch.setattr(answers, "cache_tokens", lambda *_: None)
+        module = sys.modules["lctrain.generation.generate"]
+        monkeypatch.setattr(module, "find_cache", lambda model: "transformers' loop is asked for")
+        alone, single = answer(task, length, max_tokens=length)
+    assert (sizes, single) == ([2], [1, 1])
+    assert tokens == alone
 
 
 def test_a_prompt_that_the_memory_does_not_hold_is_alone(subject, answer, monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import lctrain
 from lctrain.data.passkey import PasskeyFormat
-from lctrain.eval import Extension, passkey_retrieval, trained_window
+from lctrain.eval import Extension, answered, passkey_retrieval, trained_window
 from lctrain.eval.shipped import FOLDER, SHIPPED, load_passkey_model, passkey_folder
 from tests.house.typecheck import ROOT
 
@@ -43,6 +44,39 @@ def test_every_method_finds_the_keys_inside_the_window(table):
 def test_only_dual_chunk_attention_finds_them_at_eight_windows(table):
     assert table.found["dual_chunk"][1].sum() >= len(DEPTHS) * KEYS - 1
     assert table.found["plain"][1].sum() <= 1
+
+
+def test_decoding_writes_the_keys_at_eight_windows(monkeypatch):
+    """Greedy decoding over a paged cache, in steps that read the pages of a text's begin once."""
+
+    def written(model, texts, segment, device):
+        prompts = [text.input_ids[: text.answer_start].tolist() for text in texts]
+        answers = [text.input_ids[text.answer_start :].tolist() for text in texts]
+        found = lctrain.generate(
+            model,
+            prompts,
+            max_new_tokens=max(map(len, answers)),
+            temperature=0,
+            batching="continuous",
+            shared_prefixes="always",
+        )
+        pairs = zip(found, answers, strict=True)
+        return [one.token_ids[: len(answer)] == answer for one, answer in pairs]
+
+    monkeypatch.setattr(answered, "answered", written)
+    reader = load_passkey_model(SHIPPED)
+    window = trained_window(reader.model, None)
+    found = passkey_retrieval(
+        reader.model,
+        PasskeyFormat.of(reader.tokenizer),
+        [np.array(reader.tokenizer(TEXT, verbose=False)["input_ids"])],
+        [8 * window],
+        [Extension("dual_chunk", window)],
+        max_tokens=8 * window * KEYS,
+        depths=DEPTHS,
+        keys_per_cell=KEYS,
+    ).found["dual_chunk"]
+    assert found.sum() >= len(DEPTHS) * KEYS - 1  # a near tie may tip
 
 
 def test_the_heatmap_says_which_model_found_the_keys(table, tmp_path):
