@@ -22,7 +22,7 @@ from lctrain_kernels.schedule import TileSchedule, device_schedule
 
 
 class PackTensors(NamedTuple):
-    """The tensors of a Pack, which are arguments of the attention operators.
+    """The tensors of a Pack and its longest length: arguments of the attention operators.
 
     N is the number of documents. `operators.build_operators` gives every operator one argument per
     field of this class.
@@ -36,6 +36,8 @@ class PackTensors(NamedTuple):
             index in the pack.
         query_offsets: Position within its document of the first query that this rank holds, [N]
             int32, for the dropout mask; None takes 0: the rank holds whole documents.
+        max_seqlen_q: Largest number of queries in a document, which chooses between kernels that
+            give the same result; 0 if it is not known.
     """
 
     cu_seqlens_q: Tensor
@@ -44,6 +46,7 @@ class PackTensors(NamedTuple):
     k_tiles: Tensor | None = None
     document_ids: Tensor | None = None
     query_offsets: Tensor | None = None
+    max_seqlen_q: int = 0
 
     @property
     def documents(self) -> int:
@@ -69,6 +72,7 @@ class PackTensors(NamedTuple):
             k_tiles,
             self.document_ids,
             self.query_offsets,
+            self.max_seqlen_q,
         )
 
 
@@ -84,6 +88,7 @@ class TiledPack(NamedTuple):
     k_tiles: Tensor
     document_ids: Tensor | None = None
     query_offsets: Tensor | None = None
+    max_seqlen_q: int = 0
 
 
 class Pack(NamedTuple):
@@ -125,7 +130,7 @@ class Pack(NamedTuple):
         return self.cu_seqlens_q.shape[0] - 1
 
     def tensors(self) -> PackTensors:
-        """Returns the tensors that the operators take."""
+        """Returns what the operators take of the pack."""
         return PackTensors(
             self.cu_seqlens_q,
             self.cu_seqlens_k,
@@ -133,6 +138,7 @@ class Pack(NamedTuple):
             None if self.schedule is None else self.schedule.k_tiles,
             self.document_ids,
             self.query_offsets,
+            self.max_seqlen_q,
         )
 
     def check_tokens(self, q: Tensor, k: Tensor) -> None:

@@ -256,7 +256,7 @@ def test_the_plan_counts_gradients_in_place(name, by_head, monkeypatch):
 def test_the_plan_counts_on_gradients_in_place_of_the_hopper_kernels_only(dtype, here, monkeypatch):
     monkeypatch.setattr(support, "may_be_planned", lambda: here)
     q = torch.empty(64, 2, 64, dtype=dtype, device="meta")
-    pack = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 64]))
+    pack = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 64]), max_seqlen_q=64)
     found = _pytorch_overwrites(Operands(q, q, q), pack, AttentionOptions(softmax_scale=1.0))
     assert bool(found) == (here and dtype == torch.bfloat16)
 

@@ -133,7 +133,8 @@ class VarlenCase:
         lengths = torch.tensor((0, *workload.lengths))
         self.cu = lengths.cumsum(0).to(device=device, dtype=torch.int32)
         self.schedule = make_schedule(workload.lengths).to(device)
-        self.pack = TiledPack(self.cu, self.cu, self.schedule.q_tiles, self.schedule.k_tiles)
+        tiles = self.schedule.q_tiles, self.schedule.k_tiles
+        self.pack = TiledPack(self.cu, self.cu, *tiles, max_seqlen_q=max(workload.lengths))
         self.options = AttentionOptions(
             softmax_scale=workload.head_dim**-0.5,
             window_right=0,

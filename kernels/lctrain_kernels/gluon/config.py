@@ -70,10 +70,10 @@ _BACKWARD_PLAIN = {
     64: BackwardTile(128, 2, reduce_from_registers=True),
     96: BackwardTile(64, 2, reduce_from_registers=True),
 }
-# The same where documents have at least LONG tokens on average. The zeroed buffer of dq costs more
-# than the dQ warp in packs of shorter documents.
+# The same where document_of_a_token is at least LONG. The zeroed buffer of dq costs time per token,
+# and the dQ warp per product: it costs less with documents of 2,048 tokens, and more with 4,096.
 _BACKWARD_LONG = {128: BackwardTile(64, 3, reduce_from_registers=True)}
-LONG = 4096
+LONG = 3000
 BLOCK_N_BACKWARD = 128  # a block of the schedule
 SLAB_ROWS = 16  # queries that a warp holds after a product
 
@@ -223,7 +223,7 @@ def backward_tile(
             partial dq of blocks of 64 queries, even if override_tiles asks for another form.
         plain: Whether the call has neither dropout nor a softcap. With them, 128 queries need too
             many registers, even if override_tiles asks for them.
-        long_documents: Whether documents have at least LONG tokens on average.
+        long_documents: Whether a token's document has at least LONG tokens on average.
     """
     table = _BACKWARD
     if plain and not deterministic:
@@ -237,20 +237,44 @@ def backward_tile(
     return tile if plain else tile._replace(block_m=64)
 
 
-def tile_of_call(shape: Sequence[int], documents: int, options: AttentionOptions) -> BackwardTile:
+def document_of_a_token(tokens: int, documents: int, longest: int) -> float:
+    """Returns a lower bound of the length of a token's document, averaged over all tokens.
+
+    The average is sum(length^2) / sum(length): causal attention does about half as many products
+    per token. It is at least what it would be if all documents but the longest were equally long.
+
+    Args:
+        tokens: Number of packed tokens.
+        documents: Number of documents.
+        longest: Length of the longest document; 0 or too large a number if it is not known.
+    """
+    if documents < 2 or tokens == 0:
+        return float(tokens)
+    longest = longest if 0 < longest <= tokens else 0
+    longest = max(longest, tokens // documents)
+    return (longest**2 + (tokens - longest) ** 2 / (documents - 1)) / tokens
+
+
+def tile_of_call(
+    shape: Sequence[int], documents: int, longest: int, options: AttentionOptions
+) -> BackwardTile:
     """Returns the tile configuration of a call's backward.
 
     Args:
         shape: Shape of q, [T, H, D].
         documents: Number of documents.
+        longest: Length of the longest document, in queries; 0 if it is not known.
         options: Options of the call.
     """
     tokens, _, head_dim = shape
     plain = not (options.has_dropout or options.softcap > 0)
-    return backward_tile(head_dim, options.deterministic, plain, tokens >= LONG * documents)
+    is_long = document_of_a_token(tokens, documents, longest) >= LONG
+    return backward_tile(head_dim, options.deterministic, plain, is_long)
 
 
-def sums_dq_apart(shape: Sequence[int], documents: int, options: AttentionOptions) -> bool:
+def sums_dq_apart(
+    shape: Sequence[int], documents: int, longest: int, options: AttentionOptions
+) -> bool:
     """Returns whether dq is first written once no program reads q any more.
 
     The dQ warp writes dq while other programs still read queries, and a kernel before it sets the
@@ -258,7 +282,7 @@ def sums_dq_apart(shape: Sequence[int], documents: int, options: AttentionOption
 
     The arguments are those of tile_of_call.
     """
-    return tile_of_call(shape, documents, options).reduce_from_registers
+    return tile_of_call(shape, documents, longest, options).reduce_from_registers
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def backward_variant(
         dtype: As in forward_variant.
         group: As in forward_variant.
         short_documents: Whether a slab of the float32 dq is one query; see config.slab_rows.
-        long_documents: Whether documents have at least config.LONG tokens on average.
+        long_documents: Whether a token's document has at least config.LONG tokens on average.
     """
     columns = padded_columns(head_dim)
     deterministic = features == "deterministic"

@@ -69,7 +69,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q: [N + 1] int32, cumulative query lengths from 0 to T.
         cu_seqlens_k: [N + 1] int32, cumulative key lengths from 0 to Tk. It may be None if both
             block_table and seqused_k are given.
-        max_seqlen_q: Longest query length, a Python int. Only the decode kernels use it.
+        max_seqlen_q: Longest query length, a Python int. The decode kernels use it, and the Hopper
+            backward chooses by it how it adds dq; a larger number costs speed only.
         max_seqlen_k: Longest key length, a Python int. Only the decode kernels use it.
         dropout_p: Probability of dropping an attention weight, rounded to a multiple of 1/65536.
         softmax_scale: Factor of q.k; D^-0.5 by default.

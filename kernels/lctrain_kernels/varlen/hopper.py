@@ -252,6 +252,35 @@ def varlen_round_dq_kernel(
     tl.store(dq_ptr + dq_offset, value.to(dq_ptr.dtype.element_ty), mask_dq)
 
 
+def round_dq_slabs(dq_sum: Tensor, dq: Tensor, pack: TiledPack, scale: float) -> None:
+    """Launches varlen_round_dq_kernel.
+
+    Args:
+        dq_sum: Sum of partial dq in slabs of 16 queries, [H, slabs, 16 * D] float32.
+        dq: Gradient to write, [T, H, D], contiguous.
+        pack: Boundaries of the documents.
+        scale: Factor of the sum.
+    """
+    _, heads, head_dim = dq.shape
+    per_head = dq_sum.shape[1]
+    documents = pack.cu_seqlens_q.shape[0] - 1
+    launch(varlen_round_dq_kernel, (cdiv(per_head * 16, PREPARE_ROWS), heads))(
+        dq_sum,
+        dq,
+        pack.cu_seqlens_q,
+        documents,
+        documents.bit_length(),
+        per_head,
+        scale,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_columns(head_dim),
+        SLABS=PREPARE_ROWS // 16,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
 def varlen_bwd(
     dout: Tensor,
     dlse: Tensor | None,
@@ -290,7 +319,7 @@ def varlen_bwd(
     if total_q == 0:
         return dq, dk.zero_(), dv.zero_(), delta
     documents = pack.cu_seqlens_q.shape[0] - 1
-    tile = tile_of_call(q.shape, documents, options)
+    tile = tile_of_call(q.shape, documents, pack.max_seqlen_q, options)
     rows = slab_rows(total_q, documents) if tile.reduce_from_registers else SLAB_ROWS
     if tile.reduce_from_registers:
         per_head = total_q // rows + (documents if rows > 1 else 0)  # slabs
@@ -384,19 +413,5 @@ def varlen_bwd(
     if tile.reduce_from_registers and rows == 1:
         dq.copy_(dq_sum.mul_(scale).transpose(0, 1))
     elif tile.reduce_from_registers:
-        launch(varlen_round_dq_kernel, (cdiv(per_head * 16, PREPARE_ROWS), heads))(
-            dq_sum,
-            dq,
-            pack.cu_seqlens_q,
-            documents,
-            documents.bit_length(),
-            per_head,
-            scale,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=columns,
-            SLABS=PREPARE_ROWS // 16,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
+        round_dq_slabs(dq_sum, dq, pack, scale)
     return dq, dk, dv, delta

@@ -107,7 +107,7 @@ def _hopper_overwrites(
     from lctrain_kernels.gluon.config import sums_dq_apart
 
     documents = pack.cu_seqlens_q.shape[0] - 1
-    apart = sums_dq_apart(operands.q.shape, documents, options)
+    apart = sums_dq_apart(operands.q.shape, documents, pack.max_seqlen_q, options)
     return frozenset(("q", "k", "v") if apart else ("k", "v"))
 
 

@@ -61,6 +61,7 @@ def forward_arguments(case, *, window=None, schedule=None, requires_grad=True) -
         None if schedule is None else schedule.k_tiles,
         None,
         torch.tensor([16, 0], dtype=torch.int32),
+        6,
         0.25,
         3,
         -1,

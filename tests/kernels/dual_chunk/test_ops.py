@@ -28,6 +28,7 @@ def forward_arguments(*, schedule=None, requires_grad=True) -> tuple:
         None if schedule is None else schedule.k_tiles,
         None,
         torch.tensor([16, 0], dtype=torch.int32),
+        6,
         0.25,
         -1,
         0,

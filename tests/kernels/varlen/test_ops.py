@@ -43,6 +43,7 @@ def forward_arguments(case: Case, *, window=None, schedule=None, requires_grad=T
         None if schedule is None else schedule.k_tiles,
         None,
         torch.tensor([16, 0], dtype=torch.int32),
+        6,
         0.25,
         3,
         -1,
