@@ -10,8 +10,14 @@ from lctrain_kernels.dual_chunk.hopper import (
     dual_chunk_round_dq_kernel,
 )
 from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_dq import dual_chunk_dq_slabs_kernel
 from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
-from lctrain_kernels.dual_chunk.hopper_support import BACKWARD_LIMITS, backward_tile, forward_tile
+from lctrain_kernels.dual_chunk.hopper_support import (
+    BACKWARD_LIMITS,
+    BackwardForm,
+    backward_form,
+    forward_tile,
+)
 from lctrain_kernels.dual_chunk.ranges import INTER, INTRA, SUCC
 from lctrain_kernels.dual_chunk.triton_rotate import ROTATE_CONFIG
 from lctrain_kernels.gluon.config import (
@@ -90,14 +96,15 @@ def backward_variant(
     dtype: str = "bf16",
     group: int = 4,
     relation: int = INTRA.value,
+    form: BackwardForm | None = None,
 ) -> KernelVariant:
     """Describes one compilation of dual_chunk_bwd_hopper_kernel, without dropout.
 
-    `relation` is the range of keys of the launch: INTER, SUCC or INTRA. The other arguments are
-    those of forward_variant.
+    `relation` is the range of keys of the launch: INTER, SUCC or INTRA. `form` is the form of the
+    steps, by default that of long documents. The other arguments are those of forward_variant.
     """
     columns = padded_columns(head_dim)
-    tile = backward_tile(columns)
+    tile, full_weights = form or backward_form(head_dim, 1 << 15, 1)
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, columns // 2)
@@ -105,22 +112,27 @@ def backward_variant(
     constants = {
         "TILE": backward_shape(tile, columns, group, HEADS_KV, head_dim),
         "RELATION": relation,
+        "FULL_WEIGHTS": full_weights,
     }
     types = argument_types(
         kernel,
         features,
         dtype,
-        ("dk", "dv") if relation == SUCC.value else (),
+        (
+            *(("dk", "dv") if relation == SUCC.value else ()),
+            *(() if tile.reduce_from_registers else ("dq_sum",)),
+        ),
         q_desc=queries,
         do_desc=queries,
         k_desc=keys,
         v_desc=keys,
-        dq_desc=dq,
+        dq_desc=None if tile.reduce_from_registers else dq,
     )
     options = OPTIONS | {"maxnreg": REGISTERS}
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     name = f"hopper_dual_chunk_bwd_{RELATIONS[relation]}"
     label = f"{name}-D{head_dim}-g{group}-{features}-{dtype}-{size}"
+    label += "-later" if tile.reduce_from_registers else "-full" if full_weights else ""
     return describe_variant(label, kernel, types, constants, options, False)
 
 
@@ -146,8 +158,24 @@ def round_dq_variant(head_dim: int, heads: int, dtype: str = "bf16") -> KernelVa
     return fused_variant(label, kernel, dtype, _SCRATCH_TYPES, constants, 4)
 
 
+def dq_slabs_variant(head_dim: int, heads: int, rounds: bool, dtype: str = "bf16") -> KernelVariant:
+    """Describes one compilation of dual_chunk_dq_slabs_kernel.
+
+    Args:
+        head_dim: Head dim D of queries and keys, a multiple of 16.
+        heads: Number of query heads.
+        rounds: Whether the kernel writes dq, with a logit scale. Otherwise it rotates the sum.
+        dtype: Triton's name of dq's dtype.
+    """
+    kernel = dual_chunk_dq_slabs_kernel
+    types = _SCRATCH_TYPES if rounds else _SCRATCH_TYPES | {"dq_ptr": None, "logit_scale_ptr": None}
+    constants = {"HEADS": heads, **_rows(head_dim)}
+    label = f"hopper_dual_chunk_dq_slabs-D{head_dim}-{'round' if rounds else 'rotate'}"
+    return fused_variant(label, kernel, dtype, types, constants, 4)
+
+
 def _rows(head_dim: int) -> dict[str, int]:
-    """Returns the tile constants of dual_chunk_rotate_dk_kernel and dual_chunk_round_dq_kernel."""
+    """Returns the tile constants of dual_chunk_the kernels beside the backward."""
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -170,9 +198,16 @@ def kernel_variants(
         if head_dim == padded_columns(head_dim):
             for group, name in itertools.product(groups, wanted):
                 yield forward_variant(head_dim, features=name, group=group)
-        for relation, name in itertools.product(RELATIONS, wanted):
+        packs = ((1 << 15, 1), (1, 1))  # tokens and documents: long ones, short ones
+        forms = dict.fromkeys(backward_form(head_dim, *pack) for pack in packs)
+        for relation, name, form in itertools.product(RELATIONS, wanted, forms):
             if "dropout" not in name:
-                yield backward_variant(head_dim, features=name, group=groups[-1], relation=relation)
+                yield backward_variant(
+                    head_dim, features=name, group=groups[-1], relation=relation, form=form
+                )
         if "causal" in features:
             yield rotate_dk_variant(head_dim)
             yield round_dq_variant(head_dim, HEADS_KV * groups[-1])
+            if any(form.tile.reduce_from_registers for form in forms):
+                for rounds in (False, True):
+                    yield dq_slabs_variant(head_dim, HEADS_KV * groups[-1], rounds)

@@ -9,13 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain_kernels.dual_chunk.hopper_bwd import dual_chunk_bwd_hopper_kernel
+from lctrain_kernels.dual_chunk.hopper_dq import finish_dq_slabs, zero_dq_slabs
 from lctrain_kernels.dual_chunk.hopper_fwd import dual_chunk_fwd_hopper_kernel
 from lctrain_kernels.dual_chunk.hopper_structures import (
     BackwardPointers,
     BackwardStrides,
     ForwardPointers,
 )
-from lctrain_kernels.dual_chunk.hopper_support import backward_tile, forward_tile
+from lctrain_kernels.dual_chunk.hopper_support import backward_form, forward_tile
 from lctrain_kernels.dual_chunk.operands import Operands, Rotation
 from lctrain_kernels.dual_chunk.ranges import (
     INTER,
@@ -281,10 +282,15 @@ def dual_chunk_bwd(
         stats=stats,
         rotation=rotation,
     )
-    dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
+    documents = pack.cu_seqlens_q.shape[0] - 1
+    tile, full_weights = backward_form(head_dim, total_q, documents)
+    in_slabs = tile.reduce_from_registers
+    if in_slabs:
+        dq_sum = zero_dq_slabs(q, documents)
+    else:
+        dq_sum = torch.zeros((total_q, heads, head_dim), dtype=torch.float32, device=q.device)
     dk_sum, dv_sum = torch.empty((2, *k.shape), dtype=torch.float32, device=k.device)
     columns = padded_columns(head_dim)
-    tile = backward_tile(columns)
 
     def run(relation: int, q: Tensor, k: Tensor, dk: Tensor | None, dv: Tensor | None) -> None:
         launch(dual_chunk_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
@@ -292,18 +298,20 @@ def dual_chunk_bwd(
             ragged_descriptor(dout, tile.block_m, columns),
             ragged_descriptor(k, BLOCK_N_BACKWARD // 2, columns),
             ragged_descriptor(v, BLOCK_N_BACKWARD // 2, columns),
-            ragged_descriptor(dq_sum, tile.block_m, columns // 2),
+            None if in_slabs else ragged_descriptor(dq_sum, tile.block_m, columns // 2),
             BackwardPointers(
                 stats,
                 dk,
                 dv,
                 dk_sum,
                 dv_sum,
+                dq_sum if in_slabs else None,
                 pack.cu_seqlens_q,
                 pack.cu_seqlens_k,
                 pack.k_tiles,
                 operands.logit_scale,
             ),
+            dq_sum.shape[1],
             BackwardStrides(*token_head_strides(dk_sum)),
             total_q,
             rotation.chunk_length,
@@ -311,6 +319,7 @@ def dual_chunk_bwd(
             options.softmax_scale,
             TILE=backward_shape(tile, columns, heads // heads_kv, heads_kv, head_dim),
             RELATION=relation,
+            FULL_WEIGHTS=full_weights,
             num_warps=4,
             maxnreg=REGISTERS,
             enable_fp_fusion=True,
@@ -342,16 +351,23 @@ def dual_chunk_bwd(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     run(INTRA.value, q, k, dk, dv)
     # INTER adds the gradient of rotated queries, so the sum is rotated before that launch.
-    dual_chunk_rotate(
-        dq_sum,
-        dq_sum,
-        pack.cu_seqlens_q,
-        pack.cu_seqlens_k,
-        pack.q_tiles,
-        is_query=True,
-        rotation=rotation,
-    )
+    if in_slabs:
+        finish_dq_slabs(dq_sum, None, pack, rotation)
+    else:
+        dual_chunk_rotate(
+            dq_sum,
+            dq_sum,
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_k,
+            pack.q_tiles,
+            is_query=True,
+            rotation=rotation,
+        )
     run(INTER.value, dq, k, dk, dv)
+    if in_slabs:
+        scales = operands.logit_scale, options.softmax_scale
+        finish_dq_slabs(dq_sum, dq, pack, rotation, *scales)
+        return dq, dk, dv
     launch(dual_chunk_round_dq_kernel, (heads * pack.q_tiles.shape[0] * (SCHEDULE_ROWS // rows),))(
         dq_sum,
         dq,

@@ -66,6 +66,7 @@ class BackwardPointers(NamedTuple):
         dv: Gradient of v, [Tk, Hk, D]; None in the SUCC launch.
         dk_sum: dk of the launches so far, [Tk, Hk, D] float32, unscaled.
         dv_sum: dv of the launches so far, [Tk, Hk, D] float32.
+        dq_sum: Slabs of the sum of partial dq, float32; None if the dQ warp adds it.
         cu_seqlens_q: Cumulative query lengths, [N + 1] int32.
         cu_seqlens_k: Cumulative key lengths, [N + 1] int32.
         tiles: Tiles of keys of a TileSchedule, [n, 2] int32.
@@ -77,6 +78,7 @@ class BackwardPointers(NamedTuple):
     dv: Any
     dk_sum: Any
     dv_sum: Any
+    dq_sum: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     tiles: Any
@@ -145,16 +147,37 @@ class ChunkTile(NamedTuple):
     blocks: Any
 
 
+class ChunkBounds(NamedTuple):
+    """What masks the weights of a consumer warpgroup of the backward.
+
+    Attributes:
+        first_key: Position in the document of the warpgroup's first key.
+        clear_first: First block of queries that sees all keys of the warpgroup.
+        clear_end: Index after the last such block.
+        chunk_length: Number of tokens of a chunk.
+        succ_length: Number of SUCC queries at the start of a chunk.
+    """
+
+    first_key: Any
+    clear_first: Any
+    clear_end: Any
+    chunk_length: Any
+    succ_length: Any
+
+
 class BackwardInputs(NamedTuple):
     """Inputs of a consumer warpgroup of the backward.
 
     Attributes:
         shared: Shared memory of the kernel, a gluon.structures.BackwardBuffers.
-        dq: Two float32 shared-memory buffers of partial dq, one per consumer warpgroup.
-        ds: dS of two steps and both warpgroups, [4, 64, block_m].
+        dq: Two float32 shared-memory buffers of partial dq, one per consumer warpgroup; DqSlabs of
+            the document if the consumers add partial dq.
+        ds: dS of two steps and both warpgroups, [4, 64, block_m]; of four steps with DqSlabs.
         results: Pointers to which the gradients of keys and values are stored, a ResultPointers.
         strides: Strides of the stored gradients.
         tile: Tile of keys that the program works on, a ChunkTile.
+        chunk_length: Number of tokens of a chunk.
+        succ_length: Number of SUCC queries at the start of a chunk.
     """
 
     shared: Any
@@ -163,3 +186,5 @@ class BackwardInputs(NamedTuple):
     results: Any
     strides: Any
     tile: Any
+    chunk_length: Any
+    succ_length: Any

@@ -1,6 +1,11 @@
 """States which calls the Hopper kernels of dual chunk attention support, and their tile sizes."""
 
-from lctrain_kernels.gluon.config import BackwardTile, ForwardTile
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lctrain_kernels.gluon.config import BackwardTile, ForwardTile, slab_rows
+from lctrain_kernels.gluon.launch import padded_columns
 from lctrain_kernels.gluon.support import DOUT_LIMIT, ONLY_VARLEN, Limit
 from lctrain_kernels.gluon.support import FORWARD_LIMITS as VARLEN_LIMITS
 
@@ -14,9 +19,24 @@ BACKWARD_LIMITS: tuple[Limit, ...] = (
     *ONLY_VARLEN,
     DOUT_LIMIT,
 )
+
+
+class BackwardForm(NamedTuple):
+    """Tile and form of the steps of the Hopper backward.
+
+    Attributes:
+        tile: Tile configuration. With reduce_from_registers, dq of a step is added in the next one.
+        full_weights: Whether weights stay in float32 until dS is computed; they always do with
+            reduce_from_registers.
+    """
+
+    tile: BackwardTile
+    full_weights: bool = False
+
+
 # A tile of dual chunk attention holds its queries twice; the third stage is for the next tile.
 _FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
-_BACKWARD = {64: BackwardTile(64, 3), 128: BackwardTile(64, 2)}
+_BACKWARD = {64: BackwardForm(BackwardTile(64, 3)), 128: BackwardForm(BackwardTile(64, 2))}
 
 
 def forward_tile(columns: int) -> ForwardTile:
@@ -24,6 +44,35 @@ def forward_tile(columns: int) -> ForwardTile:
     return _FORWARD[columns]
 
 
-def backward_tile(columns: int) -> BackwardTile:
-    """Returns the tile configuration of all backward launches, for tiles of 64 or 128 columns."""
-    return _BACKWARD[columns]
+def backward_form(head_dim: int, total_q: int, documents: int) -> BackwardForm:
+    """Returns the form of all backward launches of a call.
+
+    Slabs of 16 queries take head dims that are multiples of 16. With less than 16 queries per
+    document on average they would take more than twice the memory of dq.
+
+    Args:
+        head_dim: Head dim D, at most 128.
+        total_q: Number of packed queries.
+        documents: Number of documents.
+    """
+    in_table = _BACKWARD[padded_columns(head_dim)]
+    form = _override or in_table
+    if head_dim % 16 or slab_rows(total_q, documents) == 1:
+        full_weights = form.full_weights or form.tile.reduce_from_registers
+        stages = min(form.tile.stages, in_table.tile.stages)
+        return BackwardForm(BackwardTile(form.tile.block_m, stages), full_weights)
+    return form
+
+
+@contextlib.contextmanager
+def override_backward(form: BackwardForm | None) -> Iterator[None]:
+    """Context manager that replaces the form of all backwards, for tuning and tests."""
+    global _override
+    saved, _override = _override, form
+    try:
+        yield
+    finally:
+        _override = saved
+
+
+_override: BackwardForm | None = None

@@ -212,6 +212,22 @@ def add_dq_of_step(
 
 
 @gluon.jit
+def add_dq_to_slabs(dq, slabs, slab, rows, COLUMN: gl.constexpr, TILE: gl.constexpr):
+    """Adds some columns of partial dq of 64 queries from registers to the float32 buffer.
+
+    Args:
+        dq: Partial dq, [64, columns] float32.
+        slabs: The buffer, a DqSlabs.
+        slab: Number of the first query's slab, after that of slabs.pointer.
+        rows: Number of queries of the document from the first one on.
+        COLUMN: First column.
+        TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
+    """
+    slab_ptr = slabs.pointer + slab.to(gl.int64) * (TILE.slab_rows * TILE.head_dim)
+    _add_from_registers(dq, slab_ptr, rows, COLUMN, TILE)
+
+
+@gluon.jit
 def _add_from_registers(dq, dq_ptr, rows, COLUMN: gl.constexpr, TILE: gl.constexpr):
     """Adds some columns of 64 rows of dq from registers to slabs of the float32 buffer.
 

@@ -11,6 +11,8 @@ import torch
 
 from lctrain_kernels.dual_chunk import api
 from lctrain_kernels.dual_chunk import hopper as dual_chunk
+from lctrain_kernels.dual_chunk.hopper_support import BackwardForm, override_backward
+from lctrain_kernels.gluon.config import BackwardTile
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.oracle import (
     DROPOUT_SEED,
@@ -84,8 +86,22 @@ def hopper(monkeypatch):
     emulate(monkeypatch, dual_chunk)
 
 
+FORMS = {
+    "dq_warp": BackwardForm(BackwardTile(64, 2)),
+    "dq_warp-full_weights": BackwardForm(BackwardTile(64, 2), full_weights=True),
+    "later": BackwardForm(BackwardTile(64, 3, reduce_from_registers=True), full_weights=True),
+}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
+def form(request):
+    """Replaces the form of the backward."""
+    with override_backward(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_float64(case, hopper):
+def test_matches_float64(case, form, hopper):
     inputs = make_inputs(case)
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
@@ -109,7 +125,7 @@ def test_a_named_backend_refuses_what_it_cannot_do(hopper):
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_whatever_the_order_of_warps_and_engines(seed, monkeypatch):
+def test_whatever_the_order_of_warps_and_engines(seed, form, monkeypatch):
     """Products and copies complete as early or as late as their waits allow."""
     emulate(monkeypatch, dual_chunk, seed)
     case = Case(equal_lengths(150, 70), 2, 1, 64, chunks=(60, 11))
@@ -128,7 +144,20 @@ def test_queries_at_the_far_position_stay_while_they_are_needed(seed, monkeypatc
     assert_error_at_most_twice(out, plain.out, exact.out, "out")
 
 
-def test_a_document_keeps_its_bits_whatever_its_neighbours(hopper):
+@pytest.mark.parametrize("chunks", [(60, 11), (131, 50)], ids=["c49", "c81"])
+def test_both_ways_to_add_dq_give_dk_and_dv_the_same_bits(chunks, hopper):
+    """So a document keeps them in every pack, though a call chooses by its documents' lengths."""
+    case = dataclasses.replace(PLAIN, documents=equal_lengths(330, 90), chunks=chunks)
+    inputs = make_inputs(case)
+    found = []
+    for name in ("dq_warp-full_weights", "later"):
+        with override_backward(FORMS[name]):
+            found.append(dict(attention(case, inputs, backend="hopper").items()))
+    for part in ("dk", "dv"):
+        assert torch.equal(found[0][part], found[1][part]), part
+
+
+def test_a_document_keeps_its_bits_whatever_its_neighbours(form, hopper):
     """Compares out, lse, dk and dv, but not dq, which programs add in varying order."""
     case = dataclasses.replace(PLAIN, documents=equal_lengths(100, 240, 30), chunks=(90, 20))
     inputs = make_inputs(case)

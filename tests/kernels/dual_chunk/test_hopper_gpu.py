@@ -1,9 +1,13 @@
 """Tests the Hopper kernels of dual chunk attention on a Hopper GPU: float64, dropout, isolation."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from lctrain.kernels import dual_chunk_attn_varlen_func
+from lctrain_kernels.dual_chunk.hopper_support import BackwardForm, override_backward
+from lctrain_kernels.gluon.config import BackwardTile
 from tests.kernels.cases import GPU_DUAL_CHUNK_CASES
 from tests.kernels.oracle import (
     DROPOUT_SEED,
@@ -34,6 +38,20 @@ CASES["D128-many_tiles"] = Case(
 def test_dual_chunk_attention_matches_float64(case, device):
     inputs = make_inputs(case, device)
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+@pytest.mark.parametrize("chunks", [(500, 120), (489, 122)], ids=str)
+def test_other_forms_of_the_backward(chunks, device):
+    """Compares both ways to add dq with float64, and with each other bit by bit in dk and dv."""
+    case = dataclasses.replace(CASES["D128-many_tiles"], chunks=chunks)
+    inputs = make_inputs(case, device)
+    results = []
+    for tile in (BackwardTile(64, 2), BackwardTile(64, 3, reduce_from_registers=True)):
+        with override_backward(BackwardForm(tile, full_weights=True)):
+            results.append(attention(case, inputs, backend="hopper"))
+        assert_matches_oracle(results[-1], case, inputs)
+    assert torch.equal(results[0].dk, results[1].dk)
+    assert torch.equal(results[0].dv, results[1].dv)
 
 
 @pytest.mark.parametrize("name", ["D64-dropout-scale-fused_qkv", "D128-dropout-g4-float16"])
