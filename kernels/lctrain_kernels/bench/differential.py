@@ -71,7 +71,7 @@ class DifferentialWorkload(Workload):
 
 DIFFERENTIAL_WORKLOADS = {
     workload.name: workload
-    for pack in ("1x32k", "4x8k", "mix32k")
+    for pack in ("1x32k", "4x8k", "mix32k", "1x128k")
     for workload in (
         DifferentialWorkload(f"v1_{pack}", WORKLOADS[pack].lengths, 16, 16, 64),
         DifferentialWorkload(f"v2_{pack}", WORKLOADS[pack].lengths, 16, 8, 128, version=2),
@@ -256,31 +256,32 @@ TITLES = {
 }
 
 
+def backward_of(
+    prepare: Callable[[DifferentialInputs], Call], inputs: DifferentialInputs
+) -> Callable[[], Sequence[Tensor]]:
+    """Returns a function that runs the backward of one of CONTENDERS, whose graph is kept."""
+    outputs = prepare(inputs)()
+    gradients = _gradients(inputs, outputs)
+    # Version 1's separate calls have values of their own and no lambda.
+    reached = [leaf for leaf in inputs.leaves if len(outputs) == 1 or leaf is not inputs.lam]
+    leaves = [leaf for leaf in reached if len(outputs) == 1 or leaf is not inputs.v]
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+
 def measure(
     prepare: Callable[[DifferentialInputs], Call],
     inputs: DifferentialInputs,
     timer: Timer,
     repetitions: int = 1,
 ) -> tuple[float, float]:
-    """Returns the median milliseconds of a forward and of a backward.
-
-    The forward is timed without an autograd graph, the backward through one graph, which is kept.
-    `prepare` is one of CONTENDERS.
-    """
+    """Returns one of CONTENDERS' median milliseconds: a forward without a graph, a backward."""
     call = prepare(inputs)
-    outputs = call()
-    gradients = _gradients(inputs, outputs)
-    # Version 1's separate calls have values of their own and no lambda.
-    reached = [leaf for leaf in inputs.leaves if len(outputs) == 1 or leaf is not inputs.lam]
-    leaves = [leaf for leaf in reached if len(outputs) == 1 or leaf is not inputs.v]
 
     def forward() -> None:
         with torch.no_grad():
             call()
 
-    def backward() -> None:
-        torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
+    backward = backward_of(lambda _: call, inputs)
     times = [(timer(forward), timer(backward)) for _ in range(repetitions)]
     return median(ms for ms, _ in times), median(ms for _, ms in times)
 

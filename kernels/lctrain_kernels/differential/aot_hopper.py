@@ -96,13 +96,16 @@ def backward_variant(
     features: str = "causal",
     dtype: str = "bf16",
     group: int = 4,
+    short_documents: bool = False,
 ) -> KernelVariant:
     """Describes one compilation of differential_bwd_hopper_kernel, without dropout.
 
-    The arguments are those of forward_variant.
+    `short_documents` says whether documents have less than 16 queries on average. The other
+    arguments are those of forward_variant.
     """
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
-    tile = backward_tile(columns, value_columns, shared_k)
+    tokens = 1 if short_documents else 1 << 15
+    tile = backward_tile(columns, value_columns, shared_k, tokens)
     queries = descriptor_type(dtype, tile.block_m, columns)
     keys = descriptor_type(dtype, BLOCK_N_BACKWARD // 2, columns)
     dq = descriptor_type("fp32", tile.block_m, 64)
@@ -125,23 +128,27 @@ def backward_variant(
         kernel,
         features,
         dtype,
-        ("dk2",) if shared_k else (),
+        (
+            *(("dk2",) if shared_k else ()),
+            *(() if tile.reduce_from_registers else ("dq_sum",)),
+        ),
         **dict.fromkeys(("q1_desc", "q2_desc"), queries),
         do_desc=descriptor_type(dtype, tile.block_m, value_columns),
         k1_desc=keys,
         k2_desc=None if shared_k else keys,
         v_desc=descriptor_type(dtype, BLOCK_N_BACKWARD // 2, value_columns),
-        **dict.fromkeys(("dq1_desc", "dq2_desc"), dq),
+        **dict.fromkeys(("dq1_desc", "dq2_desc"), None if tile.reduce_from_registers else dq),
     )
     options = OPTIONS | {"maxnreg": REGISTERS}
     dims = f"D{head_dim}v{value_dim}-{'one_k' if shared_k else 'two_k'}"
     size = f"{tile.block_m}x{BLOCK_N_BACKWARD}"
     label = f"hopper_diff_bwd-{dims}-g{group}-{features}-{dtype}-{size}"
+    label += "-registers" if tile.reduce_from_registers else ""
     return describe_variant(label, kernel, types, constants, options, False)
 
 
 def prepare_variant(
-    head_dim: int, value_dim: int, heads: int, dtype: str = "bf16"
+    head_dim: int, value_dim: int, heads: int, dtype: str = "bf16", zeroes: bool = True
 ) -> KernelVariant:
     """Describes one compilation of differential_prepare_kernel, which prepares the backward.
 
@@ -152,6 +159,7 @@ def prepare_variant(
         value_dim: Head dim Dv of the values.
         heads: Number of query heads.
         dtype: Triton's name of the tensors' dtype, such as "bf16".
+        zeroes: Whether the kernel zeroes the sums of dq, to which the dQ warp adds.
     """
     kernel = differential_prepare_kernel
     others: dict[str, str | None] = dict.fromkeys(
@@ -161,6 +169,8 @@ def prepare_variant(
         ),
         "*fp32",
     )
+    if not zeroes:
+        others |= {"dq1": None, "dq2": None}
     constants = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
@@ -169,7 +179,7 @@ def prepare_variant(
         "BLOCK_DV": padded_columns(value_dim),
         "ROWS": PREPARE_ROWS,
     }
-    label = f"diff_prepare-D{head_dim}v{value_dim}"
+    label = f"diff_prepare-D{head_dim}v{value_dim}{'' if zeroes else '-registers'}"
     return fused_variant(label, kernel, dtype, others, constants, 8)
 
 
@@ -210,6 +220,14 @@ def kernel_variants(
                 yield forward_variant(*dims, features=name, group=groups[-1])
             if name in ("causal", "full", "all") and (refusal(call, BACKWARD_LIMITS) is None):
                 yield backward_variant(*dims, features=name, group=groups[-1])
+                if backward_tile(*dims).reduce_from_registers:
+                    described = {"features": name, "group": groups[-1]}
+                    yield backward_variant(*dims, **described, short_documents=True)
         if "causal" in features:
             yield prepare_variant(head_dim, value_dim, HEADS_KV * groups[-1])
+            if (
+                refusal(call, BACKWARD_LIMITS) is None
+                and backward_tile(*dims).reduce_from_registers
+            ):
+                yield prepare_variant(head_dim, value_dim, HEADS_KV * groups[-1], zeroes=False)
             yield round_dq_variant(head_dim, HEADS_KV * groups[-1])

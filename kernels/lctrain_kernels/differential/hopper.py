@@ -22,6 +22,7 @@ from lctrain_kernels.gluon.config import (
     BLOCK_N_BACKWARD,
     CONSUMERS,
     REGISTERS,
+    SLAB_ROWS,
     backward_shape,
     forward_shape,
     pack_heads,
@@ -39,6 +40,7 @@ from lctrain_kernels.tile.arguments import (
 )
 from lctrain_kernels.tile.logits import LOG2_E
 from lctrain_kernels.tile.structures import Flags
+from lctrain_kernels.varlen.hopper import round_dq_slabs
 
 _LOG2_E = tl.constexpr(LOG2_E)
 PREPARE_ROWS = 64  # tokens of a program that prepares the backward or rounds its dq
@@ -130,7 +132,7 @@ def differential_prepare_kernel(
     BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Computes dlam and the statistics that the backward kernel reads; zeroes the sums of dq.
+    """Computes dlam and the statistics that the backward kernel reads; zeroes sums of dq.
 
     out = A1 v - lam A2 v, with the attention weights A_b of branch b. With D_b = rowsum(dout * A_b
     v), stats [4, H, T] float32 holds, per query and head:
@@ -191,10 +193,11 @@ def differential_prepare_kernel(
     tl.store(stats + width, lse2, inside)
     tl.store(stats + 2 * width, e1, inside)
     tl.store(stats + 3 * width, bits.to(tl.float32, bitcast=True), inside)
-    dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    mask = inside[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(pointers.dq1 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
-    tl.store(pointers.dq2 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+    if pointers.dq1 is not None:
+        dq = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+        tl.store(pointers.dq1 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
+        tl.store(pointers.dq2 + dq, tl.zeros([ROWS, BLOCK_D], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["total_q"])
@@ -274,12 +277,19 @@ def differential_bwd(
     if total_q == 0:
         return dq1, dq2, dk1.zero_(), dk2.zero_(), dv.zero_(), dlam
     stats = torch.empty((4, heads, total_q), dtype=torch.float32, device=device)
-    sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
     columns, value_columns = padded_columns(head_dim), padded_columns(value_dim)
+    documents = pack.cu_seqlens_q.shape[0] - 1
+    tile = backward_tile(columns, value_columns, k2 is None, total_q, documents)
+    from_registers = tile.reduce_from_registers
+    per_head = total_q // SLAB_ROWS + documents
+    if from_registers:
+        slabs = (2, heads, per_head, SLAB_ROWS * head_dim)
+        sums = torch.zeros(slabs, dtype=torch.float32, device=device)
+    else:
+        sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
+    zeroed = (None, None) if from_registers else (sums[0], sums[1])
     launch(differential_prepare_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
-        PreparePointers(
-            out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, sums[0], sums[1], dlam, stats
-        ),
+        PreparePointers(out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, *zeroed, dlam, stats),
         PrepareStrides(*token_head_strides(out1, dout)),
         *lam.stride(),
         total_q,
@@ -293,7 +303,6 @@ def differential_bwd(
         enable_fp_fusion=True,
     )
     window_ptr, left, right, has_left, has_right = window_arguments(options)
-    tile = backward_tile(columns, value_columns, k2 is None)
     launch(differential_bwd_hopper_kernel, (heads_kv * pack.k_tiles.shape[0],))(
         ragged_descriptor(q1, tile.block_m, columns),
         ragged_descriptor(q2, tile.block_m, columns),
@@ -301,18 +310,19 @@ def differential_bwd(
         ragged_descriptor(k1, BLOCK_N_BACKWARD // 2, columns),
         None if k2 is None else ragged_descriptor(k2, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, value_columns),
-        ragged_descriptor(sums[0], tile.block_m, 64),
-        ragged_descriptor(sums[1], tile.block_m, 64),
+        *(None if x is None else ragged_descriptor(x, tile.block_m, 64) for x in zeroed),
         BackwardPointers(
             stats,
             dk1,
             None if k2 is None else dk2,
             dv,
+            sums if from_registers else None,
             pack.cu_seqlens_q,
             pack.cu_seqlens_k,
             pack.k_tiles,
             window_ptr,
         ),
+        per_head,
         BackwardStrides(*token_head_strides(dk1, dv)),
         total_q,
         left,
@@ -333,6 +343,10 @@ def differential_bwd(
         maxnreg=REGISTERS,
         enable_fp_fusion=True,
     )
+    if from_registers:
+        for total, dq in zip(sums, (dq1, dq2), strict=True):
+            round_dq_slabs(total, dq, pack, options.softmax_scale)
+        return dq1, dq2, dk1, dk2, dv, dlam
     launch(differential_round_dq_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
         sums[0],
         sums[1],

@@ -13,6 +13,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lctrain_kernels.differential.hopper_bwd_warps import (
+    DQ_COLUMNS,
+    add_partial_dq,
+    load,
+)
 from lctrain_kernels.differential.hopper_structures import (
     BackwardInputs,
     BackwardPointers,
@@ -20,16 +25,12 @@ from lctrain_kernels.differential.hopper_structures import (
     ResultPointers,
 )
 from lctrain_kernels.gluon.backward_pipeline import (
-    acquire_partial_dq,
     allocate_partial_dq,
     allocate_query_bars,
     drain_partial_dq,
     key_offsets,
     keys_weights,
-    load_rows,
-    next_block,
     read_slot,
-    release_partial_dq,
     store_partial_dq,
 )
 from lctrain_kernels.gluon.barriers import (
@@ -41,126 +42,24 @@ from lctrain_kernels.gluon.barriers import (
     DS_READ_1,
     PRODUCER_AND_CONSUMERS,
     Q_EMPTY,
-    acquire_stage,
     barrier_arrive,
     barrier_wait,
-    drain_stages,
     release_stage,
 )
-from lctrain_kernels.gluon.compat import (
-    copy_arrive,
-    copy_async,
-    partition_barrier,
-    reinterpret,
-    tma_add,
-    tma_load,
-)
-from lctrain_kernels.gluon.coordinates import RAGGED, Bounds, KeyBounds, OutputKeys, Rows
-from lctrain_kernels.gluon.forward_pipeline import load_block
+from lctrain_kernels.gluon.compat import partition_barrier
+from lctrain_kernels.gluon.coordinates import Bounds, KeyBounds, OutputKeys
 from lctrain_kernels.gluon.primitives import load_window, query_blocks, rematerialised
-from lctrain_kernels.gluon.structures import BackwardBuffers, KeyTile, Statistics
+from lctrain_kernels.gluon.structures import (
+    BackwardBuffers,
+    DqSlabs,
+    KeyTile,
+    Statistics,
+    Visit,
+)
 from lctrain_kernels.tile.logits import LOG2_E
+from lctrain_kernels.varlen.hopper_bwd_dq import add_dq_of_step, first_slab
 
 _LOG2_E = gl.constexpr(LOG2_E)
-_COLUMNS = gl.constexpr(64)  # columns of dq that a warpgroup stores at once
-
-
-@gluon.jit
-def _load(
-    q_descs,
-    do_desc,
-    k_descs,
-    v_desc,
-    shared,
-    stats,
-    stats_size,
-    tile,
-    TILE: gl.constexpr,
-):
-    """Runs the producer warp: loads the tile's keys and values, then blocks of queries and dout.
-
-    The lse and delta of a block are loaded with it, for both branches. `stats_size` is H * T, the
-    distance of two numbers of a query in stats [4, H, T].
-    """
-    GROUP: gl.constexpr = TILE.group
-    BLOCK_M: gl.constexpr = TILE.block_m
-    BLOCK_D: gl.constexpr = TILE.block_d
-    STAGES: gl.constexpr = TILE.stages
-    NUM_K: gl.constexpr = TILE.num_k
-    dtype: gl.constexpr = v_desc.dtype
-    length_q = tile.length_q
-    mbarrier.expect(shared.kv_ready, TILE.block_n * (NUM_K * BLOCK_D + TILE.block_dv) * 2)
-    keys = Rows(tile.begin_k + tile.length_k, RAGGED - tile.length_k + tile.first, tile.head_kv)
-    for branch in gl.static_range(NUM_K):
-        load_rows(k_descs[branch], shared.k, 2 * branch, shared.kv_ready, keys)
-    load_rows(v_desc, shared.v, 0, shared.kv_ready, keys)
-    lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    local = gl.arange(0, BLOCK_M, lanes)
-    head = tile.head_kv * GROUP
-    block = tile.high - 1
-    steps = GROUP * (tile.high - tile.low)
-    for step in range(steps):
-        stage = step % STAGES
-        query = block * BLOCK_M + local
-        vector = stats.lse + head.to(gl.int64) * stats.total_q + tile.begin_q + query
-        row = RAGGED - length_q + block * BLOCK_M
-        acquire_stage(Q_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
-        for branch in gl.static_range(2):
-            copy_async(
-                shared.lse.index(2 * stage + branch),
-                vector + branch * stats_size,
-                mask=query < length_q,
-            )
-        copy_arrive(shared.q_ready.index(stage))
-        mbarrier.expect(shared.q_ready.index(stage), 2 * BLOCK_M * BLOCK_D * 2)
-        for branch in gl.static_range(2):
-            tma_load(
-                q_descs[branch],
-                [RAGGED, tile.begin_q + length_q, row, head, 0],
-                shared.q_ready.index(stage),
-                reinterpret(
-                    shared.q.index(2 * stage + branch),
-                    dtype,
-                    [1, 1, BLOCK_M, 1, BLOCK_D],
-                    q_descs[0].layout,
-                ),
-            )
-        acquire_stage(DOUT_EMPTY, step, STAGES, PRODUCER_AND_CONSUMERS)
-        for branch in gl.static_range(2):
-            copy_async(
-                shared.delta.index(2 * stage + branch),
-                vector + (2 + branch) * stats_size,
-                mask=query < length_q,
-            )
-        copy_arrive(shared.dout_ready.index(stage))
-        queries = Rows(tile.begin_q + length_q, row, head)
-        load_block(do_desc, shared.dout.index(stage), shared.dout_ready.index(stage), queries)
-        head, block = next_block(head, block, tile.head_kv, GROUP)
-    drain_stages(Q_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
-    drain_stages(DOUT_EMPTY, steps, STAGES, PRODUCER_AND_CONSUMERS)
-
-
-@gluon.jit
-def _add_partial_dq(dq_descs, dq_bufs, tile, TILE: gl.constexpr):
-    """Runs the dQ warp, which adds partial dq1 and dq2 to float32 buffers by TMA.
-
-    A buffer in shared memory holds 64 columns, so wider heads take two rounds per step.
-    """
-    GROUP: gl.constexpr = TILE.group
-    ROUNDS: gl.constexpr = TILE.block_d // _COLUMNS
-    head = tile.head_kv * GROUP
-    block = tile.high - 1
-    for _ in range(GROUP * (tile.high - tile.low)):
-        row = RAGGED - tile.length_q + block * TILE.block_m
-        for part in gl.static_range(ROUNDS):
-            for branch in gl.static_range(2):
-                tma_add(
-                    dq_descs[branch],
-                    [RAGGED, tile.begin_q + tile.length_q, row, head, part * _COLUMNS],
-                    acquire_partial_dq(dq_bufs, branch, dq_descs[0]),
-                )
-            release_partial_dq()
-        head, block = next_block(head, block, tile.head_kv, GROUP)
 
 
 @gluon.jit
@@ -176,7 +75,7 @@ def _compute(
     memory.
     """
     shared = inputs.shared
-    dq_bufs = inputs.dq
+    dq_out = inputs.dq
     ds_bufs = inputs.ds
     results = inputs.results
     strides = inputs.strides
@@ -191,7 +90,7 @@ def _compute(
     STAGES: gl.constexpr = TILE.stages
     NUM_K: gl.constexpr = TILE.num_k
     HALF: gl.constexpr = TILE.block_n // 2
-    ROUNDS: gl.constexpr = BLOCK_D // _COLUMNS
+    ROUNDS: gl.constexpr = BLOCK_D // DQ_COLUMNS
     OWN_READ: gl.constexpr = DS_READ_0 if HALF_INDEX == 0 else DS_READ_1
     OTHER_READ: gl.constexpr = DS_READ_1 if HALF_INDEX == 0 else DS_READ_0
     OWN_K: gl.constexpr = 2 * (NUM_K - 1) * HALF_INDEX  # of the branch whose dq is computed here
@@ -199,7 +98,9 @@ def _compute(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    TRANSPOSED: gl.constexpr = BLOCK_D == 64  # see multiply_dq
+    FROM_REGISTERS: gl.constexpr = TILE.dq_from_registers
+    # The store to shared memory then has no bank conflicts.
+    TRANSPOSED: gl.constexpr = BLOCK_D == 64 and not FROM_REGISTERS
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], [16, BLOCK_M if TRANSPOSED else BLOCK_D, 16]
     )
@@ -223,6 +124,10 @@ def _compute(
         [BLOCK_D, BLOCK_M] if TRANSPOSED else [BLOCK_M, BLOCK_D], gl.float32, dq_layout
     )
     steps = GROUP * (high - low)
+    if FROM_REGISTERS:
+        # The heads of branch 2 follow those of branch 1.
+        heads: gl.constexpr = HALF_INDEX * TILE.heads_kv * GROUP * TILE.slab_rows * TILE.head_dim
+        slabs = DqSlabs(dq_out.pointer + dq_out.per_head.to(gl.int64) * heads, dq_out.per_head)
     mbarrier.wait(shared.kv_ready, 0)
     for step in range(steps):
         stage = step % STAGES
@@ -230,6 +135,9 @@ def _compute(
         block = high - 1 - step // GROUP  # in the order of next_block
         query = block * BLOCK_M
         opaque_false = block < low
+        # From registers, dS has two sets of buffers: a warpgroup writes one that the other has read
+        # before both synchronised at DS_FULL. Otherwise DS_READ says when the one set is read.
+        ds_set = 4 * (step & 1) if FROM_REGISTERS else 0
         k1 = rematerialised(shared.k, HALF_INDEX, opaque_false)
         k2 = rematerialised(shared.k, 2 * (NUM_K - 1) + HALF_INDEX, opaque_false)
         v = rematerialised(shared.v, HALF_INDEX, opaque_false)
@@ -243,19 +151,20 @@ def _compute(
         s1 = warpgroup_mma_wait(1, deps=[s1_token])
         lse = shared.lse.index(2 * stage).load(column_s)
         p1 = keys_weights(s1, lse, query, bounds, multiplier, BLOCK_M, s_layout, FLAGS)
-        # The other warpgroup has read the last step's ds, too.
-        barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(step > 0, 1, 0))
+        if not FROM_REGISTERS:
+            # The other warpgroup has read the last step's ds, too.
+            barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(step > 0, 1, 0))
         # Registers do not hold both branches' weights, so p1 waits in the buffer of ds2. The store
         # before the wait for dp also makes the compiler compute p1 before it.
-        ds_bufs.index(2 + HALF_INDEX).store(p1.to(dtype))
+        ds_bufs.index(ds_set + 2 + HALF_INDEX).store(p1.to(dtype))
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         e1 = shared.delta.index(2 * stage).load(column_s)
         ds1 = (p1 * (dp - e1[None, :])).to(dtype)
-        ds_bufs.index(HALF_INDEX).store(ds1)
+        ds_bufs.index(ds_set + HALF_INDEX).store(ds1)
         fence_async_shared()
         partition_barrier()
         s2_token = warpgroup_mma(k2, q2.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        ds1_buf = rematerialised(ds_bufs, HALF_INDEX, opaque_false)
+        ds1_buf = rematerialised(ds_bufs, ds_set + HALF_INDEX, opaque_false)
         dk1_token = warpgroup_mma(ds1_buf, q1, dk1, is_async=True)
         s2 = warpgroup_mma_wait(1, deps=[s2_token])
         lse = shared.lse.index(2 * stage + 1).load(column_s)
@@ -264,16 +173,16 @@ def _compute(
         sign = e2.to(gl.int32, bitcast=True) << 31
         p2 = (p2.to(gl.int32, bitcast=True) ^ sign[None, :]).to(gl.float32, bitcast=True)
         ds2 = (p2 * (e2[None, :] - dp)).to(dtype)
-        p1 = ds_bufs.index(2 + HALF_INDEX).load(s_layout).to(gl.float32)
+        p1 = ds_bufs.index(ds_set + 2 + HALF_INDEX).load(s_layout).to(gl.float32)
         p = (p1 - p2).to(dtype)
-        ds_bufs.index(2 + HALF_INDEX).store(ds2)
+        ds_bufs.index(ds_set + 2 + HALF_INDEX).store(ds2)
         fence_async_shared()
         dv_token = warpgroup_mma(gl.convert_layout(p, p_layout), do, dv, is_async=True)
         dk1 = warpgroup_mma_wait(1, deps=[dk1_token])
         barrier_wait(DS_FULL, CONSUMERS, 4)
         dq_token = zero_q
         for half in gl.static_range(2):
-            ds = rematerialised(ds_bufs, 2 * HALF_INDEX + half, opaque_false)
+            ds = rematerialised(ds_bufs, ds_set + 2 * HALF_INDEX + half, opaque_false)
             k = rematerialised(shared.k, OWN_K + half, opaque_false)
             if TRANSPOSED:
                 dq_token = warpgroup_mma(
@@ -284,27 +193,33 @@ def _compute(
                     ds.permute((1, 0)), k, dq_token, use_acc=half > 0, is_async=True
                 )
         if NUM_K == 1:
-            ds2_buf = rematerialised(ds_bufs, 2 + HALF_INDEX, opaque_false)
+            ds2_buf = rematerialised(ds_bufs, ds_set + 2 + HALF_INDEX, opaque_false)
             dk1_token = warpgroup_mma(ds2_buf, q2, dk1, is_async=True)
         else:
             dk2_token = warpgroup_mma(gl.convert_layout(ds2, ds_layout), q2, dk2, is_async=True)
         dv = warpgroup_mma_wait(3, deps=[dv_token])
         release_stage(DOUT_EMPTY, stage, PRODUCER_AND_CONSUMERS)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        if ROUNDS == 2:
-            # The buffer holds 64 columns.
-            dq, dq_late = gl.split(gl.permute(gl.reshape(dq, [BLOCK_M, 2, _COLUMNS]), (0, 2, 1)))
-        store_partial_dq(dq, dq_bufs, step * ROUNDS, HALF_INDEX, TRANSPOSED)
+        if FROM_REGISTERS:
+            add_dq_of_step(dq, slabs, Visit(step % GROUP, block), tile, True, 0, 0, TILE)
+        else:
+            if ROUNDS == 2:
+                # The buffer holds 64 columns.
+                halves = gl.permute(gl.reshape(dq, [BLOCK_M, 2, DQ_COLUMNS]), (0, 2, 1))
+                dq, dq_late = gl.split(halves)
+            store_partial_dq(dq, dq_out, step * ROUNDS, HALF_INDEX, TRANSPOSED)
         if NUM_K == 1:
             dk1 = warpgroup_mma_wait(0, deps=[dk1_token])
         else:
             dk2 = warpgroup_mma_wait(0, deps=[dk2_token])
         release_stage(Q_EMPTY, stage, PRODUCER_AND_CONSUMERS)
-        barrier_arrive(OWN_READ, CONSUMERS, 4)
-        if ROUNDS == 2:
-            store_partial_dq(dq_late, dq_bufs, step * ROUNDS + 1, HALF_INDEX, TRANSPOSED)
-    barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(steps > 0, 1, 0))
-    drain_partial_dq(steps, HALF_INDEX)
+        if not FROM_REGISTERS:
+            barrier_arrive(OWN_READ, CONSUMERS, 4)
+            if ROUNDS == 2:
+                store_partial_dq(dq_late, dq_out, step * ROUNDS + 1, HALF_INDEX, TRANSPOSED)
+    if not FROM_REGISTERS:
+        barrier_wait(OTHER_READ, CONSUMERS, 4, gl.where(steps > 0, 1, 0))
+        drain_partial_dq(steps, HALF_INDEX)
     keys = OutputKeys(first_key, tile.length_k, tile.begin_k, tile.head_kv)
     offsets_v, inside_v = key_offsets(
         keys, strides.v_token, strides.v_head, TILE.value_dim, v_layout, HALF, BLOCK_DV
@@ -318,7 +233,7 @@ def _compute(
         gl.store(results.dk2 + offsets_k, (dk2 * scale).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["total_q", "window_left", "window_right"])
+@gluon.jit(do_not_specialize=["per_head", "total_q", "window_left", "window_right"])
 def differential_bwd_hopper_kernel(
     q1_desc,
     q2_desc,
@@ -329,6 +244,7 @@ def differential_bwd_hopper_kernel(
     dq1_desc,
     dq2_desc,
     pointers: BackwardPointers,
+    per_head,
     strides: BackwardStrides,
     total_q,
     window_left,
@@ -347,8 +263,12 @@ def differential_bwd_hopper_kernel(
     defines e1 and e2. So p1 = A1 and p2 = lam A2 here, with the attention weights A1 and A2. With
     dp = dout v^T, the gradients of the logits are ds1 = p1 (dp - e1) and ds2 = p2 (e2 - dp).
 
-    dq1_desc and dq2_desc describe float32 buffers [T, H, D], zero at launch. If both branches read
-    k1, k2_desc and dk2 are None and dk1 is the sum of both gradients.
+    dq1_desc and dq2_desc describe float32 buffers [T, H, D], zero at launch. With
+    TILE.dq_from_registers both are None, and pointers.dq_sum holds the buffers of both branches,
+    zero at launch, in slabs of 16 queries: varlen's first_slab describes them. per_head is the
+    number of slabs of a head of one branch.
+
+    If both branches read k1, k2_desc and dk2 are None and dk1 is the sum of both gradients.
 
     gluon/structures.py describes the arguments that are not named here.
     """
@@ -390,8 +310,10 @@ def differential_bwd_hopper_kernel(
     v_bufs = gl.allocate_shared_memory(dtype, [2, HALF, BLOCK_DV], v_layout)
     q_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M, BLOCK_D], q_layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], do_layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = allocate_partial_dq(BLOCK_M, _COLUMNS)
+    FROM_REGISTERS: gl.constexpr = TILE.dq_from_registers
+    gl.static_assert((dq1_desc is None) == FROM_REGISTERS, "the dQ warp alone uses dq1_desc")
+    DS_BUFFERS: gl.constexpr = 8 if FROM_REGISTERS else 4
+    ds_bufs = gl.allocate_shared_memory(dtype, [DS_BUFFERS, HALF, BLOCK_M], ds_layout)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], vector_layout)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], vector_layout)
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], bar)
@@ -410,21 +332,43 @@ def differential_bwd_hopper_kernel(
         low,
         high,
     )
+    if FROM_REGISTERS:
+        document = gl.maximum(slot.document, 0)
+        dq_out = DqSlabs(first_slab(pointers.dq_sum, per_head, tile, document, TILE), per_head)
+    else:
+        dq_out = allocate_partial_dq(BLOCK_M, DQ_COLUMNS)
     results = ResultPointers(pointers.dk1, pointers.dk2, pointers.dv)
     stats = Statistics(pointers.stats, None, total_q)
     stats_size = total_q.to(gl.int64) * (TILE.heads_kv * TILE.group)
     window = Bounds(left, right)
-    inputs = BackwardInputs(shared, dq_bufs, ds_bufs, results, strides, tile, window, scale)
+    inputs = BackwardInputs(shared, dq_out, ds_bufs, results, strides, tile, window, scale)
     q_descs = (q1_desc, q2_desc)
     k_descs = (k1_desc, k2_desc)
     dq_descs = (dq1_desc, dq2_desc)
-    gl.warp_specialize(
-        [
-            (_compute, (inputs, TILE, FLAGS, 0)),
-            (_compute, (inputs, TILE, FLAGS, 1)),
-            (_load, (q_descs, do_desc, k_descs, v_desc, shared, stats, stats_size, tile, TILE)),
-            (_add_partial_dq, (dq_descs, dq_bufs, tile, TILE)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if FROM_REGISTERS:
+        gl.warp_specialize(
+            [
+                (_compute, (inputs, TILE, FLAGS, 0)),
+                (_compute, (inputs, TILE, FLAGS, 1)),
+                (
+                    load,
+                    (q_descs, do_desc, k_descs, v_desc, shared, stats, stats_size, tile, TILE),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (inputs, TILE, FLAGS, 0)),
+                (_compute, (inputs, TILE, FLAGS, 1)),
+                (
+                    load,
+                    (q_descs, do_desc, k_descs, v_desc, shared, stats, stats_size, tile, TILE),
+                ),
+                (add_partial_dq, (dq_descs, dq_out, tile, TILE)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )

@@ -94,6 +94,7 @@ class BackwardPointers(NamedTuple):
     dk1: Any
     dk2: Any
     dv: Any
+    dq_sum: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     tiles: Any
@@ -126,8 +127,9 @@ class BackwardInputs(NamedTuple):
     Attributes:
         shared: Shared memory of the kernel, a gluon.structures.BackwardBuffers; q, lse and delta
             have two buffers per stage, one per branch.
-        dq: Two float32 shared-memory buffers of partial dq, one per branch.
-        ds: dS of both branches and both warpgroups, [4, 64, block_m].
+        dq: Two float32 shared-memory buffers of partial dq, one per branch; DqSlabs of branch 1 if
+            the consumers add partial dq.
+        ds: dS of both branches and both warpgroups, [4, 64, block_m]; of two steps with DqSlabs.
         results: Pointers to which the gradients of keys and values are stored, a ResultPointers.
         strides: Strides of the stored gradients.
         tile: Tile of keys that the program works on, a gluon.structures.KeyTile.

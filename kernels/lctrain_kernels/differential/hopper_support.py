@@ -1,11 +1,12 @@
 """States which calls the Hopper kernels of differential attention support, and their tile sizes."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lctrain_kernels.gluon.config import BackwardTile, ForwardTile
+from lctrain_kernels.gluon.config import BackwardTile, ForwardTile, slab_rows
 from lctrain_kernels.gluon.support import DOUT_LIMIT, MAX_ROWS, ONLY_VARLEN, unaligned
 
 
@@ -87,6 +88,38 @@ def forward_tile(columns: int, value_columns: int, shared_k: bool) -> ForwardTil
     return _FORWARD[columns, value_columns, shared_k]
 
 
-def backward_tile(columns: int, value_columns: int, shared_k: bool) -> BackwardTile:
-    """Returns the backward's tile configuration; the arguments are those of forward_tile."""
-    return _BACKWARD[columns, value_columns, shared_k]
+def backward_tile(
+    columns: int, value_columns: int, shared_k: bool, total_q: int = 1 << 15, documents: int = 1
+) -> BackwardTile:
+    """Returns the backward's tile configuration.
+
+    With less than 16 queries per document on average, slabs of 16 queries would take more than
+    twice the memory of dq, so the dQ warp adds partial dq.
+
+    Args:
+        columns: Columns of a tile of queries and keys: 64 or 128.
+        value_columns: Columns of a tile of values: 64 or 128.
+        shared_k: Whether both branches read one k.
+        total_q: Number of packed queries.
+        documents: Number of documents.
+    """
+    tile = _BACKWARD[columns, value_columns, shared_k]
+    if _from_registers is not None:
+        tile = tile._replace(reduce_from_registers=_from_registers)
+    if slab_rows(total_q, documents) == 1:
+        return tile._replace(reduce_from_registers=False)
+    return tile
+
+
+@contextlib.contextmanager
+def override_backward(from_registers: bool | None) -> Iterator[None]:
+    """Context manager that says how all backwards add dq, for tuning and tests."""
+    global _from_registers
+    saved, _from_registers = _from_registers, from_registers
+    try:
+        yield
+    finally:
+        _from_registers = saved
+
+
+_from_registers: bool | None = None

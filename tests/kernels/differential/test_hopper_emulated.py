@@ -10,6 +10,7 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func
 from lctrain_kernels.differential import hopper as differential
+from lctrain_kernels.differential.hopper_support import override_backward
 from tests.kernels.differential.oracle import (
     DifferentialCase,
     DifferentialInputs,
@@ -91,8 +92,15 @@ def forward(case: DifferentialCase, inputs: DifferentialInputs, backend: str = "
         )
 
 
+@pytest.fixture(params=[False, True], ids=["dq_warp", "registers"])
+def form(request):
+    """Sets how the backward adds dq."""
+    with override_backward(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_float64(case, hopper):
+def test_matches_float64(case, form, hopper):
     inputs = make_inputs(case)
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
 
@@ -108,7 +116,7 @@ def test_forward_matches_float64(case, hopper):
 
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
-def test_whatever_the_order_of_warps_and_engines(case, seed, monkeypatch):
+def test_whatever_the_order_of_warps_and_engines(case, seed, form, monkeypatch):
     """Products and copies complete as early or as late as their waits allow."""
     emulate(monkeypatch, differential, seed)
     case = dataclasses.replace(case, documents=equal_lengths(150, 70), heads=2, heads_k=1)
@@ -126,7 +134,19 @@ def test_lam_of_any_size(size, hopper):
 
 
 @pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
-def test_a_document_keeps_its_bits_whatever_its_neighbours(case, hopper):
+def test_both_ways_to_add_dq_give_the_other_gradients_the_same_bits(case, hopper):
+    case = dataclasses.replace(case, documents=UNEQUAL)
+    inputs = make_inputs(case)
+    found = []
+    for from_registers in (False, True):
+        with override_backward(from_registers):
+            found.append(dict(attention(case, inputs, backend="hopper").items()))
+    for part in found[0].keys() - {"dq1", "dq2"}:
+        assert torch.equal(found[0][part], found[1][part]), part
+
+
+@pytest.mark.parametrize("case", [V1, V2], ids=["v1", "v2"])
+def test_a_document_keeps_its_bits_whatever_its_neighbours(case, form, hopper):
     """dq1 and dq2 are not compared, because programs add them in varying order."""
     documents = equal_lengths(100, 140, 30)
     case = dataclasses.replace(case, documents=documents, heads=2, heads_k=1, lam="tokens")

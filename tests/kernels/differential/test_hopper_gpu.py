@@ -7,6 +7,7 @@ import torch
 
 from lctrain.kernels import diff_attn_varlen_func, make_schedule
 from lctrain_kernels.differential import hopper as differential
+from lctrain_kernels.differential.hopper_support import override_backward
 from tests.kernels.differential.cases import GPU_CASES, V1, V2
 from tests.kernels.differential.oracle import assert_matches_oracle, attention, dense, make_inputs
 from tests.kernels.differential.test_differential_gpu import leaves_of
@@ -62,6 +63,21 @@ def test_matches_float64(name, device):
 def test_documents_of_many_tiles(case, device):
     inputs = make_inputs(case, device)
     assert_matches_oracle(attention(case, inputs, backend="hopper"), case, inputs)
+
+
+@pytest.mark.parametrize("name", ["v1-tokens-g4", "v1-window", "v2", "D64v64"])
+def test_both_ways_to_add_dq(name, device):
+    """Compares both with float64, and with each other bit by bit in all but dq."""
+    case = LONG_CASES[name]
+    inputs = make_inputs(case, device)
+    results = []
+    for from_registers in (False, True):
+        with override_backward(from_registers):
+            results.append(attention(case, inputs, backend="hopper"))
+        assert_matches_oracle(results[-1], case, inputs)
+    before, after = (dict(result.items()) for result in results)
+    for part in before.keys() - {"dq1", "dq2"}:
+        assert torch.equal(before[part], after[part]), part
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items(), ids=REFUSED.keys())
