@@ -26,6 +26,8 @@ PACK_TOKENS = 8192
 """Most tokens of a pack of prompts on a CPU, and on a GPU without room for LARGE_PACK_TOKENS."""
 LARGE_PACK_TOKENS = 16384
 """The same on a GPU. An H200 computes a smaller pack of a 1B model before the next is launched."""
+NARROW = 2048
+"""Width of the widest layer up to which a GPU gets packs of twice as many tokens."""
 PACK_WIDTHS = 8
 """Estimate of the memory of a pack: numbers of a token, in widths of its widest layer."""
 
@@ -81,14 +83,15 @@ def pack_tokens(model: nn.Module, device: torch.device) -> int:
         return PACK_TOKENS
     vocabulary = vocabulary_size(model)
     widths = [
-        size * weight.element_size()
+        (size, size * weight.element_size())
         for weight in model.parameters()
         if weight.dim() > 1
         for size in weight.shape[-2:]
         if size != vocabulary
     ]
-    needed = LARGE_PACK_TOKENS * PACK_WIDTHS * max(widths, default=0)
-    return LARGE_PACK_TOKENS if needed <= _certain_bytes(device) else PACK_TOKENS
+    width, width_bytes = max(widths, default=(0, 0))
+    large = 2 * LARGE_PACK_TOKENS if width <= NARROW else LARGE_PACK_TOKENS
+    return large if large * PACK_WIDTHS * width_bytes <= _certain_bytes(device) else PACK_TOKENS
 
 
 def cache_tokens(model: Any, cache_gib: float | None = None) -> int | None:

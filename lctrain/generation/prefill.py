@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,8 +114,8 @@ def prefill(
     """
     found = []
     for pieces in packs(requests, most):
-        tokens = [token for piece in pieces for token in piece.tokens[piece.begin : piece.end]]
-        ids = upload(torch.tensor([tokens]), forward.device)
+        tokens = [np.array(piece.tokens[piece.begin : piece.end]) for piece in pieces]
+        ids = upload(torch.from_numpy(np.concatenate(tokens)[None]), forward.device)
         places = [torch.arange(piece.begin, piece.end) for piece in pieces]
         positions = upload(torch.cat(places)[None], forward.device)
         ends = _boundaries([piece.end - piece.begin for piece in pieces])[1:].long() - 1
@@ -151,8 +152,8 @@ def packs(requests: Sequence[Prompt], most: int) -> Iterator[list[Piece]]:
 
 def _slots(pages: Sequence[int], begin: int, end: int) -> Tensor:
     """Returns the places of tokens `begin` to `end` in the flattened pages, [end - begin] int64."""
-    index = torch.arange(begin, end)
-    return torch.tensor(pages)[index // PAGE] * PAGE + index % PAGE
+    index = np.arange(begin, end)
+    return torch.from_numpy(np.array(pages)[index // PAGE] * PAGE + index % PAGE)
 
 
 def _boundaries(lengths: Sequence[int]) -> Tensor:

@@ -112,11 +112,14 @@ def test_generate_frees_its_cache_and_asks_whether_memory_goes_back(patched, mon
     assert size > 0
 
 
-def test_packs_are_large_where_their_activations_fit(patched, monkeypatch):
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+def test_packs_are_large_where_their_activations_fit(patched, monkeypatch, narrow):
     width = patched.config.intermediate_size
     assert patched.config.hidden_size < width < patched.config.vocab_size
-    needed = LARGE_PACK_TOKENS * PACK_WIDTHS * width * 4
+    monkeypatch.setattr(pool_size, "NARROW", width if narrow else width - 1)
+    large = LARGE_PACK_TOKENS * (1 + narrow)
+    needed = large * PACK_WIDTHS * width * 4
     free = iter([needed, needed - 1])
     monkeypatch.setattr(pool_size, "_certain_bytes", lambda device: next(free))
     assert pack_tokens(patched, CPU) == PACK_TOKENS
-    assert [pack_tokens(patched, GPU) for _ in range(2)] == [LARGE_PACK_TOKENS, PACK_TOKENS]
+    assert [pack_tokens(patched, GPU) for _ in range(2)] == [large, PACK_TOKENS]
