@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,7 +16,7 @@ MOST_THREADS = 8
 
 def called_ahead(
     functions: Iterable[Callable[[], T]], count: int, threads: int | None = None
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yields the results of functions in their order; threads call the next ones meanwhile.
 
     An error of a function is raised where its result would be yielded. When the consumer stops, so
@@ -27,9 +28,7 @@ def called_ahead(
         threads: Number of threads; None for one less than the cores that this process may use,
             and at most MOST_THREADS.
     """
-    if threads is None:
-        threads = max(1, min(MOST_THREADS, usable_cores() - 1))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="called_ahead")
+    pool = ThreadPoolExecutor(threads or _threads(), thread_name_prefix="called_ahead")
     try:
         waiting: deque[Future[T]] = deque()
         for function in functions:
@@ -40,6 +39,26 @@ def called_ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def called_aside(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
+    """Calls functions in threads while the caller goes on; what they return or raise is dropped.
+
+    Args:
+        functions: Functions that may run at the same time.
+
+    Returns:
+        A function that waits for the calls in progress, and drops those that have not begun.
+    """
+    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="called_aside")
+    for function in functions:
+        pool.submit(function)
+    pool.shutdown(wait=False)  # the threads end after the last call
+    return partial(pool.shutdown, cancel_futures=True)
+
+
+def _threads() -> int:
+    return max(1, min(MOST_THREADS, usable_cores() - 1))
 
 
 def usable_cores() -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 
+from lctrain.eval.ahead import called_aside
 from lctrain.eval.prompt import TokenPrompt
 
 MOST_TOKENS = 2**26
@@ -23,6 +24,7 @@ class KeptPrompts:
         self._tokens = 0
         self._prompts: dict[Hashable, TokenPrompt] = {}
         self._lock = threading.Lock()
+        self._settle: Callable[[], None] | None = None
 
     def __reduce__(self) -> tuple[type[KeptPrompts], tuple[int]]:
         """Lets tasks be copied, and pickled for ranks that are spawned; a lock cannot be."""
@@ -40,8 +42,20 @@ class KeptPrompts:
                 self._tokens += size
                 self._prompts[key] = prompt
 
+    def fill(self, functions: Iterable[Callable[[], object]]) -> None:
+        """Calls functions that add prompts, in threads, while the caller goes on."""
+        self.settle()
+        self._settle = called_aside(functions)
+
+    def settle(self) -> None:
+        """Ends what `fill` began: waits for the calls in progress, and drops the others."""
+        if self._settle is not None:
+            self._settle()
+            self._settle = None
+
     def clear(self) -> None:
         """Removes all prompts."""
+        self.settle()
         with self._lock:
             self._prompts.clear()
             self._tokens = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,9 @@ def fitting_units(
 ) -> int:
     """Returns the largest number of units with which a prompt fits, by doubling and bisection.
 
+    Long prompts take long to count. So interpolation finds bounds close to the result first, and
+    what lies outside them is not counted.
+
     Args:
         tokens: Returns the tokens of a prompt of a number of units. Where it no longer rises, the
             search ends.
@@ -159,16 +163,61 @@ def fitting_units(
             f"lengths must be at least {shortest + extra} for {name} with this tokenizer, got "
             f"{room + extra}. Leave it out."
         )
+    fits, known, over = _bounds(tokens, room, smallest, shortest)
     low, high = smallest, max(2 * smallest, 2)
-    before = shortest
-    while before < (size := tokens(high)) <= room:
-        low, high, before = high, 2 * high, size
-    if size <= room:
-        return low
+    while high < over and (high <= fits or known < (size := tokens(high)) <= room):
+        if high > fits:
+            fits, known = high, size
+        low, high = high, 2 * high
+    if high < over:
+        if size <= room:
+            return low
+        over = high
     while high - low > max(1, low // 64):  # a prompt within 2 % of the length
         middle = (low + high) // 2
-        low, high = (middle, high) if tokens(middle) <= room else (low, middle)
+        below = middle <= fits or (middle < over and tokens(middle) <= room)
+        low, high = (middle, high) if below else (low, middle)
     return low
+
+
+def _bounds(
+    tokens: Callable[[int], int], room: int, smallest: int, shortest: int
+) -> tuple[int, int, float]:
+    """Returns bounds of the units that fit, by interpolation.
+
+    Args:
+        tokens: Returns the tokens of a prompt of a number of units.
+        room: Largest number of tokens of the prompt.
+        smallest: Smallest number of units of a prompt.
+        shortest: Tokens of that prompt.
+
+    Returns:
+        A number of units that fits, its tokens, and one that does not fit; infinity if none was
+        found, as where tokens do not rise.
+    """
+    (fits, known), (over, beyond) = (smallest, shortest), (math.inf, math.inf)
+    units = smallest + 32
+    for goal in (room / 8, room, room, room, room):
+        size = tokens(units)
+        if size > room:
+            over, beyond = units, size
+        elif size <= known:
+            break
+        else:
+            fits, known = units, size
+        if over - fits <= max(1, fits // 64):
+            break
+        # the line through the nearest bounds, or from the smallest prompt
+        start, end = (fits, known), (over, beyond)
+        if over == math.inf:
+            start, end = (smallest, shortest), start
+        target = fits + (goal - known) * (end[0] - start[0]) / (end[1] - start[1])
+        margin = target / 200  # towards the bound that is missing, or farther away
+        if over == math.inf or (over - target > target - fits and fits > smallest):
+            units = max(fits + 1, int(min(math.ceil(target + margin), over - 1)))
+        else:
+            units = min(int(over) - 1, max(int(target - margin), fits + 1))
+    return fits, known, over
 
 
 def joined(words: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from lctrain.eval import ahead
-from lctrain.eval.ahead import MOST_THREADS, called_ahead, made_ahead
+from lctrain.eval.ahead import MOST_THREADS, called_ahead, called_aside, made_ahead
 
 
 def test_items_keep_their_order_and_are_made_in_another_thread():
@@ -115,3 +115,24 @@ def test_calls_end_when_their_consumer_stops():
     known = len(called)
     assert known <= 1 + 3
     assert not [one for one in threading.enumerate() if one.name.startswith("called_ahead")]
+
+
+def test_functions_are_called_aside_until_that_is_ended(monkeypatch):
+    monkeypatch.setattr(ahead, "usable_cores", lambda: 2)  # one thread
+    begun, go_on, called = threading.Event(), threading.Event(), []
+
+    def first():
+        begun.set()
+        go_on.wait(60)
+        called.append("first")
+
+    def fails():
+        raise ValueError("dropped")
+
+    end = called_aside([fails, first, partial(called.append, "second")])
+    assert begun.wait(60)
+    timer = threading.Timer(0.1, go_on.set)
+    timer.start()
+    end()  # waits for the first, and drops the second
+    assert called == ["first"]
+    end()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,22 @@ def test_further_evaluations_tokenize_the_shortest_prompts_only(subject, read):
     assert subject.tokenizer.calls - before == checked
     half = len(read) // 2
     assert read[:half] == read[half:]
+
+
+def test_prompts_of_the_next_length_are_made_while_the_model_answers(subject, monkeypatch):
+    task = Ruler(tasks=TASKS, items=3)
+    keys = [(name, LENGTHS[1], number) for name in TASKS for number in range(3)]
+    end = time.monotonic() + 60
+
+    def generate(model, prompts, max_new_tokens, cache_gib):
+        while not all(map(task._kept.get, keys)):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield from (np.zeros(1, dtype=np.int64) for _ in prompts)
+
+    monkeypatch.setattr(answers, "generate_answers", generate)
+    results = computed(run_of(task, subject, ("a",)))
+    assert len(results["a"][LENGTHS[1]].items) == len(keys)
 
 
 @pytest.mark.parametrize("changed", ["tokenizer", "documents"])

@@ -137,6 +137,26 @@ def test_fitting_units_are_the_most_that_fit():
     assert fitting_units(lambda units: min(10 + 3 * units, 60), 100, 1, "x", 5) >= 16
 
 
+@pytest.mark.parametrize("smallest", [1, 60])
+@pytest.mark.parametrize("bend", [0.0, 1e-5], ids=["line", "curve"])
+def test_few_prompts_are_counted_to_fit_a_length(smallest, bend):
+    """Prompts that are as long as the result or longer take most of the time."""
+    for room in range(400, 40_000, 1777):
+        for per_unit in (1, 2.3, 45):
+            counted = []
+
+            def tokens(units, per_unit=per_unit, counted=counted):
+                counted.append(int(10 + per_unit * units * (1 + bend * units)))
+                return counted[-1]
+
+            if 8 * tokens(smallest) > room:
+                continue
+            found = fitting_units(tokens, room, smallest, "x", 5)
+            work = sum(size for size in counted if size > room / 4) / room
+            assert tokens(found) <= room < tokens(found + max(1, found // 32))
+            assert work < 7
+
+
 def test_text_that_is_repeated_is_counted(subject, answering, caplog):
     answering(solve)
     table_of(Ruler(tasks=["niah_single_2"], items=1), subject, (700, 1500))

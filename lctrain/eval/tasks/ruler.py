@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lctrain.eval.ahead import MOST_THREADS, called_ahead
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 from lctrain.warn import warn_once
 
 log = logging.getLogger(__name__)
+
+MOST_AHEAD = 2**23
+"""Most tokens of the prompts of the next length that are made while a model answers."""
 
 
 class Ruler(Task):
@@ -69,6 +75,7 @@ class Ruler(Task):
         self.lengths = lengths
         self.methods = methods
         self.entries = () if questions is None else read_questions(questions)
+        self._lengths: tuple[int, ...] = ()
         self._units: dict[tuple[str, int], int] = {}
         self._kept = KeptPrompts()
         self._made_for: tuple[Any, Any] = (None, None)
@@ -94,6 +101,7 @@ class Ruler(Task):
             ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
         """
         super().prepare(subject, lengths)
+        self._lengths = lengths
         made_for = (subject.require_tokenizer(self.name), subject.documents)
         if any(new is not old for new, old in zip(made_for, self._made_for, strict=True)):
             self._units.clear()
@@ -116,11 +124,7 @@ class Ruler(Task):
 
     def score(self, reader: Reader, length: int, made: Sequence[tuple[str, int]]) -> Iterator[Item]:
         """Yields the score of every prompt: see Task."""
-        names = list(dict.fromkeys(name for name, _ in made))
-        for _ in called_ahead([partial(self._fit, name, length) for name in names], len(names)):
-            pass  # prompts of a task then need no search
-        functions = [partial(self.prompt, name, length, number) for name, number in made]
-        prompts = called_ahead(functions, MOST_THREADS)  # score_prompts keeps more
+        prompts = self._prompts(made, length)
         answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
         for (name, number), answer in zip(made, answers, strict=True):
             columns = {"task": name}
@@ -129,6 +133,39 @@ class Ruler(Task):
     def size(self, length: int) -> int:
         """Returns the number of prompts: see Task."""
         return len(self.tasks) * self.items
+
+    def _prompts(self, made: Sequence[tuple[str, int]], length: int) -> Iterator[TokenPrompt]:
+        """Yields the prompts of a length, and then begins with those of the next one."""
+        self._kept.settle()
+        names, functions = self._functions(made, length)
+        found = called_ahead(functions, MOST_THREADS)  # score_prompts keeps more
+        with closing(found):
+            yield from islice(found, names, None)  # type: ignore[misc]
+        following = next((longer for longer in self._lengths if longer > length), None)
+        if following is not None and len(made) * following <= MOST_AHEAD:
+            self._kept.fill(self._functions(made, following)[1])
+
+    def _functions(
+        self, made: Sequence[tuple[str, int]], length: int
+    ) -> tuple[int, list[Callable[[], TokenPrompt | None]]]:
+        """Returns functions that make prompts; the first ones, as many as returned, fit the tasks.
+
+        Prompts wait until their task is fitted, so threads must call the functions in their order.
+        """
+        fitted = {name: threading.Event() for name, _ in made}
+
+        def fit(name: str) -> None:
+            try:
+                self._fit(name, length)
+            finally:
+                fitted[name].set()
+
+        def prompt(name: str, number: int) -> TokenPrompt:
+            fitted[name].wait()
+            return self.prompt(name, length, number)
+
+        functions: list[Callable[[], TokenPrompt | None]] = [partial(fit, name) for name in fitted]
+        return len(functions), functions + [partial(prompt, *one) for one in made]
 
     def prompt(self, name: str, length: int, number: int) -> TokenPrompt:
         """Returns a prompt that fills a length, its answer included.
