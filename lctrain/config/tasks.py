@@ -33,6 +33,8 @@ class PasskeyConfig:
         depths: Depths of the key: fractions of the text before it, in [0, 1].
         keys_per_cell: Number of keys for each length and depth.
         seed: Seed of the keys and of the choice of text.
+        by: "likelihood" asks whether greedy decoding yields the key, from one forward pass;
+            "generation" lets the model answer.
     """
 
     lengths: list[int] | None = None
@@ -40,6 +42,10 @@ class PasskeyConfig:
     depths: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     keys_per_cell: int = 20
     seed: int = 0
+    by: str = "likelihood"
+
+    def __post_init__(self) -> None:
+        check_by(self.by, "passkey.by")
 
 
 @dataclass(frozen=True)

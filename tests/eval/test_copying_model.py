@@ -7,9 +7,11 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lctrain.data import TokenizedDocument
-from lctrain.eval import Run, Subject, computed
+from lctrain.data.passkey import KEY_WORDS
+from lctrain.eval import Run, Subject, answers, computed
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.tasks.needle import Needle
+from lctrain.eval.tasks.passkey import PasskeyRetrieval
 from tests.eval.word_tokenizer import WordTokenizer
 
 VOCABULARY = 3000
@@ -61,3 +63,39 @@ def test_a_model_that_copies_finds_every_needle_and_a_random_one_none(subject, b
         assert (table.means(measure, "") == share).all()
         expected = LENGTHS[-1] if copies else 0
         assert table.effective_length(measure, "", None) == expected
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@pytest.mark.parametrize(("copies", "found"), [(True, 2), (False, 0)], ids=["copies", "random"])
+def test_passkeys_are_found_by_both_ways(subject, monkeypatch, by, copies, found):
+    """The copying model has no cache, so every token is generated from the whole text."""
+
+    def generate(model, prompts, max_new_tokens, cache_gib):
+        assert max_new_tokens == KEY_WORDS
+        for ids in map(torch.from_numpy, prompts):
+            for _ in range(max_new_tokens):
+                ids = torch.cat([ids, model(ids[None]).logits[0, -1:].argmax(-1)])
+            yield ids[-max_new_tokens:].numpy()
+
+    monkeypatch.setattr(answers, "generate_answers", generate)
+    subject.model.copies = copies
+    task = PasskeyRetrieval(keys_per_cell=2, depths=[0.0, 0.5, 1.0], by=by)
+    run = Run.prepared(task, subject, [GivenReading()], LENGTHS, max_tokens=1200)
+    results = computed(run)
+    assert (task.table(results).found["plain"] == found).all()
+    texts = {item.answer for result in results[""].values() for item in result.items}
+    assert ("" in texts) == (by == "likelihood")
+
+
+def test_a_key_is_found_only_with_all_of_its_words(subject, monkeypatch):
+    task = PasskeyRetrieval(keys_per_cell=1, depths=[0.5], by="generation")
+    run = Run.prepared(task, subject, [GivenReading()], LENGTHS[:1], max_tokens=1200)
+    expected = task._prompt(subject.tokenizer, task.make(LENGTHS[0])[0]).answer_ids
+
+    def share(answer):
+        monkeypatch.setattr(answers, "generate_answers", lambda *_: [np.array(answer)])
+        (item,) = computed(run)[""][LENGTHS[0]].items
+        return item.totals["accuracy"]
+
+    assert share(expected) == 1.0
+    assert share([*expected[:-1], 0]) == share(expected[1:]) == share(expected[::-1]) == 0.0

@@ -130,9 +130,9 @@ def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch
 
         def record(model, made, segment, device):
             seen.extend(one.input_ids.tolist() for one in made)
-            return [False] * len(made)
+            return lambda: [False] * len(made)
 
-        monkeypatch.setattr(answered, "answered", record)
+        monkeypatch.setattr(answered, "launched", record)
         run(make_llama(), format, documents, methods, seed=seed)
         return seen
 
@@ -144,6 +144,28 @@ def test_keys_depend_on_the_seed_only(format, documents, make_llama, monkeypatch
     assert {len(ids) for ids in first} == set(LENGTHS)
     answers = [ids[-6:] for ids in first[:6]]
     assert answers[:3] == answers[3:]  # at both depths the same keys
+
+
+def test_a_pass_is_launched_before_the_last_one_is_awaited(
+    format, documents, make_llama, monkeypatch
+):
+    events = []
+
+    def launch(model, made, segment, device):
+        number = events.count("launch")
+        events.append("launch")
+
+        def wait():
+            events.append(number)
+            return [True] * len(made)
+
+        return wait
+
+    monkeypatch.setattr(answered, "launched", launch)
+    table = run(make_llama(), format, documents, max_tokens=128, depths=[0.0])
+    # two texts of 64 tokens in a pass, or one of 128
+    assert events == ["launch", "launch", 0, 1, "launch", "launch", 2, "launch", 3, 4]
+    assert table.found["plain"].tolist() == [[3], [3]]
 
 
 def test_files_and_text(format, documents, make_llama, looks_up, tmp_path):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lctrain.data.passkey import Filler, Passkey, PasskeyFormat
 from lctrain.eval import answered
+from lctrain.eval.answers import score_prompts
 from lctrain.eval.extension import trained_window
 from lctrain.eval.limits import check_model
 from lctrain.eval.passkey_table import PasskeyTable
+from lctrain.eval.prompt import Prompt, TokenPrompt
 from lctrain.eval.reader import Reader
 from lctrain.eval.records import Item, Measure, Result, Subject
 from lctrain.eval.task import Task
-from lctrain.limits import check_passkeys
+from lctrain.limits import check_by, check_passkeys
 
 if TYPE_CHECKING:
     from lctrain.config import AttentionConfig, EvalConfig
@@ -46,6 +48,7 @@ class PasskeyRetrieval(Task):
         depths: Depths of the key: fractions of the filler text before it, in [0, 1].
         keys_per_cell: Number of keys for each length and depth.
         seed: Seed of the keys and of the choice of filler.
+        by: "likelihood", or "generation" of the answer.
         lengths: Lengths of the texts in tokens; None for those of the evaluation.
         methods: Methods to compare; None for those of the evaluation.
         unnamed: Name of the method in the table for the model as it is.
@@ -63,14 +66,17 @@ class PasskeyRetrieval(Task):
         depths: Sequence[float] = DEPTHS,
         keys_per_cell: int = 20,
         seed: int = 0,
+        by: str = "likelihood",
         lengths: Sequence[int] | None = None,
         methods: Sequence[str] | None = None,
         unnamed: str = "plain",
         format: PasskeyFormat | None = None,
     ) -> None:
         self.depths = check_passkeys(depths, keys_per_cell, seed)
+        check_by(by, "passkey.by")
         self.keys_per_cell = keys_per_cell
         self.seed = seed
+        self.by = by
         self.lengths = lengths
         self.methods = methods
         self.unnamed = unnamed
@@ -85,6 +91,7 @@ class PasskeyRetrieval(Task):
             depths=options.depths,
             keys_per_cell=options.keys_per_cell,
             seed=options.seed,
+            by=options.by,
             lengths=options.lengths,
             methods=options.methods,
             unnamed=method_of(config.attention),
@@ -121,18 +128,42 @@ class PasskeyRetrieval(Task):
 
     def score(self, reader: Reader, length: int, made: Sequence[Hidden]) -> Iterator[Item]:
         """Yields whether a key is found, for every key: see Task."""
+        found = self._generated if self.by == "generation" else self._decided
+        for hidden, (one, answer) in zip(made, found(reader, length, made), strict=True):
+            totals, columns = {"accuracy": float(one)}, {"depth": hidden.depth}
+            yield Item(f"depth {hidden.depth} key {hidden.key}", totals, 1.0, columns, answer)
+
+    def _decided(
+        self, reader: Reader, length: int, made: Sequence[Hidden]
+    ) -> Iterator[tuple[bool, str]]:
+        """Yields whether greedy decoding gives each key, from one forward pass over many.
+
+        The next pass is launched before the result of a pass is awaited.
+        """
         size = max(1, reader.max_tokens // length)
+        waiting: list[Callable[[], list[bool]]] = []
         for start in range(0, len(made), size):
-            batch = made[start : start + size]
-            texts = [self._text(hidden) for hidden in batch]
-            right = answered.answered(reader.model, texts, reader.segment, reader.device)
-            for hidden, one in zip(batch, right, strict=True):
-                yield Item(
-                    f"depth {hidden.depth} key {hidden.key}",
-                    {"accuracy": float(one)},
-                    columns={"depth": hidden.depth},
-                )
-            reader.advance(len(batch))
+            texts = [self._text(hidden) for hidden in made[start : start + size]]
+            waiting.append(answered.launched(reader.model, texts, reader.segment, reader.device))
+            if len(waiting) > 1:
+                yield from _read(waiting.pop(0)(), reader)
+        if waiting:
+            yield from _read(waiting.pop()(), reader)
+
+    def _generated(
+        self, reader: Reader, length: int, made: Sequence[Hidden]
+    ) -> Iterator[tuple[bool, str]]:
+        """Yields whether the model generates each key, and what it generates."""
+        tokenizer = self.subject.require_tokenizer(self.name)
+        prompts = (self._prompt(tokenizer, hidden) for hidden in made)
+        for answer in score_prompts(reader, tokenizer, prompts, "generation"):
+            yield answer.strict == 1.0, answer.text
+
+    def _prompt(self, tokenizer: Any, hidden: Hidden) -> TokenPrompt:
+        text = self._text(hidden)
+        prompt, answer = np.split(text.input_ids, [text.answer_start])
+        key = tokenizer.decode(answer)
+        return TokenPrompt(prompt, answer, Prompt("", (key.strip(),), "all", len(answer)))
 
     def size(self, length: int) -> int:
         """Returns the number of keys: see Task."""
@@ -154,6 +185,11 @@ class PasskeyRetrieval(Task):
         """Returns the text of a key, whose random numbers do not depend on its depth."""
         numbers = np.random.default_rng([self.seed, hidden.length, hidden.key])
         return self._format.make(numbers, hidden.length, hidden.depth, self._filler, with_end=False)
+
+
+def _read(right: Sequence[bool], reader: Reader) -> Iterator[tuple[bool, str]]:
+    reader.advance(len(right))
+    return ((one, "") for one in right)
 
 
 def method_of(attention: AttentionConfig | None) -> str:
