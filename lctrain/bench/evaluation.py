@@ -9,11 +9,12 @@ Parts, in this order:
   fused loss over the same documents.
 - `answers`: seconds of passkeys and of RULER's tasks at one length, beside forward passes over as
   many documents of that length without logits.
+- `generated`: the same of passkeys that a small model answers by generation, at several lengths.
 - `suite`: seconds of passkeys, RULER's tasks and perplexity by `lctrain-eval` with a stored model,
   from loading it to its report, for a 1B model and for one of SmolLM2's shape.
 
 The weights are random, so that every answer has its full length. The record is saved after every
-result.
+result. With fewer --suite-documents or --suite-items the time of the whole suite is projected.
 """
 
 from __future__ import annotations
@@ -25,14 +26,22 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lctrain.bench.evaluation_runs import Sizes, time_answers, time_perplexity, time_suite
-from lctrain.bench.shapes import SHAPES, build_shape, llama_135m, tiny
+from lctrain.bench.evaluation_runs import (
+    BY_GENERATION,
+    Sizes,
+    time_answers,
+    time_perplexity,
+    time_suite,
+)
+from lctrain.bench.shapes import SHAPES, ModelShape, build_shape, llama_135m, tiny
 from lctrain.models import patch_model
 from lctrain_kernels.bench.__main__ import names_of, positive
 from lctrain_kernels.bench.evaluation_report import PARTS, evaluation_lines
@@ -59,18 +68,22 @@ def runs(
     shapes = [SHAPES["llama-1b"], llama_135m]
     if on_cpu:
         shapes = [tiny(shape, sizes.vocab_size) for shape in shapes]
-    if {"perplexity", "answers"} & {*parts}:
-        model = build_shape(shapes[0], "sdpa", device, dtype).eval()
-        with patch_model(model):
-            if "perplexity" in parts:
-                for length in sizes.lengths:
-                    about = {"shape": shapes[0].title, "length": length}
-                    yield "perplexity", about, partial(time_perplexity, model, length, sizes)
-            if "answers" in parts:
-                for task in ("passkey", "ruler"):
-                    about = {"shape": shapes[0].title, "task": task}
-                    yield "answers", about, partial(time_answers, model, task, sizes)
-        del model
+    large, small = shapes
+    asked = [
+        ("answers", large, ["passkey", "ruler"], (sizes.answered,)),
+        ("generated", small, [BY_GENERATION], sizes.generated),
+    ]
+    if "perplexity" in parts:
+        with _patched(large, device, dtype) as model:
+            for length in sizes.lengths:
+                about = {"shape": large.title, "length": length}
+                yield "perplexity", about, partial(time_perplexity, model, length, sizes)
+    for part, shape, tasks, contexts in asked:
+        if part in parts:
+            with _patched(shape, device, dtype) as model:
+                for task in tasks:
+                    about = {"shape": shape.title, "task": task}
+                    yield part, about, partial(time_answers, model, task, contexts, sizes)
     if "suite" in parts:
         for shape, lengths in zip(shapes, sizes.suite_lengths, strict=False):
             for task in ("passkey", "ruler", "perplexity"):
@@ -80,6 +93,14 @@ def runs(
                     about,
                     partial(time_suite, shape, task, lengths, sizes, folder, device, dtype),
                 )
+
+
+@contextmanager
+def _patched(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
+    """Context manager of a patched model in eval mode with random weights."""
+    model = build_shape(shape, "sdpa", device, dtype).eval()
+    with patch_model(model):
+        yield model
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,6 +125,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=8_388_608,
         help="most tokens of the documents of a length; fewer documents hold them",
     )
+    parser.add_argument(
+        "--rounds", type=positive, help="timed rounds of plain forward passes; default 2"
+    )
+    parser.add_argument(
+        "--suite-documents", type=positive, help="documents of the suite's perplexity; default 32"
+    )
+    parser.add_argument(
+        "--suite-items", type=positive, help="prompts of a RULER task in the suite; default 10"
+    )
     parser.add_argument("--tiny", action="store_true", help="models that a CPU runs in seconds")
     parser.add_argument("--output", type=Path, default=Path("evaluation.json"), help="JSON file")
     return parser.parse_args(arguments)
@@ -127,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **{part: [] for part in PARTS},
     }
     sizes = Sizes.tiny() if options.tiny else Sizes(most_tokens=options.most_tokens)
+    given = {name: getattr(options, name) for name in ("rounds", "suite_documents", "suite_items")}
+    sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
     start, failed = time.perf_counter(), False
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

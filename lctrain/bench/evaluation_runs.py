@@ -34,6 +34,7 @@ from lctrain.evaluate import EvalConfig, evaluate
 from lctrain.loss import causal_lm_loss
 from lctrain.schemas import TextData
 
+BY_GENERATION = "passkey by generation"
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -50,6 +51,8 @@ class Sizes:
         answered: Context length of the part `answers`.
         keys: Number of passkeys at each depth.
         items: Number of prompts of each of RULER's tasks in the part `answers`.
+        generated: Context lengths of the passkeys that the small model answers by generation.
+        generated_keys: Number of these passkeys at each length and each of six depths.
         haystack: Characters of the text in which the part `answers` hides keys and needles.
         suite_lengths: Context lengths of the suite, for the 1B model and then for SmolLM2's shape.
         suite_items: Number of prompts of each of RULER's tasks in the suite.
@@ -66,6 +69,8 @@ class Sizes:
     answered: int = 32_768
     keys: int = 4
     items: int = 4
+    generated: tuple[int, ...] = (2048, 4096, 8192, 16_384, 32_768)
+    generated_keys: int = 20
     haystack: int = 400_000
     suite_lengths: tuple[tuple[int, ...], ...] = (
         (4096, 8192, 16_384, 32_768),
@@ -92,6 +97,8 @@ class Sizes:
             answered=512,
             keys=1,
             items=1,
+            generated=(256, 512),
+            generated_keys=1,
             haystack=20_000,
             suite_lengths=((512,),),
             suite_items=1,
@@ -146,46 +153,61 @@ def time_perplexity(model: Any, length: int, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def time_answers(model: Any, task: str, sizes: Sizes) -> dict[str, Any]:
+def time_answers(model: Any, task: str, lengths: tuple[int, ...], sizes: Sizes) -> dict[str, Any]:
     """Times a task that asks for answers, and forward passes over as many documents without logits.
+
+    The documents fill the lengths. As many of them are in a pass as the longest length has tokens.
 
     Args:
         model: A patched causal LM in eval mode.
-        task: "passkey" or "ruler".
+        task: "passkey", BY_GENERATION or "ruler".
+        lengths: Context lengths in tokens, rising.
         sizes: Sizes of the runs.
 
     Returns:
-        Context length, prompts, seconds of the task and of the passes, and their ratio. A prompt
-        has fewer tokens than a pass, since the length holds its answer too.
+        Context lengths, prompts, seconds of the task and of the passes, and their ratio. A prompt
+        has fewer tokens than a document, since the length holds its answer too.
     """
     device = next(model.parameters()).device
-    length = sizes.answered
+    longest = lengths[-1]
     made = _answers_task(task, sizes)
     tokenizer = passkey_tokenizer(SHIPPED)
     ids = tokenizer(_text(sizes.haystack), verbose=False)["input_ids"]
     documents = [TokenizedDocument("text", np.array(ids), 0)]
     subject = Subject(model, tokenizer, documents)
-    run = Run.prepared(made, subject, [GivenReading()], (length,), max_tokens=length)
-    count = made.size(length)
-    prompt = torch.from_numpy(np.random.default_rng(0).integers(256, size=length))
-    pack = PackedBatch.from_documents([prompt]).to(device)
+    run = Run.prepared(made, subject, [GivenReading()], lengths, max_tokens=longest)
+    draw = np.random.default_rng(0)
+    packs = [
+        PackedBatch.from_documents([draw.integers(256, size=length) for _ in range(rows)])
+        .to(device)
+        .model_kwargs()
+        for length in lengths
+        for rows in _shares(made.size(length), longest // length)
+    ]
 
     def prefill() -> None:
-        for _ in range(count):
-            model.model(**pack.model_kwargs())
+        for pack in packs:
+            model.model(**pack)
 
     with torch.no_grad():
-        model.model(**pack.model_kwargs())  # compiles
-        computed(_first(made, subject, length))
+        for pack in (packs[0], packs[-1]):
+            model.model(**pack)  # compiles
+        computed(_first(made, subject, longest))
         passes = _seconds(prefill, device)
     seconds = _seconds(lambda: computed(run), device)
     return {
-        "length": length,
-        "prompts": count,
+        "shortest": lengths[0],
+        "length": longest,
+        "prompts": sum(map(made.size, lengths)),
         "seconds": seconds,
         "prefill_seconds": passes,
         "time_ratio": seconds / passes,
     }
+
+
+def _shares(count: int, most: int) -> list[int]:
+    """Returns sizes of at most `most` that sum to a count."""
+    return [min(most, count - begin) for begin in range(0, count, most)]
 
 
 def time_suite(
@@ -235,7 +257,11 @@ def time_suite(
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
     )
-    return {"seconds": _seconds(lambda: evaluate(config), device)}
+    return {
+        "documents": sizes.suite_documents,
+        "items": sizes.suite_items,
+        "seconds": _seconds(lambda: evaluate(config), device),
+    }
 
 
 def _compute(task: Task, subject: Subject, length: int, most: int) -> None:
@@ -257,13 +283,15 @@ def _warm_up(
 def _answers_task(task: str, sizes: Sizes) -> Task:
     if task == "passkey":
         return PasskeyRetrieval(depths=_DEPTHS, keys_per_cell=sizes.keys)
+    if task == BY_GENERATION:
+        return PasskeyRetrieval(keys_per_cell=sizes.generated_keys, by="generation")
     return Ruler(tasks=sizes.ruler_tasks, items=sizes.items)
 
 
 def _first(task: Task, subject: Subject, length: int) -> Run:
     """Returns a short run of the same kind, which compiles what the task needs."""
     short: Task = (
-        PasskeyRetrieval(depths=(0.5,), keys_per_cell=1)
+        PasskeyRetrieval(depths=(0.5,), keys_per_cell=1, by=task.by)
         if isinstance(task, PasskeyRetrieval)
         else Ruler(tasks=["niah_single_1"], items=1)
     )

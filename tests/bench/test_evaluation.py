@@ -41,6 +41,23 @@ def test_a_trial_measures_perplexity_and_answers(record, capsys):
     assert "| `ruler` | 512 | 1 |" in capsys.readouterr().out
 
 
+def test_a_small_model_answers_by_generation_at_several_lengths(record, capsys):
+    found, status = record("--parts", "generated")
+    assert status == 0
+    (row,) = found["generated"]
+    assert (row["task"], row["prompts"]) == ("passkey by generation", 12)
+    assert (row["shortest"], row["length"]) == (256, 512)
+    assert row["time_ratio"] == near(row["seconds"] / row["prefill_seconds"])
+    assert "| `passkey by generation` | 256 to 512 | 12 |" in capsys.readouterr().out
+
+
+def test_a_part_of_the_suite_is_named(record):
+    sizes = ("--rounds", "1", "--suite-documents", "1", "--suite-items", "2")
+    found, status = record("--parts", "suite", "--seconds", "400", *sizes)
+    assert status == 0
+    assert [(row["documents"], row["items"]) for row in found["suite"]] == [(1, 2)] * 3
+
+
 def test_the_suite_runs_every_task_of_a_stored_model(record):
     found, status = record("--parts", "suite")
     assert status == 0

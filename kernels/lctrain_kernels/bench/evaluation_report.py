@@ -1,4 +1,4 @@
-"""Makes the Markdown tables of evaluation from the newest record in results/evaluation/."""
+"""Makes the Markdown tables of evaluation from a record in results/evaluation/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from lctrain_kernels.bench.newest import origin
 
-PARTS = ("perplexity", "answers", "suite")
+PARTS = ("perplexity", "answers", "generated", "suite")
+SUITE_DOCUMENTS, SUITE_ITEMS = 32, 10
+"""Documents of perplexity, and prompts of each of RULER's tasks, in the whole suite."""
 
 Row = Mapping[str, Any]
 
@@ -24,11 +26,11 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     """Returns the lines of the tables of all parts that were run."""
-    tables = {"perplexity": _perplexity, "answers": _answers, "suite": _suite}
+    tables = {"perplexity": _perplexity, "suite": _suite}
     lines: list[str] = []
     for part in PARTS:
-        for shape, rows in groupby(record[part], key=lambda row: row["shape"]):
-            lines += [*([""] if lines else []), *tables[part](shape, rows)]
+        for shape, rows in groupby(record.get(part, ()), key=lambda row: row["shape"]):
+            lines += [*([""] if lines else []), *tables.get(part, _answers)(shape, rows)]
     return lines
 
 
@@ -57,17 +59,28 @@ def _answers(shape: str, rows: Iterable[Row]) -> list[str]:
 def _suite(shape: str, rows: Iterable[Row]) -> list[str]:
     kept = list(rows)
     lengths = ", ".join(f"{length:,}" for length in kept[0]["lengths"])
-    whole = all("seconds" in row for row in kept)
-    lines = [_line(f"`{row['task']}`", row, _time, 1) for row in kept]
-    if whole:
-        lines.append(f"| all | {sum(row['seconds'] for row in kept):.0f} |")
+    lines = [_line(f"`{row['task']}`", row, _time, 2) for row in kept]
+    if all("seconds" in row for row in kept):
+        lines.append(f"| all | | {sum(row['seconds'] * _whole(row)[0] for row in kept):.0f} |")
+    projected = any("seconds" in row and _whole(row)[0] > 1 for row in kept)
     return [
         f"{shape}, `lctrain-eval` at {lengths} tokens, each task with loading and report:",
         "",
-        "| task | seconds |",
-        "|---|---|",
+        f"| task | measured | seconds{', projected' if projected else ''} |",
+        "|---|---|---|",
         *lines,
     ]
+
+
+def _whole(row: Row) -> tuple[float, str]:
+    """Returns the factor from what was measured of a suite's task to all of it, and its name."""
+    measured, whole, unit = {
+        "perplexity": (row.get("documents", SUITE_DOCUMENTS), SUITE_DOCUMENTS, "documents"),
+        "ruler": (row.get("items", SUITE_ITEMS), SUITE_ITEMS, "prompts of each task"),
+    }.get(row["task"], (1, 1, ""))
+    if measured >= whole:
+        return 1.0, "all of it"
+    return whole / measured, f"{measured} of {whole} {unit}, {row['seconds']:.0f} s"
 
 
 def _line(name: str, row: Row, cells: Callable[[Row], list[str]], count: int) -> str:
@@ -84,8 +97,9 @@ def _speed(row: Row) -> list[str]:
 
 
 def _ratio(row: Row) -> list[str]:
+    lengths = dict.fromkeys([row.get("shortest", row["length"]), row["length"]])
     return [
-        f"{row['length']:,}",
+        " to ".join(f"{length:,}" for length in lengths),
         f"{row['prompts']}",
         f"{row['seconds']:.1f}",
         f"{row['prefill_seconds']:.1f}",
@@ -94,4 +108,5 @@ def _ratio(row: Row) -> list[str]:
 
 
 def _time(row: Row) -> list[str]:
-    return [f"{row['seconds']:.0f}"]
+    factor, measured = _whole(row)
+    return [measured, f"{row['seconds'] * factor:.0f}"]

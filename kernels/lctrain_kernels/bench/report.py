@@ -53,7 +53,6 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "encoder_cpu": encoder_table,
     "masked_lm": masked_lm_table,
     "generation": generation_table,
-    "evaluation": evaluation_table,
     "detached": detached_table,
     "chat": chat_table,
     "sft": sft_table,
@@ -64,6 +63,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 SERIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "shared_prefix": shared_prefix_table,
     "decode": decode_table,
+    "evaluation": evaluation_table,
 }
 
 

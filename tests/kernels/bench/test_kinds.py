@@ -26,7 +26,7 @@ from lctrain_kernels.bench.shared_prefix_report import shared_prefix_table
 from lctrain_kernels.bench.shares_report import shares_table
 
 # Until they are measured; a kind stays listed without harm.
-WITHOUT_RECORD = {"sft", "evaluation"}
+WITHOUT_RECORD = {"sft"}
 HEAD = {"device": "GPU X", "date": "2026-11-30T01:00:00+00:00", "versions": {"torch": "2.11"}}
 
 
@@ -303,6 +303,9 @@ def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
         **HEAD,
         "perplexity": [{**at_4k, "forward_seconds": 1.9, "speed_ratio": 0.95}, failed],
         "answers": [{**answers, "prefill_seconds": 16.0, "time_ratio": 1.25}],
+        "generated": [
+            {**answers, "shortest": 2048, "prefill_seconds": 16.0, "time_ratio": 1.25},
+        ],
         "suite": [
             {**suite, "task": "passkey"},
             {**suite, "task": "ruler"},
@@ -315,5 +318,18 @@ def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
     assert "| 8,192 | error | - | - |" in text
     assert "| `ruler` | 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
     assert "1B, `lctrain-eval` at 4,096, 8,192 tokens" in text
-    assert text.count("| all | 60 |") == text.count("| all |") == 1
+    assert "| `ruler` | 2,048 to 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
+    assert text.count("| all | | 60 |") == text.count("| all |") == 1
     assert "| `ruler` | not run |" in text
+
+
+def test_a_part_of_the_evaluation_suite_projects_the_whole():
+    row = {"shape": "1B", "lengths": [4096], "seconds": 30.0, "documents": 8, "items": 5}
+    tasks = ["passkey", "ruler", "perplexity"]
+    record = {**HEAD, "perplexity": [], "answers": []}
+    text = evaluation_table({**record, "suite": [{**row, "task": task} for task in tasks]})
+    assert "| task | measured | seconds, projected |" in text
+    assert "| `passkey` | all of it | 30 |" in text
+    assert "| `ruler` | 5 of 10 prompts of each task, 30 s | 60 |" in text
+    assert "| `perplexity` | 8 of 32 documents, 30 s | 120 |" in text
+    assert "| all | | 210 |" in text
