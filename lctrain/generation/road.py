@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lctrain.attention.forward import SPEC_ATTRIBUTE
 from lctrain.attention.spec import ATTENTION_NAMES, AttentionSpec, DualChunkSpec
+from lctrain.compiled import is_compiled
 from lctrain.generation.forward import measure_cache
 from lctrain.generation.pages import CacheShape
 from lctrain.models.adapters import has_virtual_tokens
@@ -54,10 +54,6 @@ def _refusal(model: Any, base: Any) -> str | None:
         return "it counts positions itself"
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         return "its weights are sharded by another way than FSDP2"
-    if any(_is_compiled(module) for module in model.modules()):
+    if any(is_compiled(module) for module in model.modules()):
         return "it is compiled"
     return None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

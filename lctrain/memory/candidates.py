@@ -96,7 +96,9 @@ def candidates(
     on_host = count if host_limit is None else max(host_limit - measured.host, 0) // per_input
     found: list[tuple[float, MemoryConfig]] = []
     by_head = [False]
-    if measured.tokens >= LEAST_BY_HEAD and measured.by_head() != measured:
+    if measured.compiled:  # it can trace no other policy
+        layers = 0
+    elif measured.tokens >= LEAST_BY_HEAD and measured.by_head() != measured:
         by_head.append(True)
 
     def add(name: str, segment: int, **options: Any) -> None:
@@ -106,11 +108,14 @@ def candidates(
         cost = sum(repeated(measured, _reusing(made, count, reused)))
         found.extend((cost, replace(made, backward_by_head=one)) for one in by_head)
 
-    for segment in range(1, min(LONGEST_SEGMENT, count) + 1):
+    longest = 1 if measured.compiled else min(LONGEST_SEGMENT, count)
+    for segment in range(1, longest + 1):
         # Inputs of layers that do not fit on the host stay on the device.
         least = max(_kept_inputs(config, count), count - segment * on_host)
         for kept in reversed(range(layers + 1)):
             add("checkpoint", segment, keep_attention=kept)
+        if measured.compiled:
+            continue
         for kept in reversed(range(layers + 1)):
             for away in range(layers - kept + 1):
                 add(

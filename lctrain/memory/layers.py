@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lctrain.attention import is_patched
 from lctrain.instances import require_instance, require_sequence
 from lctrain.memory.attention import KeptResults, RebuiltResults
+from lctrain.memory.compiled import REFUSED
 from lctrain.memory.segments import LayerCall, LayerInput
 from lctrain.memory.store import HostStore, OnDevice
 from lctrain.memory.tiles import TiledMLPs
@@ -233,11 +234,17 @@ def _run_rebuilt(layer: Callable[..., Any], by_head: bool, *given: Any, **option
 @torch.compiler.disable(reason="memory=offload and kept attention need a model as it is")
 def _refuse_compilation() -> None:
     """Raises the ValueError for a policy that torch.compile cannot trace."""
-    raise ValueError(
-        "memory must keep the input of every layer on the GPU, and nothing else, under "
-        "torch.compile, got offload, segments, kept attention or backward_by_head. Use "
-        "memory=checkpoint without these options, or do not compile."
-    )
+    raise ValueError(REFUSED)
+
+
+def is_traceable(policies: Sequence[LayerPolicy], by_head: bool) -> bool:
+    """Returns whether torch.compile can trace layers with these policies.
+
+    Args:
+        policies: LayerPolicy of every layer; empty if no layer is checkpointed.
+        by_head: Whether attention's backward computes one key/value head at a time.
+    """
+    return not by_head and all(policy == LayerPolicy() for policy in policies)
 
 
 def remove_policy(model: Any) -> None:

@@ -13,10 +13,12 @@ from lctrain.allocator import EXPANDABLE, VARIABLES, has_expandable_segments
 from lctrain.config import MemoryConfig
 from lctrain.config.memory import WITH_HOST
 from lctrain.instances import require_instance, require_int
+from lctrain.limits import require
 from lctrain.memory.arena import aligned
 from lctrain.memory.candidates import fastest, policies_of
+from lctrain.memory.compiled import REFUSED
 from lctrain.memory.duration import step_seconds
-from lctrain.memory.layers import DEVICE, HOST, REBUILT, RECOMPUTE, LayerPolicy
+from lctrain.memory.layers import DEVICE, HOST, REBUILT, RECOMPUTE, LayerPolicy, is_traceable
 from lctrain.memory.optimizer import ADAMW
 from lctrain.memory.peaks import layer_peaks
 from lctrain.memory.profile import LayerBytes, Profile, profile
@@ -192,7 +194,8 @@ def plan(
 
     Args:
         model: A transformers causal LM, or a PeftModel around one, on any device. Apply
-            `lctrain.patch_model` first: only the outputs of lctrain's attention can be kept.
+            `lctrain.patch_model` first: only the outputs of lctrain's attention can be kept. If it
+            will be compiled, compile it first: attention's gradients then take memory of their own.
         tokens: Number of tokens of the pack, which is one document.
         policy: Name of the memory policy: "none", "checkpoint", "offload", or "auto" for the first
             that fits.
@@ -208,7 +211,8 @@ def plan(
         **options: Further fields of `MemoryConfig`, such as `keep_attention`.
 
     Raises:
-        ValueError: if an option is out of range, or the model cannot run on the meta device.
+        ValueError: if an option is out of range, the model cannot run on the meta device, or
+            torch.compile cannot trace the policy that a compiled model is to have.
     """
     require_instance("model", model, nn.Module, "Pass a causal LM of transformers.")
     require_int("tokens", tokens, 1, "Pass the tokens of a pack.")
@@ -254,6 +258,8 @@ def _plan(
     measured: Profile, config: MemoryConfig, device_limit: int | None, host_limit: int | None
 ) -> Plan:
     policies = policies_of(config, len(measured.layers))
+    if measured.compiled:
+        require(is_traceable(policies, config.backward_by_head), REFUSED)
     if config.backward_by_head:
         measured = measured.by_head()
     parts, device, host = _needed(measured, policies)

@@ -11,14 +11,17 @@ import torch
 
 from lctrain.config import MemoryConfig
 from lctrain.instances import require_int
+from lctrain.limits import require
 from lctrain.memory.budget import HOST_SHARE, free_device_bytes, free_host_bytes
 from lctrain.memory.candidates import policies_of
+from lctrain.memory.compiled import REFUSED, is_compiled_around
 from lctrain.memory.layers import (
     ATTENTION,
     HOST,
     INPUT,
     LayerCheckpoints,
     checkpointed_layers,
+    is_traceable,
     remove_policy,
 )
 from lctrain.memory.optimizer import ADAMW, optimizer_bytes
@@ -132,6 +135,8 @@ def apply_config(
     else:
         by_head = config.backward_by_head
         policies = policies_of(config, len(checkpointed_layers(inner)))
+    if is_compiled_around(model, checkpointed_layers(inner)):
+        require(is_traceable(policies, by_head), REFUSED)
     store = None
     if any(HOST in (policy.inputs, policy.attention) for policy in policies):
         attention = sum(policy.attention == HOST for policy in policies)

@@ -6,7 +6,7 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from lctrain.batch import PackedBatch
 from lctrain.experts import experts_per_token
 from lctrain.memory.alike import structure
 from lctrain.memory.attention import KeptResults
+from lctrain.memory.compiled import compiled_layers, is_compiled_around
 from lctrain.memory.experts import elements, group_experts
 from lctrain.memory.layers import checkpointed_layers
 from lctrain.memory.optimizer import ADAMW, optimizer_bytes
@@ -93,6 +94,7 @@ class Profile:
         head_operations: Those of the output projection in the loss.
         head_dim: Columns of a head of the attention's outputs; 0 if it is not lctrain's.
         in_bfloat16: Whether matrix products are in bfloat16.
+        compiled: Whether torch.compile compiles the code that calls the layers.
         on_gpu: Whether the step runs on a GPU, whose allocator and CUDA take memory beside tensors.
     """
 
@@ -112,6 +114,7 @@ class Profile:
     head_operations: float = 0.0
     head_dim: int = 0
     in_bfloat16: bool = False
+    compiled: bool = False
     on_gpu: bool = True
     head_gradients: int = 0
     accumulates: bool = False
@@ -150,6 +153,8 @@ def profile(
             of its weights.
     """
     weights, dequantized = weight_bytes(model, quantize)
+    given = checkpointed_layers(model)
+    compiled, around = compiled_layers(model, given), is_compiled_around(model, given)
     model = skeleton(model).train()
     group_experts(model)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -167,7 +172,8 @@ def profile(
     try:
         with planned_memory(device_limit):
             plain = _Run(decoder, tokens, precision, checkpointed=False).layers
-            run = _Run(decoder, tokens, precision, checkpointed=True, last=len(plain) - 1)
+            last = len(plain) - 1
+            run = _Run(decoder, tokens, precision, checkpointed=True, last=last, compiled=compiled)
     except (NotImplementedError, RuntimeError) as error:
         text = inner.config.get_text_config()
         remedy = "Patch it by lctrain.patch_model before it is planned."
@@ -219,6 +225,7 @@ def profile(
         tile_operations=2 * tokens * tiled / len(layers),
         head_operations=2 * tokens * _head_passes(head) * (0 if head is None else head.numel()),
         head_dim=max(layer.head_dim for layer in run.layers),
+        compiled=around,
         in_bfloat16=precision == "bf16-mixed" or dtype == torch.bfloat16,
         head_gradients=0 if head is None or not head.requires_grad else _bytes(head),
     )
@@ -248,7 +255,13 @@ class _Run:
     """
 
     def __init__(
-        self, decoder: Any, tokens: int, precision: str, checkpointed: bool, last: int = -1
+        self,
+        decoder: Any,
+        tokens: int,
+        precision: str,
+        checkpointed: bool,
+        last: int = -1,
+        compiled: Sequence[bool] = (),
     ) -> None:
         self.tracker = Tracker()
         self.layers: list[_Layer] = []
@@ -257,6 +270,7 @@ class _Run:
         self._modules = checkpointed_layers(decoder)
         self._checkpointed = checkpointed
         self._number_of_last = last
+        self._compiled = tuple(compiled) or (False,) * len(self._modules)
         self._mixed = precision == "bf16-mixed"
         # Structure of a layer whose output is like its input -> its bytes, and whether it returns
         # a tuple.
@@ -291,7 +305,7 @@ class _Run:
     def _layer(self, layer: Any, *given: Any, **options: Any) -> Any:
         x = given[0]
         index = len(self.layers)
-        kind = structure((layer, given, options))
+        kind = structure((layer, given, options)), self._compiled[index]
         if kind in self._kinds and index != self._number_of_last:
             measured, is_tuple = self._kinds[kind]
             self.layers.append(measured)
@@ -326,7 +340,8 @@ class _Run:
         def call(*args: Any, **named: Any) -> Any:
             calls.append(index)
             if len(calls) == 1:
-                with recording, inputs_rebuilt(), self._precision():
+                rebuilt = nullcontext() if self._compiled[index] else inputs_rebuilt()
+                with recording, rebuilt, self._precision():
                     return layer(*args, **named)
             self._casts = {}
             if self._last is None or self._last[:2] != ("backward", index):

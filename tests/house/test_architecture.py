@@ -67,6 +67,7 @@ LEVELS = {
     "lctrain.pluralize": 0,
     "lctrain.transfer": 0,
     "lctrain.warn": 1,
+    "lctrain.compiled": 0,
     "lctrain.experts": 2,
     "lctrain.flops": 3,
     "lctrain.local_paths": 2,

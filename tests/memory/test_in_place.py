@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lctrain
 from lctrain.loss import causal_lm_loss
-from lctrain.memory import LayerCheckpoints, LayerPolicy, use_policy
+from lctrain.memory import LayerCheckpoints, LayerPolicy, plan, use_policy
 from lctrain.memory.peaks import layer_peaks
 from lctrain.memory.profile import profile
 from lctrain.memory.tracker import Tracker
@@ -249,6 +249,66 @@ def test_the_plan_counts_gradients_in_place(name, by_head, monkeypatch):
     rows = 2 * (8 + 4 + 4) * 32 * tokens  # half of q, k and v, in float32
     assert all(one.beside - one.backward > rows for one in measured.layers)
     assert tracker.peak_beside - tracker.peak > (rows if not by_head else -1)
+
+
+def compile_some(model, part):
+    """Compiles a part of a model, and returns the model, which may be a wrapper."""
+    if part == "wrapper":
+        return torch.compile(model, backend="eager")
+    layer = model.model.layers[0]
+    parts = {"model": model, "layer": layer, "attention": layer.self_attn, "mlp": layer.mlp}
+    parts[part].compile(backend="eager")
+    return model
+
+
+PLAIN = {"wrapper": 0, "model": 0, "layer": 1, "attention": 1, "mlp": 2}
+"""Compiled part -> number of layers, of two, whose attention is not compiled."""
+
+
+@pytest.mark.parametrize("part", ["model", "layer", "mlp"])
+def test_compiled_attention_overwrites_nothing(part, packs, monkeypatch):
+    model = make_model("llama").train()
+    lctrain.patch_model(model, fused=True, loss=True)
+    use_policy(model, "checkpoint")
+    model(**packs[0])
+    tried = []
+    monkeypatch.setattr(operators, "is_unheld", lambda *given: tried.append(given) or False)
+    torch._dynamo.reset()
+    compile_some(model, part)(**packs[0]).loss.backward()
+    torch._dynamo.reset()
+    assert len(tried) == 3 * PLAIN[part]
+
+
+@pytest.mark.parametrize("part", [None, *PLAIN])
+def test_a_plan_counts_on_no_gradients_in_place_of_compiled_attention(part, monkeypatch):
+    monkeypatch.setattr(support, "BACKWARD_LIMITS", ())  # such as float32
+    monkeypatch.setattr(support, "may_be_planned", lambda: True)
+    model = wide()
+    planned = profile(model if part is None else compile_some(model, part), 512)
+    in_place = [layer.beside > layer.backward for layer in planned.layers]
+    assert sum(in_place) == PLAIN.get(part, 2)
+    assert planned.compiled == (part in ("wrapper", "model"))
+
+
+def wide():
+    """Returns a Llama whose attention is wider than its hidden states."""
+    model = make_model("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=32).train()
+    lctrain.patch_model(model, fused=True)
+    return model
+
+
+@pytest.mark.parametrize("part", ["wrapper", "model"])
+def test_auto_chooses_for_a_compiled_model_what_can_be_traced(part):
+    tokens, model, limits = 512, wide(), {"device_gib": 1.006, "host_gib": 1}
+    assert "host" in str(plan(model, tokens, "auto", **limits).policies)
+    compiled = compile_some(model, part)
+    found = plan(compiled, tokens, "auto", **limits)
+    assert found.policies == (LayerPolicy(),) * 2
+    assert found.fits
+    for policy, options in (("offload", {"keep_inputs": 0}), ("checkpoint", {"keep_attention": 1})):
+        for refused in (plan, lambda *given, **named: use_policy(*given[::2], tokens=512, **named)):
+            with pytest.raises(ValueError, match=r"memory must keep.* under torch\.compile"):
+                refused(compiled, tokens, policy, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
