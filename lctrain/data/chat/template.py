@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -239,25 +239,39 @@ class ChatTemplate:
     def _by_markers(self, messages: Messages, tools: Any, first: int) -> Rendered:
         """Finds the characters to train on by the template's generation markers."""
         text, spans = self._with_generation(mark(messages, self._protected, ends=False), tools)
-        before = 0
         if any(message["role"] == "assistant" for message in messages[:first]):
-            before = self._spans_before(messages, tools, first, strip(text).text)
+            trained = self._trained_spans(messages, tools, first, strip(text).text)
+            spans = [spans[index] for index in range(len(spans)) if trained(index)]
         places = [match.start() for match in PRIVATE.finditer(text)]
-        moved = [tuple(p - bisect_left(places, p) for p in span) for span in spans[before:]]
+        moved = [tuple(p - bisect_left(places, p) for p in span) for span in spans]
         marked = strip(text)
         return Rendered(marked.text, cast(list[Span], moved), marked.cuts)
 
-    def _spans_before(self, messages: Messages, tools: Any, first: int, expected: str) -> int:
-        """Returns the number of generated spans that belong to messages before message `first`.
+    def _trained_spans(
+        self, messages: Messages, tools: Any, first: int, expected: str
+    ) -> Callable[[int], bool]:
+        """Returns a function: whether a generated span belongs to message `first` or a later one.
 
-        A span of a later message begins after the markers of all earlier ones. Without a marker of
-        the message before, or if markers change the text, the earlier messages are rendered alone.
+        A span belongs to the first assistant message whose marker it holds. A span without such a
+        marker belongs to a later message if it begins after the marker of the message before. If
+        that is missing, or if markers change the text, the earlier messages are rendered alone.
         """
         text, spans = self._with_generation(mark(messages, self._protected), tools)
-        if chr(FIRST + first - 1) not in text or strip(text).text != expected:
-            return len(self._with_generation(messages[:first], tools)[1])
-        last = max(text.rfind(chr(FIRST + index)) for index in range(first))
-        return sum(begin <= last for begin, _ in spans)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        owners = [
+            next((turn for turn in turns if chr(FIRST + turn) in text[begin:end]), None)
+            for begin, end in spans
+        ]
+        before = text.find(chr(FIRST + first - 1))
+        if strip(text).text != expected or (before < 0 and None in owners):
+            count = len(self._with_generation(messages[:first], tools)[1])
+            return lambda index: index >= count
+
+        def is_trained(index: int) -> bool:
+            owner = owners[index]
+            return spans[index][0] > before if owner is None else owner >= first
+
+        return is_trained
 
     def _by_alignment(self, messages: Messages, tools: Any, first: int, marked: Marked) -> Rendered:
         """Finds the characters to train on by markers at the ends of messages."""

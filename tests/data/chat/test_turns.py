@@ -70,6 +70,48 @@ def test_the_last_turn_of_a_template_that_writes_more_for_earlier_turns_alone():
         assert parts == expected[first_turn == "last_assistant" :]
 
 
+# Writes the system's message, the last user's or all messages of users behind the answers.
+MOVED = (
+    "{% for m in messages if not (MOVES) %}{{ m.role + ':' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% for m in messages if MOVES %}{{ m.role + ':' + m.content }}"
+    "{% endfor %}"
+)
+SYSTEM, USERS = "m.role == 'system'", "m.role == 'user'"
+ANSWERS = "m.role == 'assistant' and m.content == 'b'"
+
+
+@pytest.mark.parametrize("moves", [SYSTEM, USERS, USERS + " and m.content == 'c'", ANSWERS])
+@pytest.mark.parametrize("train_on", ["last_assistant", "completion", "assistant"])
+def test_the_answer_of_a_template_that_writes_an_earlier_message_behind_it(moves, train_on):
+    tokenizer = make_tokenizer("chatml")
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    record = {"prompt": messages[:-1], "completion": messages[-1:]}
+    if train_on != "completion":
+        record = {"messages": messages}
+    template = MOVED.replace("MOVES", moves)
+    ids, trained, fault = tokenized(tokenizer, record, train_on, template=template)
+    assert fault is None
+    expected = ["⟦b<|im_end|>⟧", "⟦d<|im_end|>⟧"]
+    if train_on != "assistant" or moves == ANSWERS:  # that answer is written as ordinary text
+        expected = expected[1:]
+    assert re.findall("⟦.*?⟧", shown(tokenizer, ids, trained)) == expected
+
+
+REVERSED = MOVED.replace("messages if not (MOVES)", "messages | reverse").partition(
+    "{% for m in messages if"
+)[0]
+
+
+def test_the_last_answer_of_a_template_that_writes_the_latest_message_first():
+    tokenizer = make_tokenizer("chatml")
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    ids, trained, _ = tokenized(tokenizer, record, "last_assistant", template=REVERSED)
+    assert re.findall("⟦.*?⟧", shown(tokenizer, ids, trained)) == ["⟦d<|im_end|>⟧"]
+
+
 TRL = ("cohere2", "deepseekv3", "gemma3", "glm4moe", "gptoss", "lfm2", "llama3", "phi3", "qwen3")
 
 
