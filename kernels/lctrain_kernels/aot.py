@@ -14,17 +14,17 @@ from lctrain_kernels.cross_entropy import aot as cross_entropy
 from lctrain_kernels.decode import aot as decode
 from lctrain_kernels.differential import aot as differential
 from lctrain_kernels.dual_chunk import aot as dual_chunk
-from lctrain_kernels.greedy import aot as greedy
 from lctrain_kernels.linear import aot as linear
 from lctrain_kernels.mlp import aot as mlp
 from lctrain_kernels.norm import aot as norm
 from lctrain_kernels.rotary import aot as rotary
+from lctrain_kernels.sampling import aot as sampling
 from lctrain_kernels.tile.attention_variant import FEATURES
 from lctrain_kernels.tile.variant import KernelVariant
 from lctrain_kernels.varlen import aot as varlen
 
 ATTENTIONS = (varlen, dual_chunk, differential, decode)
-FUSED = (norm, rotary, mlp, cross_entropy, linear, greedy)
+FUSED = (norm, rotary, mlp, cross_entropy, linear, sampling)
 KERNELS = {name: kernel for module in ATTENTIONS for name, kernel in module.KERNELS.items()}
 """Attention kernels by name."""
 

@@ -43,6 +43,9 @@ class TokenChoice:
         self._penalty = _penalty(options)
         self.reads_history = self._penalty is not None
         self._numbers: Tensor | None = None
+        self._top_p: float | None = None  # a kernel has no other filter
+        if not (options.top_k or options.min_p):
+            self._top_p = float(options.top_p)
 
     def keys(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Returns the keys of each row's draw, [B, KEYS] int32 on the CPU; zeros at temperature 0.
@@ -70,11 +73,10 @@ class TokenChoice:
             scores: What CachedForward returned: logits of the next token, [B, V] floating point.
             keys: Keys of each row's draw, on the device of the scores.
         """
-        if self._head is None and not (self._draws or self.reads_history):
-            from lctrain_kernels.greedy.api import most_probable
-
-            tokens, log_probs = most_probable(scores)
-            return tokens, log_probs.float()
+        if self._head is None and not self.reads_history:
+            found = self._by_one_kernel(scores, keys)
+            if found is not None:
+                return found
         given, scores = scores, logits_of(self._head, scores)
         tempered = self._tempered(scores)
         model = torch.log_softmax(tempered, -1) if self._head is None else None
@@ -85,14 +87,29 @@ class TokenChoice:
         for narrow in self._filters:
             scores = narrow(history, scores)
         if self._draws:
-            if self._numbers is None:
-                self._numbers = token_numbers(scores.shape[1], scores.device)
-            scores = add_gumbel(scores, keys, self._numbers)
+            scores = add_gumbel(scores, keys, self._numbers_of(scores))
         tokens = scores.argmax(-1)
         if model is None:
             assert self._head is not None
             return tokens, self._head.head.log_probs(given, tokens)
         return tokens, model.gather(-1, tokens[:, None])[:, 0]
+
+    def _by_one_kernel(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns what a call returns, from one kernel; None if none serves the call."""
+        from lctrain_kernels.sampling.api import draw, draws_on, most_probable
+
+        if not self._draws:
+            tokens, log_probs = most_probable(logits)
+            return tokens, log_probs.float()
+        if self._top_p is None or not draws_on(logits):
+            return None
+        return draw(logits, keys, self._numbers_of(logits), self._temperature, self._top_p)
+
+    def _numbers_of(self, scores: Tensor) -> Tensor:
+        """Returns the token_numbers for scores [B, V], made once."""
+        if self._numbers is None:
+            self._numbers = token_numbers(scores.shape[1], scores.device)
+        return self._numbers
 
     def _tempered(self, scores: Tensor) -> Tensor:
         """Returns the scores over the temperature; the scores themselves at 1, without a pass."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lctrain_kernels.greedy.api import most_probable
+from lctrain_kernels.sampling.api import most_probable
 from tests.kernels.fused_cases import all_backends
 from tests.numerics import assert_error_at_most_twice
 
