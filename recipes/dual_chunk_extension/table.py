@@ -10,23 +10,64 @@ from lctrain.recipes.dual_chunk_extension.misses import misses
 from lctrain.recipes.dual_chunk_extension.scale import TRAIN_RATIO
 
 RESULTS = Path(__file__).parent / "results"
+LATER = RESULTS / "later"
+"""Folder of the files of a later, shorter run, which has every method."""
 README = Path(__file__).parent / "README.md"
 PROGRAM = "python -m lctrain.recipes.dual_chunk_extension.table"
+FURTHER = {
+    "passkey_ends": "**Keys near both ends of the text**, of {keys} in each cell:",
+    "passkey_wider": "**Keys after further training**, with keys at both ends, "
+    "of {keys} in each cell:",
+}
+"""Titles of further evaluations of passkeys, by the name of their file."""
 BEGIN, END = "<!-- extension tables: begin -->", "<!-- extension tables: end -->"
 
 
-def tables(results: Path = RESULTS) -> str:
-    """Returns the tables of the recorded run as Markdown, between the marks of the README.
+def tables(*folders: Path) -> str:
+    """Returns the tables of the recorded runs as Markdown, between the marks of the README.
 
     Args:
-        results: Folder with the files of the stages `train`, `perplexity` and `passkey`.
+        *folders: Folder of each run, with the files of the stages `train`, `perplexity` and
+            `passkey`. Without any: all recorded runs.
     """
-    record = json.loads((results / "train.json").read_text())
-    parts = [f"Measured on one {record['device']}, torch {record['torch']}, {record['date']}."]
-    parts += [_perplexities(_rows(results / "perplexity_by_method.csv"))]
-    parts += ["![Passkeys found by depth and length](../../docs/passkeys.png)"]
-    parts += _passkeys(_rows(results / "passkey_retrieval.csv"))
+    recorded = [folder for folder in (RESULTS, LATER) if (folder / "train.json").exists()]
+    parts = [part for folder in folders or recorded for part in _run(folder)]
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def _run(folder: Path) -> list[str]:
+    """Returns the tables of a run."""
+    record = json.loads((folder / "train.json").read_text())
+    first, last = record["held_out_loss"]
+    where = f"{record['device']}, torch {record['torch']}, {record['date']}"
+    training = f"Training took the held-out loss from {first:.2f} to {last:.2f}."
+    parts = [f"### {record['steps']:,} steps", f"Measured on one {where}. {training}"]
+    parts += [_perplexities(_rows(folder / "perplexity_by_method.csv"))]
+    if folder == RESULTS:
+        parts += ["![Passkeys found by depth and length](../../docs/passkeys.png)"]
+    parts += _passkeys(_rows(folder / "passkey_retrieval.csv"))
+    return parts + [
+        _by_depth(title, _rows(path))
+        for name, title in FURTHER.items()
+        if (path := folder / f"{name}.csv").exists()
+    ]
+
+
+def _by_depth(title: str, rows: list[dict[str, str]]) -> str:
+    """Returns a table of the keys found by method and length, with a column for every depth."""
+    window = min(int(row["length"]) for row in rows)
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        found = cells.setdefault((row["method"], int(row["length"]) // window), {})
+        found[row["depth"]] = row["found"]
+    depths = list(next(iter(cells.values())))
+    lines = [
+        f"| {method} | {windows} | {' | '.join(found[depth] for depth in depths)} |"
+        for (method, windows), found in cells.items()
+    ]
+    head = f"| depth | windows | {' | '.join(depths)} |"
+    title = title.format(keys=rows[0]["keys"])
+    return "\n".join([title, "", head, f"|{'---|' * (len(depths) + 2)}", *lines])
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

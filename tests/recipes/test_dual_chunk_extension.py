@@ -128,6 +128,7 @@ def test_the_readme_has_the_tables_of_the_records():
 
 def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp_path):
     record = {"device": "GPU X", "torch": "2.11", "date": "2026-12-01"}
+    record |= {"steps": 2000, "held_out_loss": [9.125, 2.5]}
     (tmp_path / "train.json").write_text(json.dumps(record))
     losses = ["method,length,perplexity,ratio_to_window,tokens,documents"]
     keys = ["method,length,depth,found,keys,accuracy"]
@@ -137,6 +138,8 @@ def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp
             keys += [f"{method},{length},0.0,20,20,1.0", f"{method},{length},0.5,{found},20,0.5"]
     (tmp_path / "perplexity_by_method.csv").write_text("\n".join(losses))
     (tmp_path / "passkey_retrieval.csv").write_text("\n".join(keys))
+    assert "near both ends" not in table.tables(tmp_path)
+    (tmp_path / "passkey_ends.csv").write_text("\n".join(keys))
     text = table.tables(tmp_path)
     assert "Measured on one GPU X, torch 2.11, 2026-12-01." in text
     assert "**Perplexity** of 5,000 tokens of 3 held-out documents" in text
@@ -148,6 +151,11 @@ def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp
     assert "| 8 | 20 of 20 | 19 of 20 |" in text
     assert "At 8 windows dual_chunk_yarn finds 39 of 40 keys, 98%." in text
     assert "explain the distance" not in text  # it is above what it should find
+    assert "### 2,000 steps" in text
+    assert "took the held-out loss from 9.12 to 2.50." in text
+    assert "**Keys near both ends of the text**, of 20 in each cell:" in text
+    assert "| depth | windows | 0.0 | 0.5 |" in text
+    assert "| dual_chunk_yarn | 8 | 20 | 19 |" in text
 
 
 def test_misses_are_given_by_depth_with_what_chance_would_do():
