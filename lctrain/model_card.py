@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lctrain.attention import AttentionSpec, DualChunkSpec
-from lctrain.model_names import looks_like_path, resolved_name
+from lctrain.model_names import public_name
 
 _LOAD = """```python
 {imports}
@@ -45,12 +45,13 @@ def model_card(
         adapters: Whether the folder holds only PEFT adapters, without the model's own weights.
     """
     config = model.config
-    base = resolved_name(getattr(config, "_name_or_path", ""))
+    given = getattr(config, "_name_or_path", "")
+    base = public_name(given)
     library = "peft" if adapters else "transformers"
     masked = type(model).__name__.endswith("ForMaskedLM")
     tag = "fill-mask" if masked else "text-generation"
     header = [f"library_name: {library}", f"pipeline_tag: {tag}", "tags: [lctrain]"]
-    if base.count("/") == 1 and not looks_like_path(base):  # a name on the hub
+    if "/" in base:
         header.append(f"base_model: {base}")
     facts = [
         f"family: `{config.model_type}`, {type(model).__name__}",
@@ -66,12 +67,15 @@ def model_card(
     if masked:
         load = load.replace("AutoModelForCausalLM", "AutoModelForMaskedLM")
     if adapters:
-        load = _LOAD_ADAPTERS if base else _LOAD_ON_BASE
+        load = _LOAD_ADAPTERS if given else _LOAD_ON_BASE
         if masked:
             load = load.replace("AutoPeftModelForCausalLM", "AutoPeftModel")
     what = _what_loads(config, spec, trained_length, version)
     if adapters:
-        what = [_what_adapters_are(base), *(what if isinstance(spec, DualChunkSpec) else [])]
+        what = [
+            _what_adapters_are(base, bool(given)),
+            *(what if isinstance(spec, DualChunkSpec) else []),
+        ]
     parts = [
         "---\n" + "\n".join(header) + "\n---",
         f"# A {'masked' if masked else 'causal'} language model trained with lctrain",
@@ -87,13 +91,16 @@ def _trained(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _what_adapters_are(base: str) -> str:
+def _what_adapters_are(base: str, is_named: bool) -> str:
     """Returns a paragraph that says which model the adapters need.
 
     Args:
-        base: Name of the base model; may be empty.
+        base: Name of the base model on the hub; empty if it has none.
+        is_named: Whether the adapters' configuration names the base model, by a name or a folder.
     """
     needed = f"`{base}`" if base else "the base model, which this folder does not name or hold"
+    if is_named and not base:
+        needed = "the base model, whose folder `adapter_config.json` names"
     return (
         f"The folder holds adapters of PEFT, not a whole model: loading them needs PEFT and "
         f"{needed}. `model.merge_and_unload()` adds them to its weights and returns an ordinary "

@@ -18,6 +18,7 @@ from lctrain.limits import require
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _OTHER_FAMILY = re.compile(r"from \.\.(\w+)\.configuration_\w+ import")
+_DOWNLOAD = re.compile(r"/models--(?:([\w.-]+?)--)?([\w.-]+)/snapshots/[^/]+/?$")
 _SHARED = ("configuration_utils.py", "modeling_rope_utils.py")
 
 
@@ -76,6 +77,20 @@ def resolved_name(name: str) -> str:
         name: Name of a model, as transformers takes it: a folder, or a name on the hub.
     """
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+def public_name(name: str) -> str:
+    """Returns a model's name on the hub; "" for a folder of this machine.
+
+    The folder of a download is that of its name.
+
+    Args:
+        name: Name of a model, as transformers takes it: a folder, or a name on the hub.
+    """
+    downloaded = _DOWNLOAD.search(name.replace("\\", "/"))
+    if downloaded:
+        return "/".join(filter(None, downloaded.groups()))
+    return "" if looks_like_path(name) or Path(name).is_dir() else name
 
 
 def looks_like_path(name: str) -> bool:

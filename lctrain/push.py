@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ WEIGHTS = ("*.safetensors", "*.bin")
 CONFIGS = ("config.json", "adapter_config.json")
 SKIPPED = ("*.ckpt", "*.tmp", ".*")
 """Patterns of file and folder names that are not uploaded."""
+TEXTS = (".json", ".md", ".yaml", ".txt", ".html")
+"""Suffixes of the files in which paths of this machine are looked for."""
+MOST_TEXT = 2**20
+"""Bytes of the largest such file: vocabularies are larger."""
+_PATH = re.compile(r"(?<![\w.:/])/[^/\s\"'`<>()\\]+(?:/[^/\s\"'`<>()\\]+)+")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,12 @@ class Upload:
                 "have. Upload that model, and write its name on the hub into adapter_config.json "
                 "(base_model_name_or_path) and README.md; or train with adapter.merge=true."
             )
+        for name, path in zip(names, files, strict=True):
+            for named in sorted(self._places_named_in(path) - {base}):
+                lines.append(
+                    f"warning: {name} names {named}, a place on this machine. Remove it from the "
+                    "file, or write a public name."
+                )
         return "\n".join(lines)
 
     def send(self) -> str:
@@ -147,10 +159,24 @@ class Upload:
         is_folder = isinstance(base, str) and (Path(base).is_absolute() or Path(base).is_dir())
         return base if is_folder else None
 
+    def _places_named_in(self, path: Path) -> set[str]:
+        """Returns the absolute paths of files and folders of this machine that a text names."""
+        if path.suffix not in TEXTS or path.stat().st_size > MOST_TEXT:
+            return set()
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return {found for found in _PATH.findall(text) if _exists(found)}
+
     def _is_uploaded(self, path: Path) -> bool:
         parts = [Path(part) for part in path.relative_to(self.folder).parts]
         skipped = any(part.match(pattern) for part in parts for pattern in SKIPPED)
         return path.is_file() and not skipped
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _comes_from_the_hub(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -20,6 +21,7 @@ from lctrain.config import AdapterConfig, AttentionConfig
 from lctrain.data.documents import read_documents
 from lctrain.data.tokenizer import train_tokenizer
 from lctrain.export import export_model, exported_config
+from lctrain.model_names import public_name
 from lctrain.models.differential import to_differential
 from lctrain.models.dual_chunk import follow_window
 from lctrain.models.low_rank import add_adapter
@@ -150,6 +152,50 @@ def test_adapters_of_a_relative_base_load_from_another_folder(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
     card = (folder / "README.md").read_text()
     assert "base_model:" not in card  # a folder is no name on the hub
+    assert "needs PEFT and the base model, whose folder `adapter_config.json` names" in card
+    assert "AutoPeftModelForCausalLM" in card
+    assert files_that_name(tmp_path, folder) == ["adapter_config.json"]  # to load it here
+
+
+def files_that_name(place, folder):
+    """Returns the names of a folder's text files that contain a path of this machine."""
+    texts = (path for path in folder.iterdir() if path.suffix in (".json", ".md", ".jinja"))
+    return [path.name for path in texts if str(place) in path.read_text(encoding="utf-8")]
+
+
+def test_no_exported_file_names_the_folder_of_the_base_model(export, tokenizer, tmp_path):
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    read = AutoTokenizer.from_pretrained(tmp_path / "base")
+    folder = export_model(LongContextModule(model, attention=None), read, tmp_path / "model")
+    assert files_that_name(tmp_path, folder) == []
+    assert "trained from" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        ("owner/name", "owner/name"),
+        ("gpt2", "gpt2"),
+        ("/cache/hub/models--owner--a-name.1/snapshots/0f3c", "owner/a-name.1"),
+        ("/cache/hub/models--gpt2/snapshots/0f3c/", "gpt2"),
+        ("C:\\cache\\models--owner--name\\snapshots\\0f3c", "owner/name"),
+        ("/models/base", ""),
+        ("~/base", ""),
+        ("../base", ""),
+        ("tests", ""),
+        ("", ""),
+    ],
+)
+def test_a_base_model_is_named_as_others_know_it(export, given, public):
+    assert public_name(given) == public
+    model = AutoModelForCausalLM.from_config(llama())
+    model.config._name_or_path = given
+    _, _, card = export(model, None)
+    assert ("trained from" in card) == (public != "")
+    assert (f"trained from: `{public}`" in card) == (public != "")
+    assert ("base_model: " in card) == ("/" in public)
 
 
 @pytest.mark.parametrize("name", ["owner/name", None])

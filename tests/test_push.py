@@ -71,6 +71,19 @@ def test_adapters_of_a_local_base_model_are_a_warning(model, hub, capsys, base, 
     assert ("train with adapter.merge=true" in printed) is warned
 
 
+def test_a_path_of_this_machine_in_a_file_is_a_warning(model, hub, capsys):
+    (model / "README.md").write_text(f"trained from `{model}`, see https://hub/usr/bin and and/or")
+    (model / "extra.json").write_text(json.dumps({"data": str(model.parent), "no": "/a/missing"}))
+    (model / "vocab.txt").write_text(f"{model} " * 2**20)
+    assert main([str(model), "owner/name"]) == 0
+    warnings = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    assert warnings == [
+        f"warning: {name} names {place}, a place on this machine. Remove it from the file, or "
+        "write a public name."
+        for name, place in (("README.md", model), ("extra.json", model.parent))
+    ]
+
+
 def test_a_relative_folder_of_the_base_model_is_a_warning(model, hub, capsys, monkeypatch):
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "runs/base"}')
     (model.parent / "runs" / "base").mkdir(parents=True)
