@@ -65,24 +65,15 @@ def explain(
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} (errno {error.errno}). Check the disk and the permissions."
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"{str(error).splitlines()[0]} {_more_room(overrides)}, or lower data.max_tokens; "
-            "memory.plan=true says what a step takes and what fits."
-        )
+        more = "Use fewer tokens at a time, a smaller model, or a GPU with more memory."
+        if hasattr(error, "remedy"):  # of a training step
+            setting = "" if error.remedy is None else f"{error.remedy}, or lower data.max_tokens"
+            more = setting or "Lower data.max_tokens"
+            more += "; memory.plan=true says what a step takes and what fits."
+        return f"{str(error).splitlines()[0]} {more}"
     if type(error).__name__ == "MisconfigurationException":  # Lightning refuses a setting
         return f"{' '.join(str(error).split())} Check the settings of trainer."
     return None
-
-
-def _more_room(overrides: Sequence[str]) -> str:
-    """Returns the memory setting that saves most, of those that the command does not have yet."""
-    if not any(text in ("memory=auto", "memory=offload") for text in overrides):
-        return "Set memory=auto"
-    if not any(text.startswith("memory.mlp_tokens=") for text in overrides):
-        return "Set memory.mlp_tokens=4096"
-    if not any(text.startswith("adapter=") for text in overrides):
-        return "Train adapters (adapter=lora)"
-    return "Set memory.device_gib below the memory of the GPU, so that memory=auto keeps less on it"
 
 
 def report_failure(

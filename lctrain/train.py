@@ -175,6 +175,7 @@ def _run(
     from lctrain.build import build_datamodule, build_trainer, instantiate_all, model_factory
     from lctrain.distributed import Topology
     from lctrain.loggers import closing, with_run_id
+    from lctrain.memory.remedies import with_remedies
     from lctrain.module import LongContextModule
     from lctrain.next_command import evaluation_arguments
     from lctrain.report import summarize
@@ -200,7 +201,8 @@ def _run(
             trainer.validate(module, datamodule, verbose=False)
         elif is_rank_zero():
             log.info("Resuming from %s", checkpoint)
-        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        with with_remedies(config, module):
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         count_last_step(trainer)
         trainer.validate(module, datamodule, verbose=False)
         found = export_and_evaluate(config, trainer, module, folder.path)

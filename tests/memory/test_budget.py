@@ -1,11 +1,7 @@
 """Tests how much host memory a process may use: the control group's limit, not the machine's."""
 
-import re
-
 import pytest
-import torch
 
-from lctrain.failure import explain
 from lctrain.memory.budget import free_host_bytes
 
 GIB = 2**30
@@ -84,21 +80,3 @@ def test_a_path_outside_of_the_container_leaves_its_root(machine):
 
 def test_a_system_without_these_files_has_no_known_memory(tmp_path):
     assert free(tmp_path) == 0
-
-
-@pytest.mark.parametrize(
-    ("overrides", "remedy"),
-    [
-        ((), "Set memory=auto,"),
-        (("memory=checkpoint",), "Set memory=auto,"),
-        (("memory=auto",), r"Set memory\.mlp_tokens=4096,"),
-        (("memory=auto", "memory.mlp_tokens=4096"), r"Train adapters \(adapter=lora\),"),
-        (("memory=auto", "memory.mlp_tokens=1", "adapter=lora"), r"Set memory\.device_gib below"),
-    ],
-)
-def test_an_error_of_memory_names_the_plan_and_a_setting_that_is_left(overrides, remedy):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.\nMore words.")
-    message = explain(error, overrides)
-    assert re.search(f"8 GiB. {remedy}", message)
-    assert "memory.plan=true says what a step takes" in message
-    assert "More words" not in message
