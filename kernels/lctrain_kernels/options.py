@@ -244,7 +244,7 @@ def check_head_tensors(
         if tuple(alibi_slopes.shape) not in ((heads,), (documents, heads)):
             raise ValueError(
                 f"alibi_slopes must have shape [{heads}] or [{documents}, {heads}], got "
-                f"{tuple(alibi_slopes.shape)}."
+                f"{tuple(alibi_slopes.shape)}. Pass one slope per query head."
             )
         if alibi_slopes.dtype != torch.float32:
             raise TypeError(
@@ -264,7 +264,7 @@ def check_head_tensors(
 def check_softcap_and_scale(softcap: float, softmax_scale: float | None) -> None:
     """Raises unless softcap is finite and >= 0, and softmax_scale finite and > 0, or None."""
     if softcap < 0 or not softcap < math.inf:
-        raise ValueError(f"softcap must be finite and >= 0 (0 turns it off), got {softcap}.")
+        raise ValueError(f"softcap must be finite and >= 0, got {softcap}. 0 turns it off.")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(
             f"softmax_scale must be finite and > 0, got {softmax_scale}. "

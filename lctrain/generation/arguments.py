@@ -29,7 +29,10 @@ def check_counts(**counts: Any) -> None:
     """Raises ValueError unless every argument is an int of at least 1."""
     for name, value in counts.items():
         if not is_int(value) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+            raise ValueError(
+                f"{name} must be an int of at least 1, got {value!r}. Pass a positive number, or "
+                "leave it out for the default."
+            )
 
 
 def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any, shared_prefixes: Any) -> None:
@@ -42,7 +45,10 @@ def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any, shared_prefi
         shared_prefixes: One of SHARING.
     """
     if batching not in BATCHING:
-        raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}.")
+        raise ValueError(
+            f"batching must be one of {', '.join(BATCHING)}, got {batching!r}. 'auto' chooses what "
+            "the model allows."
+        )
     if shared_prefixes not in SHARING:
         raise ValueError(
             f"shared_prefixes must be one of {', '.join(SHARING)}, got {shared_prefixes!r}. "
@@ -55,7 +61,9 @@ def check_batching(batching: Any, cache_gib: Any, cuda_graphs: Any, shared_prefi
             "the free memory."
         )
     if not isinstance(cuda_graphs, bool):
-        raise ValueError(f"cuda_graphs must be True or False, got {cuda_graphs!r}.")
+        raise ValueError(
+            f"cuda_graphs must be True or False, got {cuda_graphs!r}. False runs steps as they are."
+        )
 
 
 def check_log_probs(log_probs: Any) -> None:
@@ -85,9 +93,11 @@ def read_prompts(prompts: Any, tokenizer: Any) -> list[list[int]]:
         )
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
+    unordered = isinstance(prompts, set | frozenset)
+    if isinstance(prompts, str | bytes | dict) or unordered or not hasattr(prompts, "__iter__"):
         raise ValueError(
-            f"prompts must be a list of prompts, got {str(prompts)[:60]!r}. Write [prompt]."
+            f"prompts must be a list of prompts, got {str(prompts)[:60]!r}. "
+            f"{'Put them in an order.' if unordered else 'Write [prompt].'}"
         )
     return [_token_ids(prompt, tokenizer) for prompt in prompts]
 
@@ -105,10 +115,15 @@ def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
             f"prompt {str(ids)[:60]}. Write [[1, 2, 3]] for one prompt of three tokens."
         )
     ids = list(ids)
-    if not ids or not all(map(is_int, ids)):
+    if not ids:
         raise ValueError(
-            f"prompts must be lists of at least one token id, got {str(ids)[:60]}. Begin an empty "
+            "prompts must be lists of at least one token id, got an empty one. Begin an empty "
             "prompt with the begin token."
+        )
+    if not all(map(is_int, ids)):
+        raise ValueError(
+            f"prompts must be lists of token ids, which are ints, got {str(ids)[:60]}. Pass the "
+            "input_ids of each prompt, in one dimension."
         )
     return [int(token) for token in ids]
 
@@ -151,6 +166,7 @@ def read_seeds(seeds: Any, count: int) -> list[int]:
         ValueError: if there are more or fewer seeds than completions, or one is no integer of 64
             bits.
     """
+    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     found = range(seeds, seeds + count) if is_int(seeds) else seeds
     if isinstance(found, str) or not hasattr(found, "__len__"):
         raise ValueError(

@@ -199,6 +199,8 @@ def _complete(
         )
     if cache_gib is not None:
         warn_caller(f"cache_gib is not used: {shape}. Lower batch_size to save memory.")
+    if shared_prefixes == "always":
+        warn_caller(f"shared_prefixes is not used: {shape}. Padded batches share no pages.")
     return complete_padded(causal_lm, task)
 
 

@@ -36,7 +36,9 @@ class SamplingOptions:
         for name in names:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name} must be a number, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be a number, got {value!r}. Leave it out for the default."
+                )
         if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(
                 f"temperature must be 0, or finite and at least {LOWEST_TEMPERATURE}, got "
@@ -45,9 +47,11 @@ class SamplingOptions:
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {self.top_k}. 0 takes all.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise ValueError(
+                f"top_p must be above 0 and at most 1, got {self.top_p}. 1 keeps all tokens."
+            )
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}.")
+            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}. 0 keeps all tokens.")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(
                 f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}. 1 "

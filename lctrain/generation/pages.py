@@ -58,6 +58,9 @@ class PagePool:
         pages: Number of pages.
         device: Device of the pages.
 
+    Raises:
+        ValueError: if the pages do not fit the memory.
+
     Attributes:
         shape: Shape of keys and values.
         pages: Number of pages.
@@ -67,7 +70,14 @@ class PagePool:
         self.shape = shape
         self.pages = pages
         size = (shape.layers, 2, pages, PAGE, shape.heads, shape.head_dim)
-        self._storage = torch.empty(size, dtype=shape.dtype, device=device)
+        try:
+            self._storage = torch.empty(size, dtype=shape.dtype, device=device)
+        except RuntimeError as error:  # torch's allocators raise different ones
+            raise ValueError(
+                f"the paged cache must fit the memory of {device}, got {pages} pages of "
+                f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "
+                "prompts, or pass a smaller cache_gib."
+            ) from error
         self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages
 

@@ -71,9 +71,10 @@ def test_arrays_and_tensors_are_token_ids(model):
         ({"eos_token_id": [2, -1]}, "eos_token_id must name token ids from 0 to .*, got -1"),
         ({"prompts": ["text"]}, "tokenizer must be given with prompts of text"),
         ({"prompts": [[]]}, "prompts must be lists of at least one token id"),
-        ({"prompts": [[1.5]]}, "prompts must be lists of at least one token id"),
-        ({"prompts": [[True]]}, "prompts must be lists of at least one token id"),
-        ({"prompts": torch.ones(1, 1, 2)}, "prompts must be lists of at least one token id"),
+        ({"prompts": [[1.5]]}, "prompts must be lists of token ids, which are ints, got .1.5.. Pa"),
+        ({"prompts": [[True]]}, "prompts must be lists of token ids, which are ints, got .True."),
+        ({"prompts": torch.ones(1, 1, 2)}, "prompts must be lists of token ids, which are ints"),
+        ({"prompts": {(1, 2)}}, "prompts must be a list of prompts, got .*Put them in an order"),
         ({"prompts": [1, 2]}, "prompts must be a list of prompts, each a list.*got the prompt 1"),
         ({"prompts": torch.tensor([1])}, "prompts must be a list of prompts, each a list"),
         ({"prompts": [{"input_ids": [1]}]}, "prompts must be a list of prompts, each a list"),
@@ -101,7 +102,8 @@ def test_a_function_without_decode_is_no_tokenizer(model):
 
 def test_arrays_are_seeds(model):
     expected = lctrain.generate(model, PROMPTS, max_new_tokens=3, seeds=[3, 5])
-    assert lctrain.generate(model, PROMPTS, max_new_tokens=3, seeds=np.array([3, 5])) == expected
+    for seeds in (np.array([3, 5]), torch.tensor([3, 5])):
+        assert lctrain.generate(model, PROMPTS, max_new_tokens=3, seeds=seeds) == expected
 
 
 def test_numbers_of_numpy_and_integers_are_options(model):

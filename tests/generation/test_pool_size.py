@@ -46,6 +46,12 @@ def gpu(monkeypatch):
     return memory
 
 
+def test_a_pool_that_the_memory_does_not_hold_is_an_error():
+    """torch's own message names the bytes only; a CPU's cache is what the longest request needs."""
+    with pytest.raises(ValueError, match=r"must fit the memory of cpu, got \d+ pages.*max_new_tok"):
+        PagePool(SHAPE, 2**45, CPU)
+
+
 def asked(pages):
     """Returns a task whose full batch needs a number of pages."""
     return GenerationTask([[1]] * pages, [0] * pages, SamplingOptions(), 1, batch_size=pages)

@@ -54,6 +54,8 @@ def test_what_the_caller_demands(patched, endless):
         lctrain.generate(plain, PROMPTS, batching="continuous")
     with pytest.warns(UserWarning, match="cache_gib is not used: it is not patched"):
         lctrain.generate(plain, PROMPTS, cache_gib=1, max_new_tokens=1)
+    with pytest.warns(UserWarning, match="shared_prefixes is not used: it is not patched"):
+        lctrain.generate(plain, PROMPTS, shared_prefixes="always", max_new_tokens=1)
     with pytest.raises(ValueError, match=r"cache_gib must be at least .* got 9.99e-07\. Shorten"):
         lctrain.generate(patched, PROMPTS, cache_gib=1e-6)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 import lctrain
 import lctrain_kernels
@@ -93,7 +94,7 @@ def test_buffers_hold_the_groups_of_a_batch():
     bounds, size = PrefixBounds(2, 4, 1024), 4
     host = torch.full((PrefixBuffers.numbers(size, bounds),), 9, dtype=torch.int32)
     buffers = PrefixBuffers(host, host, size, bounds)
-    buffers.fill(make_shared_prefixes([[0, 1], [2, 3], [0, 4]], [150] * 3, PAGE))
+    buffers.fill(make_shared_prefixes([[0, 1], [2, 3], [0, 4]], [120] * 3, PAGE))
     found = buffers.prefixes
     assert found.prefix.tolist() == [64, 0, 64, 0]
     assert found.members.tolist() == [0, 2, 0, 0]
@@ -214,10 +215,15 @@ def test_kernels_read_a_prefix_once(endless, make, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_graphs_of_shared_steps_change_no_bit(endless):
+@pytest.mark.parametrize("attention", ["flash", "dual_chunk", "differential"])
+def test_graphs_of_shared_steps_change_no_bit(endless, attention):
     """Samples of long prompts end one after another, so groups shrink and other graphs serve."""
-    model = endless(head_dim=64, max_position_embeddings=4096).to("cuda", torch.bfloat16)
-    lctrain.patch_model(model, fused=True)
+    model = endless(head_dim=64, max_position_embeddings=4096)
+    if attention == "differential":
+        model = DiffLlamaForCausalLM(DiffLlamaConfig(**model.config.to_diff_dict())).eval()
+    model.to("cuda", torch.bfloat16)
+    chunks = {"chunk_size": 900, "local_size": 100} if attention == "dual_chunk" else {}
+    lctrain.patch_model(model, attention, fused=attention != "differential", **chunks)
     long = [index % 90 for index in range(2100)]
     prompts, options = [long, long[300:], [5, 6]], {"samples": 6, "max_new_tokens": 60}
     options |= {"eos_token_id": list(range(4)), "batching": "continuous"}

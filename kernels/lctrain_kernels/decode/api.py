@@ -164,8 +164,10 @@ def flash_attn_with_kvcache(
 
 def _check_splits(split: str, num_splits: int) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
-    if not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(
+            f"split must be one of {', '.join(SPLITS)}, got {split!r}. 'fixed' is the default."
+        )
+    if not isinstance(num_splits, int) or isinstance(num_splits, bool) or num_splits < 0:
         raise ValueError(
             f"num_splits must be an int of at least 0, got {num_splits!r}. 0 takes a fixed size."
         )

@@ -178,6 +178,16 @@ def check_stored(stored: object, capacity: int, new_tokens: int) -> None:
 
 
 def _does_not_fit(name: str, stored: int, capacity: int, new_tokens: int) -> ValueError:
+    if stored < 0 <= capacity - new_tokens:
+        return ValueError(
+            f"{name} must be at least 0, got {stored}. Nothing was written; pass the tokens that "
+            f"the cache holds before the call, or {-new_tokens} for a request without keys."
+        )
+    if capacity < new_tokens:
+        return ValueError(
+            f"k_cache must have room for the {new_tokens} new tokens of a request, got "
+            f"{capacity}. Nothing was written; make the cache longer, or block_table wider."
+        )
     return ValueError(
         f"{name} must be from 0 to {capacity - new_tokens}, got {stored}: the cache holds "
         f"{capacity} tokens of a request, and {new_tokens} are appended. Nothing was written; make "
@@ -302,6 +312,11 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
             used = -(-(length + new_tokens) // cache.page)
             pages = cache.block_table[request, :used].tolist()
             wrong = [page for page in pages if not 0 <= page < cache.k.shape[0]]
+            if wrong and not cache.k.shape[0]:
+                raise ValueError(
+                    "k_cache must have at least one page, got none. Nothing was written; allocate "
+                    "it as [pages, page, heads, D]."
+                )
             if wrong:
                 raise ValueError(
                     f"block_table[{request}] must name pages from 0 to {cache.k.shape[0] - 1}, got "
@@ -321,7 +336,7 @@ def check_values(cache: KVCache, new_tokens: int, longest: int | None) -> None:
             if not 0 <= row < cache.k.shape[0]:
                 raise ValueError(
                     f"cache_batch_idx[{request}] must be from 0 to {cache.k.shape[0] - 1}, got "
-                    f"{row}. Nothing was written."
+                    f"{row}. Nothing was written; name a row of k_cache."
                 )
     for request, pages in used_pages:
         for page in pages:

@@ -62,10 +62,12 @@ def make_shared_prefixes(
             f"block_table must have a row per request ({len(stored)}) and pages of at least one "
             f"token, got {len(block_table)} rows and pages of {page}. Pass both of one cache."
         )
-    rows = [
-        torch.as_tensor(row, dtype=torch.int64)[: max(tokens, 0) // page]
-        for row, tokens in zip(block_table, stored, strict=True)
-    ]
+    if not isinstance(min_tokens, int) or isinstance(min_tokens, bool):
+        raise ValueError(
+            f"min_tokens must be an int, got {min_tokens!r}. Pass a number of tokens, or leave it "
+            "out."
+        )
+    rows = [_full_pages(i, row, stored[i], page) for i, row in enumerate(block_table)]
     for request, pages in enumerate(rows):
         if len(pages) and int(pages.min()) < 0:
             raise ValueError(
@@ -102,8 +104,31 @@ def make_shared_prefixes(
     )
 
 
+def _full_pages(request: int, row: Tensor | Sequence[int], stored: int, page: int) -> Tensor:
+    """Returns the pages of a request that are full; raises unless its row names all its pages."""
+    given = torch.as_tensor(row)
+    if given.dim() != 1 or (len(given) and (given.is_floating_point() or given.is_complex())):
+        raise TypeError(
+            f"block_table[{request}] must be a list of page numbers, which are integers, got "
+            f"{given.dtype} of shape {tuple(given.shape)}. Pass one row per request."
+        )
+    needed = -(-max(stored, 0) // page)
+    if len(given) < needed:
+        raise ValueError(
+            f"block_table[{request}] must name the {needed} pages of {stored} tokens, got "
+            f"{len(given)}. Pass the lengths before the step, and all pages of a request."
+        )
+    return given[: max(stored, 0) // page].long()
+
+
 def _checked(groups: Sequence[Sequence[int]], rows: list[Tensor]) -> Sequence[Sequence[int]]:
     """Returns the groups; raises unless they name requests, and each request once at most."""
+    lists = isinstance(groups, Sequence) and all(isinstance(one, Sequence) for one in groups)
+    if not lists or not all(isinstance(request, int) for one in groups for request in one):
+        raise TypeError(
+            f"groups must be lists of requests, which are ints, got {groups!r}. Write [[0, 1]], or "
+            "leave it out."
+        )
     named = [request for group in groups for request in group]
     wrong = [request for request in named if not 0 <= request < len(rows)]
     twice = [request for request in set(named) if named.count(request) > 1]

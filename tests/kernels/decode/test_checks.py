@@ -98,7 +98,18 @@ CASES = {
     ),
     "lengths-list": (DENSE, {"cache_seqlens": [20, 31]}, TypeError, "must be an int, an int32"),
     "lengths-int-full": (DENSE, {"cache_seqlens": 32}, ValueError, "from 0 to 31, got 32"),
-    "lengths-negative": (DENSE, {"cache_seqlens": ints(-2, 3)}, ValueError, "to 31, got -2"),
+    "lengths-negative": (
+        DENSE,
+        {"cache_seqlens": ints(-2, 3)},
+        ValueError,
+        r"cache_seqlens\[0\] must be at least 0, got -2. .* or -1 for a request without keys",
+    ),
+    "table-without-columns": (
+        PAGED,
+        {"block_table": ints(1, 1).view(2, 1)[:, :0]},
+        ValueError,
+        "k_cache must have room for the 1 new tokens of a request, got 0.* block_table wider",
+    ),
     "leftpad": (
         DENSE,
         {"cache_leftpad": ints(0, 32)},

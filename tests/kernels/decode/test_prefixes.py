@@ -186,6 +186,19 @@ def test_groups_may_be_given_and_short_prefixes_left_out():
             ValueError,
             r"block_table\[1\] must name pages of at least 0, got -1 among the first 2. Allocate",
         ),
+        (
+            {"cache_seqlens": [128, 129]},
+            ValueError,
+            r"block_table\[1\] must name the 3 pages of 129 tokens, got 2. Pass the lengths",
+        ),
+        (
+            {"block_table": [[0.5, 1], [2, 3]]},
+            TypeError,
+            r"block_table\[0\] must be a list of page numbers, which are integers, got torch.fl",
+        ),
+        ({"min_tokens": "64"}, ValueError, "min_tokens must be an int, got '64'. Pass a number"),
+        ({"groups": 5}, TypeError, r"groups must be lists of requests, which are ints, got 5. Wri"),
+        ({"groups": [(0, 1.0)]}, TypeError, "groups must be lists of requests, which are ints"),
         ({"groups": [(0, 2)]}, ValueError, "requests from 0 to 1, each once, got 2. Name"),
         ({"groups": [(0, 1), (1,)]}, ValueError, "each once, got 1 twice"),
         (

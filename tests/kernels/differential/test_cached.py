@@ -124,6 +124,7 @@ def test_a_request_reaches_no_sibling_of_its_group(device):
         ({"lam": 0.5}, TypeError, "lam must be a floating-point tensor"),
         ({"lam": torch.ones(4, device="meta")}, ValueError, "on q's device, cpu, got meta. Move"),
         ({"lam": torch.ones(3)}, ValueError, r"lam must be a scalar, \[4\] or \[2, 1, 4\], got"),
+        ({"plan": "x"}, TypeError, "plan must be a DecodePlan or None, got str. Pass the result"),
         ({"window_size": (1,)}, TypeError, "window_size must be"),
         ({"backend": "hopper"}, ValueError, "backend='hopper', which has no decode kernels"),
         (

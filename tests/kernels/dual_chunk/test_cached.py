@@ -118,6 +118,7 @@ def test_requests_do_not_reach_each_other(device):
         ({"logit_scale": torch.ones(4)}, ValueError, "logit_scale must have shape .3."),
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be finite and > 0"),
         ({"backend": "hopper"}, ValueError, "backend='hopper', which has no decode kernels"),
+        ({"plan": "x"}, TypeError, "plan must be a DecodePlan or None, got str. Pass the result"),
         ({"cache_seqlens": 96}, ValueError, "cache_seqlens must be from 0 to 95, got 96"),
         (
             {"q": torch.zeros(3, 1, 2, 16).requires_grad_()},
