@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DUAL_CHUNK_ARGUMENT = "lctrain_dual_chunk"
 
 PREFIX_COST = 4.0
-"""Cost of shared prefixes: about ten small kernels cut the ranges of keys and merge the results."""
+"""Estimated cost of shared prefixes: about ten small kernels cut the ranges, and merge results."""
 
 
 class DualChunkInputs(NamedTuple):

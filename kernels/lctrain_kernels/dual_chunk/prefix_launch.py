@@ -6,7 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from lctrain_kernels.decode.launch import MERGE_WARPS, cache_strides, decode_shape
+from lctrain_kernels.decode.launch import (
+    MERGE_WARPS,
+    MOST_PARTIAL_BYTES,
+    cache_strides,
+    decode_shape,
+)
 from lctrain_kernels.decode.launch_config import decode_config
 from lctrain_kernels.decode.structures import KVCache, NewTokens, SharedPrefixes
 from lctrain_kernels.decode.triton_merge import MergePointers, decode_merge_kernel
@@ -30,6 +35,7 @@ def attend_prefixes(
     ends: Tensor,
     shared: SharedPrefixes,
     softmax_scale: float,
+    most_bytes: int = MOST_PARTIAL_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Computes the attention of all queries to the shared prefixes of their requests.
 
@@ -43,6 +49,7 @@ def attend_prefixes(
         ends: Key after the last one, in the shape of starts.
         shared: Prefixes that requests share.
         softmax_scale: Factor of q.k.
+        most_bytes: Most memory for the results of splits, which are longer if they need more.
 
     Returns:
         out [B, Sq, H, D] float32 and lse [B, H, Sq] float32; 0 and -inf for other requests.
@@ -56,7 +63,9 @@ def attend_prefixes(
     if out.numel() == 0:
         return out, lse
     config = decode_config(q)
-    size = config.split_size
+    size, bytes_of_split = config.split_size, 4 * requests * heads_kv * rows * head_dim
+    while size < shared.longest and triton.cdiv(shared.longest, size) * bytes_of_split > most_bytes:
+        size *= 2
     splits = triton.cdiv(shared.longest, size)
     most = shared.most * rows
     tile = config.tile_of_rows(most)

@@ -133,6 +133,32 @@ def test_pytorch_computes_every_request_alone(device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_results_of_splits_take_a_bounded_memory(device, monkeypatch):
+    """Longer splits are fewer: here one of 128 keys in place of two."""
+    inputs = make_kv(PAGED, device)
+    share(inputs, PAGED, (0, 1, 3), 128)
+    one = 4 * inputs.q.numel()  # bytes of one split of all requests
+    attend, launch, grids = prefix_launch.attend_prefixes, prefix_launch.launch, []
+
+    def bounded(*arguments):
+        return attend(*arguments, most_bytes=one)
+
+    def remembered(kernel, grid):
+        grids.append(grid)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(prefix_launch, "launch", remembered)
+    results = []
+    for function in (attend, bounded):
+        monkeypatch.setattr(prefix_launch, "attend_prefixes", function)
+        with override_decode_config(SPLITS):
+            results.append(call(inputs, "triton", 24, 8, plan=shared_plan(inputs, PAGED))[0])
+    assert grids[0] == (2 * grids[2][0],)
+    exact, same = (plain(PAGED, inputs, dtype, 24, 8, None)[0] for dtype in (torch.float64, HALF))
+    for found in results:
+        assert_error_at_most_twice(found, same, exact, "out")
+
+
 def test_variants_are_what_is_launched(monkeypatch):
     for module in (aot, decode_aot):
         describe_for_a_compiler(module, monkeypatch)
