@@ -1,6 +1,7 @@
 """Tests the small model in the wheel: dual chunk attention finds its keys, plain RoPE does not."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +9,18 @@ import torch
 
 import lctrain
 from lctrain.data.passkey import PasskeyFormat
-from lctrain.eval import Extension, answered, passkey_retrieval, trained_window
+from lctrain.eval import (
+    Extension,
+    Run,
+    Subject,
+    computed,
+    passkey_retrieval,
+    trained_window,
+)
 from lctrain.eval.shipped import FOLDER, SHIPPED, load_passkey_model, passkey_folder
+from lctrain.eval.tasks.passkey import PasskeyRetrieval
+from lctrain.generation.pages import CacheShape
+from lctrain.generation.road import find_cache
 from tests.house.typecheck import ROOT
 
 TEXT = (ROOT / "LICENSE").read_text()  # hides the keys; it never changes
@@ -47,35 +58,29 @@ def test_only_dual_chunk_attention_finds_them_at_eight_windows(table):
 
 
 def test_decoding_writes_the_keys_at_eight_windows(monkeypatch):
-    """Greedy decoding over a paged cache, in steps that read the pages of a text's begin once."""
+    """passkey.by=generation, over a paged cache; equal beginnings of texts are read once."""
+    module, sharing = sys.modules["lctrain.eval.generate"], []
 
-    def written(model, texts, segment, device):
-        prompts = [text.input_ids[: text.answer_start].tolist() for text in texts]
-        answers = [text.input_ids[text.answer_start :].tolist() for text in texts]
-        found = lctrain.generate(
-            model,
-            prompts,
-            max_new_tokens=max(map(len, answers)),
-            temperature=0,
-            batching="continuous",
-            shared_prefixes="always",
-        )
-        pairs = zip(found, answers, strict=True)
-        return [one.token_ids[: len(answer)] == answer for one, answer in pairs]
+    def always(model, prompts, **options):
+        sharing.append(find_cache(model))
+        return lctrain.generate(model, prompts, **options, shared_prefixes="always")
 
-    monkeypatch.setattr(answered, "answered", written)
+    monkeypatch.setattr(module, "generate", always)
     reader = load_passkey_model(SHIPPED)
     window = trained_window(reader.model, None)
-    found = passkey_retrieval(
-        reader.model,
-        PasskeyFormat.of(reader.tokenizer),
-        [np.array(reader.tokenizer(TEXT, verbose=False)["input_ids"])],
-        [8 * window],
+    form = PasskeyFormat.of(reader.tokenizer)
+    task = PasskeyRetrieval(depths=DEPTHS, keys_per_cell=KEYS, format=form, by="generation")
+    task.texts = [np.array(reader.tokenizer(TEXT, verbose=False)["input_ids"])]
+    subject = Subject(reader.model, reader.tokenizer, window=window, name=reader.name)
+    run = Run.prepared(
+        task,
+        subject,
         [Extension("dual_chunk", window)],
-        max_tokens=8 * window * KEYS,
-        depths=DEPTHS,
-        keys_per_cell=KEYS,
-    ).found["dual_chunk"]
+        [8 * window],
+        max_tokens=8 * window,
+    )
+    found = task.table(computed(run, False)).found["dual_chunk"]
+    assert isinstance(sharing[0], CacheShape)
     assert found.sum() >= len(DEPTHS) * KEYS - 1  # a near tie may tip
 
 
