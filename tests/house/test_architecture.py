@@ -43,6 +43,7 @@ LEVELS = {
     "lctrain_kernels.varlen": -1,
     "lctrain_kernels.mlp": 0,
     "lctrain_kernels.rotary": 0,
+    "lctrain_kernels.sampling": 0,
     "lctrain_kernels.dual_chunk": 0,
     "lctrain_kernels.differential": 0,
     "lctrain_kernels.cross_entropy": 0,
