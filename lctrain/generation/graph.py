@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ class GraphCapture:
         self.used = False
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
         self._failed: list[torch.cuda.CUDAGraph] = []  # the allocators refer to them
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -71,7 +71,7 @@ class GraphCapture:
         """Context in which the kernels of this thread are recorded instead of launched."""
         if torch.cuda.mem_get_info(self._device)[0] < LEAST_FREE:
             torch.cuda.empty_cache()  # synchronises
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(capture_stream(self._device)):
             # Other threads, such as those that pin batches, may go on meanwhile.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
@@ -99,6 +99,18 @@ class GraphCapture:
         with self._capturing(torch.cuda.CUDAGraph()):
             buffer.add_(1)
         torch.cuda.set_rng_state(state, self._device)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream on which graphs of a device are recorded, the same in every call.
+
+    cuBLAS keeps a workspace for each stream that has used it.
+
+    Args:
+        device: A GPU, with its index.
+    """
+    return torch.cuda.Stream(device)
 
 
 def capture_refusal(model: nn.Module) -> str | None:

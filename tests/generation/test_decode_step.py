@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lctrain
-from lctrain.generation import decode
+from lctrain.generation import decode, graph
 from lctrain.generation.continuous import complete_continuously
 from lctrain.generation.decode import batch_sizes
 from lctrain.generation.forward import CachedForward
@@ -283,7 +283,6 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool, 
         "graph_pool_handle": lambda: (0, next(pools)),
         "device": nullcontext,
         "CUDAGraph": Graph,
-        "Stream": lambda device: f"stream of {device}",
         "stream": lambda stream: nullcontext(),
         "mem_get_info": lambda device: (free, 2**34),
         "empty_cache": lambda: calls.append("empty"),
@@ -294,6 +293,7 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool, 
     }
     for name, stub in stubs.items():
         monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(graph, "capture_stream", str)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
     capture = GraphCapture(torch.device("cuda", 3))
