@@ -321,9 +321,16 @@ def check_task_settings(config: EvalConfig) -> None:
     )
     tasks = config.tasks or []
     for name in tasks:
-        own = getattr(getattr(config, name, None), "lengths", None)
+        settings = getattr(config, name, None)
+        own = getattr(settings, "lengths", None)
         if own is not None:
             check_lengths(own, config.forward_tokens(), f"{name}.")
+        require(
+            getattr(settings, "by", None) != "generation"
+            or "intra_chunk" not in (getattr(settings, "methods", None) or config.methods),
+            f"methods must not name intra_chunk for {name} by generation, got it. Leave it out, or "
+            f"set {name}.by=likelihood.",
+        )
     require(
         "context_gain" not in tasks or len(set(config.lengths)) > 1,
         f"lengths must name at least two for context_gain, got {list(config.lengths)}. Add a "
