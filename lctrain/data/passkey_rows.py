@@ -18,6 +18,7 @@ from lctrain.data.packing import PackingPlan
 from lctrain.data.passkey import KEY_WORDS, Filler, PasskeyFormat
 
 SHORTEST = 64  # tokens; in a shorter document the key is only a few lines before the question
+AT_ENDS = 0.1  # share of keys at the very beginning of the text, and as many right at its end
 LONGEST_KEY = 128  # words; with a long key, more of a document's tokens teach retrieval
 _LENGTHS, _DOCUMENTS = 1, 2  # purposes of random streams: lengths, and texts
 _TRAINING = 1  # separates these seeds from others: NumPy pads seeds, so [2, n] equals [2, n, 0]
@@ -106,8 +107,9 @@ class PasskeyStore:
     def __init__(self, format: PasskeyFormat, lengths: np.ndarray, text: StoredTokens) -> None:
         """Sets the documents' lengths and the text that keys are hidden in.
 
-        The depth of a key is drawn uniformly. Its number of words is drawn log-uniformly between
-        KEY_WORDS, which the evaluation uses, and LONGEST_KEY.
+        A share AT_ENDS of the keys stands at the very beginning of the text, and as many at its
+        end; the depth of the others is drawn uniformly. The number of words is drawn log-uniformly
+        between KEY_WORDS, which the evaluation uses, and LONGEST_KEY.
 
         Args:
             format: Fixed texts and words of the documents.
@@ -129,7 +131,7 @@ class PasskeyStore:
         tokens = int(self.lengths[document])
         most = min(self._format.most_words(tokens), LONGEST_KEY)
         key_words = round(KEY_WORDS * (most / KEY_WORDS) ** random.random())
-        depth = float(random.random())
+        depth = min(max((random.random() - AT_ENDS) / (1 - 2 * AT_ENDS), 0.0), 1.0)
         whole = self._format.make(
             random, tokens, depth, self._filler, with_end=True, key_words=key_words
         ).input_ids

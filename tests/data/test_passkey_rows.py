@@ -7,7 +7,7 @@ import pytest
 
 from lctrain.data.packing import plan_rows
 from lctrain.data.passkey import PasskeyFormat
-from lctrain.data.passkey_rows import _stream, add_passkeys, passkey_lengths
+from lctrain.data.passkey_rows import PasskeyStore, _stream, add_passkeys, passkey_lengths
 
 SETTINGS = {"max_tokens": 1024, "max_document_tokens": 300, "passkey_fraction": 0.5}
 
@@ -79,6 +79,22 @@ def test_documents_are_passkeys_over_training_text(data):
     assert len(keys) > 0.9 * len(documents)
     assert {len(key.split()) for key in keys} > {4, 5, 6}
     assert min(store.lengths[documents]) >= format.shortest
+
+
+def test_a_tenth_of_the_keys_stands_at_each_end_of_the_text(data):
+    format = PasskeyFormat.of(data.tokenizer)
+    joined = data._ready.train_rows.store
+    store = PasskeyStore(format, np.full(1000, 300), joined._first)
+    statement, asked = format.statement.tolist(), (*format.reminder, *format.question)
+    begin, places = len(format.begin), []
+    for document in range(len(store)):
+        ids = store.tokens(document).tolist()
+        first = ids[begin : begin + len(statement)] == statement
+        last = any(tuple(ids[at : at + len(asked)]) == asked for at in range(len(ids)))
+        places.append((first, last))
+    at_beginning, at_end = np.array(places).mean(axis=0)
+    assert 0.07 < at_beginning < 0.14  # a few of the others stand there by chance
+    assert 0.07 < at_end < 0.14
 
 
 def test_the_same_rows_in_another_process_and_another_run(make_data, data):
