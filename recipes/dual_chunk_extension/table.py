@@ -4,56 +4,53 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from lctrain.recipes.dual_chunk_extension.misses import misses
 from lctrain.recipes.dual_chunk_extension.scale import TRAIN_RATIO
 
 RESULTS = Path(__file__).parent / "results"
-LATER = RESULTS / "later"
-"""Folder of the files of a later, shorter run, which has every method."""
+RUNS = {
+    RESULTS: "First run",
+    RESULTS / "later": "Later run, of every method",
+    RESULTS / "wider": "The later run, trained further with keys at both ends of the text",
+}
+"""Titles of the recorded runs, by their folder."""
 README = Path(__file__).parent / "README.md"
 PROGRAM = "python -m lctrain.recipes.dual_chunk_extension.table"
-FURTHER = {
-    "passkey_ends": "**Keys near both ends of the text**, of {keys} in each cell:",
-    "passkey_wider": "**Keys after further training**, with keys at both ends, "
-    "of {keys} in each cell:",
-}
-"""Titles of further evaluations of passkeys, by the name of their file."""
 BEGIN, END = "<!-- extension tables: begin -->", "<!-- extension tables: end -->"
 
 
-def tables(*folders: Path) -> str:
-    """Returns the tables of the recorded runs as Markdown, between the marks of the README.
+def tables(runs: Mapping[Path, str] = RUNS) -> str:
+    """Returns the tables of recorded runs as Markdown, between the marks of the README.
 
     Args:
-        *folders: Folder of each run, with the files of the stages `train`, `perplexity` and
-            `passkey`. Without any: all recorded runs.
+        runs: Titles of the runs, by the folder with the files of the stages `train`, `perplexity`
+            and `passkey`.
     """
-    recorded = [folder for folder in (RESULTS, LATER) if (folder / "train.json").exists()]
-    parts = [part for folder in folders or recorded for part in _run(folder)]
+    parts = [part for folder, title in runs.items() for part in _run(folder, title)]
     return "\n\n".join([BEGIN, *parts, END])
 
 
-def _run(folder: Path) -> list[str]:
+def _run(folder: Path, title: str) -> list[str]:
     """Returns the tables of a run."""
     record = json.loads((folder / "train.json").read_text())
     first, last = record["held_out_loss"]
     where = f"{record['device']}, torch {record['torch']}, {record['date']}"
-    training = f"Training took the held-out loss from {first:.2f} to {last:.2f}."
-    parts = [f"### {record['steps']:,} steps", f"Measured on one {where}. {training}"]
-    parts += [_perplexities(_rows(folder / "perplexity_by_method.csv"))]
+    training = f"{record['steps']:,} steps took the held-out loss from {first:.2f} to {last:.2f}."
+    parts = [f"### {title}", f"Measured on one {where}. {training}"]
+    if (folder / "perplexity_by_method.csv").exists():
+        parts.append(_perplexities(_rows(folder / "perplexity_by_method.csv")))
     if folder == RESULTS:
-        parts += ["![Passkeys found by depth and length](../../docs/passkeys.png)"]
+        parts.append("![Passkeys found by depth and length](../../docs/passkeys.png)")
     parts += _passkeys(_rows(folder / "passkey_retrieval.csv"))
-    return parts + [
-        _by_depth(title, _rows(path))
-        for name, title in FURTHER.items()
-        if (path := folder / f"{name}.csv").exists()
-    ]
+    if (folder / "passkey_ends.csv").exists():
+        parts.append(_near_ends(_rows(folder / "passkey_ends.csv")))
+    return parts
 
 
-def _by_depth(title: str, rows: list[dict[str, str]]) -> str:
+def _near_ends(rows: list[dict[str, str]]) -> str:
     """Returns a table of the keys found by method and length, with a column for every depth."""
     window = min(int(row["length"]) for row in rows)
     cells: dict[tuple[str, int], dict[str, str]] = {}
@@ -66,7 +63,7 @@ def _by_depth(title: str, rows: list[dict[str, str]]) -> str:
         for (method, windows), found in cells.items()
     ]
     head = f"| depth | windows | {' | '.join(depths)} |"
-    title = title.format(keys=rows[0]["keys"])
+    title = f"**Keys near both ends of the text**, of {rows[0]['keys']} in each cell:"
     return "\n".join([title, "", head, f"|{'---|' * (len(depths) + 2)}", *lines])
 
 
@@ -110,8 +107,8 @@ def _passkeys(rows: list[dict[str, str]]) -> list[str]:
         for method, by_length in shares.items()
     }
     lengths = sorted(next(iter(means.values())))
-    depths = len(shares["plain"][lengths[0]])
-    keys = shares["plain"][lengths[0]][0][1]
+    first = next(iter(shares.values()))[lengths[0]]
+    depths, keys = len(first), first[0][1]
     table = [
         f"**Passkeys found**, means over {depths} depths of {keys} keys:",
         "",

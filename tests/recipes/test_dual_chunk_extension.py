@@ -138,9 +138,9 @@ def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp
             keys += [f"{method},{length},0.0,20,20,1.0", f"{method},{length},0.5,{found},20,0.5"]
     (tmp_path / "perplexity_by_method.csv").write_text("\n".join(losses))
     (tmp_path / "passkey_retrieval.csv").write_text("\n".join(keys))
-    assert "near both ends" not in table.tables(tmp_path)
+    assert "near both ends" not in table.tables({tmp_path: "A run"})
     (tmp_path / "passkey_ends.csv").write_text("\n".join(keys))
-    text = table.tables(tmp_path)
+    text = table.tables({tmp_path: "A run"})
     assert "Measured on one GPU X, torch 2.11, 2026-12-01." in text
     assert "**Perplexity** of 5,000 tokens of 3 held-out documents" in text
     assert "| tokens | plain | dual_chunk_yarn |" in text
@@ -151,8 +151,8 @@ def test_the_tables_name_every_method_of_a_run_and_the_best_at_eight_windows(tmp
     assert "| 8 | 20 of 20 | 19 of 20 |" in text
     assert "At 8 windows dual_chunk_yarn finds 39 of 40 keys, 98%." in text
     assert "explain the distance" not in text  # it is above what it should find
-    assert "### 2,000 steps" in text
-    assert "took the held-out loss from 9.12 to 2.50." in text
+    assert "### A run" in text
+    assert "2,000 steps took the held-out loss from 9.12 to 2.50." in text
     assert "**Keys near both ends of the text**, of 20 in each cell:" in text
     assert "| depth | windows | 0.0 | 0.5 |" in text
     assert "| dual_chunk_yarn | 8 | 20 | 19 |" in text
