@@ -54,6 +54,7 @@ def _load(
     stats,
     tile,
     TILE: gl.constexpr,
+    RELATION: gl.constexpr,
 ):
     """Runs the producer warp: loads the tile's keys and values, then blocks of queries and dout."""
     GROUP: gl.constexpr = TILE.group
@@ -70,7 +71,7 @@ def _load(
     steps = GROUP * tile.blocks
     for step in range(steps):
         stage = step % STAGES
-        first = first_query(block, tile.run, BLOCK_M)
+        first = first_query(block, tile.run, RELATION, BLOCK_M)
         query = first + local
         vector = (head.to(gl.int64) * stats.total_q + tile.begin_q + query) * 4
         queries = Rows(tile.begin_q + tile.length_q, RAGGED - tile.length_q + first, head)
@@ -95,14 +96,14 @@ def _load(
 
 
 @gluon.jit
-def _add_partial_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr):
+def _add_partial_dq(dq_desc, dq_bufs, tile, TILE: gl.constexpr, RELATION: gl.constexpr):
     """Runs the dQ warp, which adds partial dq from shared memory to the float32 buffer."""
     GROUP: gl.constexpr = TILE.group
     COLUMNS: gl.constexpr = TILE.block_d // 2
     head = tile.head_kv * GROUP
     block = tile.blocks - 1
     for _ in range(GROUP * tile.blocks):
-        row = RAGGED - tile.length_q + first_query(block, tile.run, TILE.block_m)
+        row = RAGGED - tile.length_q + first_query(block, tile.run, RELATION, TILE.block_m)
         for half in gl.static_range(2):
             dq_half = acquire_partial_dq(dq_bufs, half, dq_desc)
             coordinates = [RAGGED, tile.begin_q + tile.length_q, row, head, half * COLUMNS]
@@ -229,7 +230,7 @@ def dual_chunk_bwd_hopper_kernel(
                     compute,
                     (inputs, scale, TILE, RELATION, FULL_WEIGHTS, 1),
                 ),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE, RELATION)),
             ],
             [4, 1],
             [240, 24],
@@ -245,8 +246,8 @@ def dual_chunk_bwd_hopper_kernel(
                     compute,
                     (inputs, scale, TILE, RELATION, FULL_WEIGHTS, 1),
                 ),
-                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE)),
-                (_add_partial_dq, (dq_desc, dq_out, tile, TILE)),
+                (_load, (q_desc, do_desc, k_desc, v_desc, shared, stats, tile, TILE, RELATION)),
+                (_add_partial_dq, (dq_desc, dq_out, tile, TILE, RELATION)),
             ],
             [4, 1, 1],
             [240, 24, 24],

@@ -68,12 +68,15 @@ def blocks_of_relation(
 
 
 @gluon.jit
-def first_query(block, run, BLOCK_M: gl.constexpr):
+def first_query(block, run, RELATION: gl.constexpr, BLOCK_M: gl.constexpr):
     """Returns the position in the document of the first query of block number `block` of a run.
 
-    Blocks are consecutive, except for the gap before block run.first_after_gap.
+    Blocks are consecutive, except for the gap of SUCC before block run.first_after_gap.
     """
-    return run.low + block * BLOCK_M + gl.where(block < run.first_after_gap, 0, run.gap)
+    query = run.low + block * BLOCK_M
+    if RELATION == SUCC:
+        query += gl.where(block < run.first_after_gap, 0, run.gap)
+    return query
 
 
 @gluon.jit

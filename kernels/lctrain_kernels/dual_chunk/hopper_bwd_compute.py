@@ -65,17 +65,17 @@ def _weights(
         multiplier: Factor of s in the base-2 exponent.
         opaque_false: Condition that is always false, but that the compiler cannot evaluate.
     """
+    local_key = gl.arange(0, s.shape[0], gl.SliceLayout(1, s_layout))
+    local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
+    shift = tile.length_k - tile.length_q
     # Keys beyond the end are zero, and 2^(0 - lse) may overflow.
     if (block < bounds.clear_first) | (block >= bounds.clear_end):
         # In queries: the position of the first key, and the end of each key's chunk. Before the
         # loop they would take registers.
-        local_key = gl.arange(0, s.shape[0], gl.SliceLayout(1, s_layout))
-        local_query = gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout))
         key = bounds.first_key + gl.where(opaque_false, 1, 0)
-        shift = tile.length_k - tile.length_q
         diagonal = key - shift
         chunk_end = chunk_begin(key + local_key, bounds.chunk_length) + bounds.chunk_length - shift
-        query = local_query + first_query(block, tile.run, BLOCK_M)
+        query = local_query + first_query(block, tile.run, RELATION, BLOCK_M)
         first_seen = chunk_end
         if RELATION == INTRA:
             first_seen = local_key + diagonal
@@ -197,7 +197,9 @@ def _steps_with_dq_warp(
 
 
 @gluon.jit
-def _add_dq(dq, slabs, step, tile, COLUMN: gl.constexpr, TILE: gl.constexpr):
+def _add_dq(
+    dq, slabs, step, tile, COLUMN: gl.constexpr, TILE: gl.constexpr, RELATION: gl.constexpr
+):
     """Adds a warpgroup's columns of a step's partial dq from registers to the float32 buffer.
 
     Args:
@@ -209,7 +211,7 @@ def _add_dq(dq, slabs, step, tile, COLUMN: gl.constexpr, TILE: gl.constexpr):
         TILE: Tile sizes and head counts of the backward kernel, a BackwardShape.
     """
     known = gl.maximum(step, 0)
-    query = first_query(tile.blocks - 1 - known // TILE.group, tile.run, TILE.block_m)
+    query = first_query(tile.blocks - 1 - known // TILE.group, tile.run, RELATION, TILE.block_m)
     slab = known % TILE.group * slabs.per_head + query // TILE.slab_rows
     rows = gl.where(step >= 0, tile.length_q - query, 0)
     add_dq_to_slabs(dq, slabs, slab, rows, COLUMN, TILE)
@@ -288,14 +290,14 @@ def _later_steps(
         dv = warpgroup_mma_wait(1, deps=[dv])
         dk = warpgroup_mma(ds_operand, shared.q.index(stage), dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=[dq])
-        _add_dq(dq, inputs.dq, step - 1, tile, COLUMN, TILE)
+        _add_dq(dq, inputs.dq, step - 1, tile, COLUMN, TILE, RELATION)
         dk = warpgroup_mma_wait(0, deps=[dk])
         release_stage(BLOCK_EMPTY, stage, PRODUCER_AND_CONSUMERS)
     before = (steps + 3) & 3
     barrier_wait(THEIRS + before, CONSUMERS, 4, gl.where(steps > 0, 1, 0))
     dq = start_dq(ds_bufs, shared.k, before, zero_q, tile.blocks < 0, HALF_INDEX, False)
     dq = warpgroup_mma_wait(0, deps=[dq])
-    _add_dq(dq, inputs.dq, steps - 1, tile, COLUMN, TILE)
+    _add_dq(dq, inputs.dq, steps - 1, tile, COLUMN, TILE, RELATION)
     return dk, dv
 
 
