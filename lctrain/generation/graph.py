@@ -34,7 +34,10 @@ class GraphCapture:
         self.used = False
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocators refer to them
+        # Failed graphs, to which the allocators refer, and the first of each pool: the allocator
+        # refuses captures into a pool whose graphs are all gone.
+        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._pool_is_new = True
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Returns a function that replays the graph, and the tensor that a replay fills.
@@ -57,13 +60,16 @@ class GraphCapture:
                 with self._capturing(graph):
                     result = function()
             except BaseException:
-                self._failed.append(graph)
+                self._kept.append(graph)
                 torch.cuda.set_stream(stream)  # the failed capture has left its own stream
                 try:
                     self._end_failed(state)
                 finally:
                     torch.cuda.set_stream(stream)
                 raise
+            if self._pool_is_new:
+                self._kept.append(graph)
+                self._pool_is_new = False
         return graph.replay, result
 
     @contextmanager
@@ -95,9 +101,11 @@ class GraphCapture:
             with suppress(RuntimeError):  # the end of the capture did not raise
                 end_pool(self._device.index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
-        buffer = torch.zeros(1, device=self._device)
-        with self._capturing(torch.cuda.CUDAGraph()):
+        buffer, graph = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+        with self._capturing(graph):
             buffer.add_(1)
+        self._kept.append(graph)
+        self._pool_is_new = False
         torch.cuda.set_rng_state(state, self._device)
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from itertools import count
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -253,11 +254,14 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool, 
     """The calls of torch in their order; the end of the failed capture raises, as in torch."""
     begin = ["empty", "begin"] if free < LEAST_FREE else ["begin"]
     calls, recording, pools, fails = [], set(), count(1), ["once"]
+    graphs_of = {}  # pool -> its graphs, as long as something refers to them
 
     class Graph:
         def capture_begin(self, pool, capture_error_mode):
             assert capture_error_mode == "thread_local"
             assert pool not in recording  # torch's allocator of pinned memory refuses it
+            assert pool not in graphs_of or graphs_of[pool]  # and its allocator, if all are gone
+            graphs_of.setdefault(pool, WeakSet()).add(self)
             self.pool = pool
             recording.add(pool)
             calls.append("begin")
@@ -305,3 +309,6 @@ def test_a_capture_that_fails_ends_the_mode_of_captures(monkeypatch, open_pool, 
     replay, result = capture(lambda: "result")
     replay()
     assert (calls, result) == ([*begin, "end", "replay"], "result")
+    capture = GraphCapture(torch.device("cuda", 3))
+    for _ in range(2):  # the graph of the first capture is gone when the second begins
+        capture(lambda: "result")

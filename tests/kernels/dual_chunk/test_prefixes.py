@@ -126,7 +126,7 @@ def test_groups_without_members_are_skipped(device):
 
 
 def test_pytorch_computes_every_request_alone(device):
-    inputs = make_kv(PAGED, "cpu", torch.float32)
+    inputs = make_kv(PAGED, device, torch.float32)
     share(inputs, PAGED, (0, 1, 3), 128)
     found = call(inputs, "pytorch", 24, 8, plan=shared_plan(inputs, PAGED))
     expected = call(inputs, "pytorch", 24, 8)
