@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -100,7 +101,7 @@ def _varlen_forms() -> dict[str, Override]:
         "dq_warp_3": BackwardTile(64, 3),
         "later": BackwardTile(64, 3, reduce_from_registers=True),
     }
-    return {name: lambda tile=tile: override_tiles(backward=tile) for name, tile in tiles.items()}
+    return {name: partial(override_tiles, backward=tile) for name, tile in tiles.items()}
 
 
 def _dual_chunk_forms() -> dict[str, Override]:
@@ -114,15 +115,15 @@ def _dual_chunk_forms() -> dict[str, Override]:
         "later_2": BackwardForm(BackwardTile(64, 2, True), full_weights=True),
         "later": BackwardForm(BackwardTile(64, 3, True), full_weights=True),
     }
-    return {name: lambda form=form: override_backward(form) for name, form in forms.items()}
+    return {name: partial(override_backward, form) for name, form in forms.items()}
 
 
 def _differential_forms() -> dict[str, Override]:
     from lctrain_kernels.differential.hopper_support import override_backward
 
     return {
-        "dq_warp": lambda: override_backward(False),
-        "registers": lambda: override_backward(True),
+        "dq_warp": partial(override_backward, False),
+        "registers": partial(override_backward, True),
     }
 
 
@@ -161,7 +162,7 @@ def compile_form(job: tuple[str, str, str]) -> None:
 
 def _compile_all(cases: Sequence[tuple[str, str, list[str]]], known: Mapping[str, Subject]) -> None:
     """Compiles all forms in parallel, once for workloads with the same heads and head dim."""
-    jobs = {}
+    jobs: dict[tuple[Any, ...], tuple[str, str, str]] = {}
     for name, workload_name, forms in cases:
         workload = known[name].workloads[workload_name]
         shape = name, workload.heads, workload.heads_kv, workload.head_dim

@@ -221,8 +221,9 @@ def kernel_variants(
             if name in ("causal", "full", "all") and (refusal(call, BACKWARD_LIMITS) is None):
                 yield backward_variant(*dims, features=name, group=groups[-1])
                 if backward_tile(*dims).reduce_from_registers:
-                    described = {"features": name, "group": groups[-1]}
-                    yield backward_variant(*dims, **described, short_documents=True)
+                    yield backward_variant(
+                        *dims, features=name, group=groups[-1], short_documents=True
+                    )
         if "causal" in features:
             yield prepare_variant(head_dim, value_dim, HEADS_KV * groups[-1])
             if (

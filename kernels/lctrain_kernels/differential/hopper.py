@@ -287,9 +287,9 @@ def differential_bwd(
         sums = torch.zeros(slabs, dtype=torch.float32, device=device)
     else:
         sums = torch.empty((2, total_q, heads, head_dim), dtype=torch.float32, device=device)
-    zeroed = (None, None) if from_registers else (sums[0], sums[1])
+    zero1, zero2 = (None, None) if from_registers else (sums[0], sums[1])
     launch(differential_prepare_kernel, (cdiv(total_q, PREPARE_ROWS), heads))(
-        PreparePointers(out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, *zeroed, dlam, stats),
+        PreparePointers(out1, out2, dout, lam, lse1, lse2, dlse1, dlse2, zero1, zero2, dlam, stats),
         PrepareStrides(*token_head_strides(out1, dout)),
         *lam.stride(),
         total_q,
@@ -310,7 +310,7 @@ def differential_bwd(
         ragged_descriptor(k1, BLOCK_N_BACKWARD // 2, columns),
         None if k2 is None else ragged_descriptor(k2, BLOCK_N_BACKWARD // 2, columns),
         ragged_descriptor(v, BLOCK_N_BACKWARD // 2, value_columns),
-        *(None if x is None else ragged_descriptor(x, tile.block_m, 64) for x in zeroed),
+        *(None if x is None else ragged_descriptor(x, tile.block_m, 64) for x in (zero1, zero2)),
         BackwardPointers(
             stats,
             dk1,
