@@ -33,7 +33,7 @@ class JoinedProjections:
 
     def __init__(self, model: nn.Module) -> None:
         self._joined: dict[nn.Module, Tensor] = {}
-        kinds = [
+        kinds: list[list[nn.Module]] = [
             [one for one in model.modules() if getattr(type(one), "shares_input", False)],
             [one for one in model.modules() if isinstance(one, GatedMLP)],
         ]

@@ -160,18 +160,6 @@ def compile_form(job: tuple[str, str, str]) -> None:
         subject.errors(subject.workloads[workload], torch.device("cuda"))
 
 
-def _compile_all(cases: Sequence[tuple[str, str, list[str]]], known: Mapping[str, Subject]) -> None:
-    """Compiles all forms in parallel, once for workloads with the same heads and head dim."""
-    jobs: dict[tuple[Any, ...], tuple[str, str, str]] = {}
-    for name, workload_name, forms in cases:
-        workload = known[name].workloads[workload_name]
-        shape = name, workload.heads, workload.heads_kv, workload.head_dim
-        jobs |= {(*shape, form): (name, workload_name, form) for form in forms}
-    workers = min(12, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_form, jobs.values()))
-
-
 def parse_case(text: str, known: Mapping[str, Subject]) -> tuple[str, str, list[str]]:
     """Returns subject, workload and forms of "SUBJECT:WORKLOAD[:FORM,FORM]".
 

@@ -56,7 +56,7 @@ def _attend_here(
     return prefix_launch.attend_prefixes(q, cache, starts, ends, prefixes, softmax_scale)
 
 
-def _attend_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _attend_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, requests, seqlen_q, heads, _ = q.shape
     out = q.new_empty(q.shape[1:], dtype=torch.float32)
     return out, out.new_empty(requests, heads, seqlen_q)
