@@ -298,7 +298,8 @@ class ResidualLayer:
         else:
             residual = hidden_states + attended
             normalised = norm(residual)
-        if is_unobserved(mlp, GatedMLP):
+        # The MLP may overwrite the residual stream, which a hook on the norm may have kept.
+        if is_unobserved(mlp, GatedMLP) and not has_hooks(norm):
             return mlp(normalised, residual=residual)
         return residual + mlp(normalised)
 

@@ -75,6 +75,20 @@ def test_hooks_see_what_they_would_see_without_fusion(name) -> None:
 
 
 @pytest.mark.parametrize("name", PARTS)
+def test_what_a_hook_keeps_is_not_overwritten_without_gradients(name) -> None:
+    model = make("qwen3").eval()
+    kept = []
+    for layer in model.model.layers:
+        layer.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: kept.extend((x, x.clone()) for x in (*inputs, output))
+        )
+    with lctrain.patch_model(model, fused=True), torch.no_grad():
+        packed_outputs(model, make_documents())
+    assert len(kept) >= 2 * len(model.model.layers)
+    assert all(torch.equal(now, before) for now, before in kept)
+
+
+@pytest.mark.parametrize("name", PARTS)
 def test_backward_hooks_see_what_they_would_see_without_fusion(name) -> None:
     documents = make_documents()
     seen = []
