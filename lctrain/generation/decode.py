@@ -54,6 +54,9 @@ class DecodeStep:
         width: Most pages of a request.
         capture: Captures the step behind WARM_UP steps; None runs it as it is.
         bounds: Sizes of the prefixes that requests share in every step; None for none.
+
+    Attributes:
+        is_capturing: Whether a step is captured now; after an error, whether that failed.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class DecodeStep:
         self._chosen = torch.zeros(size, dtype=torch.int64, device=device)
         self._plans: dict[bool, Any] = {}
         self._steps = 0
+        self.is_capturing = False
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
 
@@ -125,11 +129,13 @@ class DecodeStep:
             assert shared is not None
             self._prefixes[turn].fill(shared)
         self._inputs.buffer.copy_(host.buffer, non_blocking=True)
+        self.is_capturing = False
         if self._replay is None:
             result = self._run()
-            if self.is_capturing and not is_last:
-                assert self.capture is not None
+            if self.capture is not None and self._steps + 1 >= WARM_UP and not is_last:
+                self.is_capturing = True
                 self._replay, self._result = self.capture(self._run)
+                self.is_capturing = False
         else:
             self._replay()
             assert self._result is not None
@@ -138,11 +144,6 @@ class DecodeStep:
         # Not a part of the graph: run twice, a step gives the same result.
         self._tokens.last.index_copy_(0, self._inputs.slots.long(), self._chosen)
         return result[:, :count]
-
-    @property
-    def is_capturing(self) -> bool:
-        """Whether the next step is captured, for the steps behind it."""
-        return self._replay is None and self.capture is not None and self._steps + 1 >= WARM_UP
 
     @property
     def lengths(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Tests decode steps over static buffers: padded batches, captured steps, and refused captures."""
 
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from weakref import WeakSet
@@ -162,6 +163,24 @@ def test_an_error_of_a_step_that_is_not_captured_is_raised(make_batch, patched):
     patched.lm_head.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
         batch.run()
+
+
+def test_an_error_of_a_step_that_is_to_be_captured_is_raised(make_batch, patched, monkeypatch):
+    monkeypatch.setattr(decode, "WARM_UP", 1)
+    capture, calls = Recording(), []
+    batch = make_batch(PROMPTS, capture=capture)
+
+    def fail(*_):
+        calls.append("step")
+        raise RuntimeError("out of memory")
+
+    batch._prefill(batch.schedule.admit())
+    patched.lm_head.register_forward_hook(fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            batch.run()
+    assert (calls, capture.captures) == (["step"], 0)
 
 
 def test_models_that_a_graph_cannot_replay(patched):
