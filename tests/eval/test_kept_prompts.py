@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import time
 from dataclasses import dataclass
 
@@ -107,6 +108,22 @@ def test_prompts_of_the_next_length_are_made_while_the_model_answers(subject, mo
     monkeypatch.setattr(answers, "generate_answers", generate)
     results = computed(run_of(task, subject, ("a",)))
     assert len(results["a"][LENGTHS[1]].items) == len(keys)
+
+
+def test_prompts_of_a_stopped_run_end_before_the_next_one_is_prepared(subject, read):
+    task = Ruler(tasks=TASKS, items=1)
+    run_of(task, subject, ("a",))
+    begun, read_from = threading.Event(), []
+
+    def make():
+        begun.set()
+        time.sleep(0.1)
+        read_from.append(task.subject)
+
+    task._kept.fill([make])
+    assert begun.wait(60)
+    run_of(task, Subject(subject.model, subject.tokenizer, list(subject.documents)), ("a",))
+    assert read_from == [subject]
 
 
 @pytest.mark.parametrize("changed", ["tokenizer", "documents"])

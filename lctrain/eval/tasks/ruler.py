@@ -100,6 +100,7 @@ class Ruler(Task):
         Raises:
             ValueError: if a prompt does not fit, or the tokenizer cannot represent an answer.
         """
+        self._kept.settle()  # prompts of a run that was stopped
         super().prepare(subject, lengths)
         self._lengths = lengths
         made_for = (subject.require_tokenizer(self.name), subject.documents)
