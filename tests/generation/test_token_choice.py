@@ -8,6 +8,9 @@ from lctrain.generation.noise import add_gumbel, draw_keys, token_numbers
 from lctrain.generation.nucleus import keep_top_p
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.token_choice import TokenChoice
+from lctrain_kernels.sampling import api
+from lctrain_kernels.sampling.api import draw
+from tests.numerics import assert_error_at_most_twice
 
 ROWS, VOCABULARY = 3, 50
 HASH = ["mul_", "__rshift__", "bitwise_xor_", "mul_", "bitwise_and_", "_to_copy"]
@@ -49,6 +52,36 @@ def test_passes_over_the_logits(options, passes):
     assert torch.equal(scores, before)
     expected = (before / (options["temperature"] or 1.0)).log_softmax(-1)
     assert torch.equal(log_probs, expected.gather(1, tokens[:, None])[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "by_kernel"),
+    [
+        ({}, True),
+        ({"temperature": 0.7, "top_p": 0.8}, True),
+        ({"top_k": 3}, False),
+        ({"min_p": 0.1}, False),
+        ({"repetition_penalty": 1.2}, False),
+    ],
+    ids=str,
+)
+def test_one_kernel_draws_the_same_tokens(options, by_kernel, monkeypatch):
+    """On a CPU the kernel is interpreted, and only this test chooses it."""
+    scores = 3 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(5))
+    history = torch.arange(ROWS)[:, None]
+    found, drawn = [], []
+    for serves in (False, True):
+        monkeypatch.setattr(api, "draws_on", lambda logits, serves=serves: serves)
+        choice = TokenChoice(SamplingOptions(**options))
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "draw", lambda *given: drawn.append(1) or draw(*given))
+            found.append(choice(history, scores, choice.keys(range(ROWS), [4] * ROWS)))
+    assert len(drawn) == by_kernel
+    (tokens, plain), (by_one, log_probs) = found
+    assert torch.equal(tokens, by_one)
+    tempered = scores.double() / options.get("temperature", 1.0)
+    exact = tempered.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert_error_at_most_twice(log_probs, plain, exact)
 
 
 def test_a_nucleus_is_that_of_a_sort():

@@ -45,7 +45,7 @@ def draw(
         launch(draw_kernel, (rows,))(
             logits,
             keys.contiguous(),
-            numbers,
+            numbers.contiguous(),
             tokens,
             log_probs,
             logits.stride(0),
