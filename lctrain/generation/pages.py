@@ -72,7 +72,10 @@ class PagePool:
         size = (shape.layers, 2, pages, PAGE, shape.heads, shape.head_dim)
         try:
             self._storage = torch.empty(size, dtype=shape.dtype, device=device)
-        except RuntimeError as error:  # torch's allocators raise different ones
+        except RuntimeError as error:
+            # torch's allocator for a CPU raises no error of its own; a GPU's may be an earlier one.
+            if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ValueError(
                 f"the paged cache must fit the memory of {device}, got {pages} pages of "
                 f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "

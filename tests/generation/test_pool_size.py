@@ -52,6 +52,24 @@ def test_a_pool_that_the_memory_does_not_hold_is_an_error():
         PagePool(SHAPE, 2**45, CPU)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), (ValueError, "must fit the memory of cuda")),
+        (RuntimeError("CUDA error: device-side assert"), (RuntimeError, "device-side assert")),
+    ],
+    ids=["memory", "earlier"],
+)
+def test_an_earlier_error_of_a_gpu_is_not_one_of_memory(error, expected, monkeypatch):
+    def fail(*_, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "empty", fail)
+    kind, message = expected
+    with pytest.raises(kind, match=message):
+        PagePool(SHAPE, 4, GPU)
+
+
 def asked(pages):
     """Returns a task whose full batch needs a number of pages."""
     return GenerationTask([[1]] * pages, [0] * pages, SamplingOptions(), 1, batch_size=pages)
