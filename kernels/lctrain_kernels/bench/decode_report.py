@@ -13,6 +13,7 @@ TITLES = {
     "lctrain_same_pages": "lctrain, prefix read by each",
     "lctrain_shared": "lctrain, prefix read once",
     "sdpa": "PyTorch SDPA, `enable_gqa`",
+    "sdpa_repeated": "PyTorch SDPA, keys and values repeated",
     "fa4": "FlashAttention-4",
     "flashinfer": "FlashInfer",
 }

@@ -1,8 +1,8 @@
-"""Makes the Markdown tables of evaluation from a record in results/evaluation/."""
+"""Makes the Markdown tables of evaluation from the records in results/evaluation/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,42 @@ SUITE_DOCUMENTS, SUITE_ITEMS = 32, 10
 """Documents of perplexity, and prompts of each of RULER's tasks, in the whole suite."""
 
 Row = Mapping[str, Any]
+
+
+def evaluation_tables(records: Sequence[Row]) -> str:
+    """Returns the tables of all records, without rows that a better record has too.
+
+    A record is better if it has a time where the other has none, or is newer. A suite counts as a
+    whole, since its sum is of one run.
+
+    Args:
+        records: Records that `lctrain-bench evaluation` wrote, in the order of their dates.
+    """
+    units = [_units(record) for record in records]
+    best: dict[tuple[str, ...], tuple[bool, int]] = {}
+    for index, of in enumerate(units):
+        for unit, rows in of.items():
+            measured = all("error" not in row for row in rows)
+            best[unit] = max(best.get(unit, (False, index)), (measured, index))
+    tables = []
+    for index, (record, of) in enumerate(zip(records, units, strict=True)):
+        kept: dict[str, list[Row]] = {part: [] for part in PARTS}
+        for unit, rows in of.items():
+            if best[unit][1] == index:
+                kept[unit[0]] += rows
+        if any(kept.values()):
+            tables.append(evaluation_table({**record, **kept}))
+    return "\n".join(tables)
+
+
+def _units(record: Row) -> dict[tuple[str, ...], list[Row]]:
+    """Returns a record's rows by what they time: suites of a shape, or a row each."""
+    units: dict[tuple[str, ...], list[Row]] = {}
+    for part in PARTS:
+        for row in record.get(part, ()):
+            name = "" if part == "suite" else str(row.get("task", row.get("length")))
+            units.setdefault((part, row["shape"], name), []).append(row)
+    return units
 
 
 def evaluation_table(record: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Makes the Markdown table of generation from the newest record in results/generation/."""
+"""Makes the Markdown tables of generation from the records in results/generation/."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lctrain_kernels.bench.newest import origin
@@ -16,6 +16,42 @@ TITLES = {
     "padded": "transformers' `generate`, a padded batch, SDPA",
     "generate_batch": "transformers' `generate_batch`, SDPA",
 }
+
+
+_COMPARISONS = ("log_prob_difference", "batch_invariant")
+_SIZES = ("shape", "requests", "prompt_tokens", "longest_prompt", "new_tokens")
+
+
+def generation_tables(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the tables of all records, the newest first, each time from the newest that has it.
+
+    Args:
+        records: Records that `lctrain-bench generation` wrote, in the order of their dates.
+    """
+    best: dict[tuple[Any, ...], tuple[bool, int]] = {}
+    for index, record in enumerate(records):
+        for case in record["cases"].values():
+            for key, measured in _measured(case).items():
+                best[key] = max(best.get(key, (False, index)), (measured, index))
+    tables = []
+    for index, record in enumerate(records):
+        cases = {}
+        for name, case in record["cases"].items():
+            dropped = {key[-1] for key in _measured(case) if best[key][1] != index}
+            results = {key: of for key, of in case["results"].items() if key not in dropped}
+            if results:
+                kept = {key: value for key, value in case.items() if key not in dropped}
+                cases[name] = {**kept, "results": results}
+        if cases:
+            tables.append(generation_table({**record, "cases": cases}))
+    return "\n".join(reversed(tables))
+
+
+def _measured(case: Mapping[str, Any]) -> dict[tuple[Any, ...], bool]:
+    """Returns whether a case has a time, by its sizes and contender, or a comparison."""
+    sizes = tuple(case[size] for size in _SIZES)
+    found = {(*sizes, name): "error" not in result for name, result in case["results"].items()}
+    return found | {(*sizes, name): True for name in _COMPARISONS if name in case}
 
 
 def generation_table(record: Mapping[str, Any]) -> str:

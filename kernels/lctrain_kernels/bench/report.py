@@ -19,8 +19,8 @@ from lctrain_kernels.bench.curves_report import curves_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
-from lctrain_kernels.bench.evaluation_report import evaluation_table
-from lctrain_kernels.bench.generation_report import generation_table
+from lctrain_kernels.bench.evaluation_report import evaluation_tables
+from lctrain_kernels.bench.generation_report import generation_tables
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.masked_lm_report import masked_lm_table
 from lctrain_kernels.bench.memory_plot import draw_curve
@@ -52,18 +52,26 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "encoder": encoder_table,
     "encoder_cpu": encoder_table,
     "masked_lm": masked_lm_table,
-    "generation": generation_table,
     "detached": detached_table,
     "chat": chat_table,
     "sft": sft_table,
     "shares": shares_table,
 }
 
-# Kinds of records that each have a table, all of which are shown.
-SERIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "shared_prefix": shared_prefix_table,
-    "decode": decode_table,
-    "evaluation": evaluation_table,
+
+def _each(
+    table: Callable[[Mapping[str, Any]], str],
+) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+    """Returns a function from records to their tables, one below the other."""
+    return lambda records: "\n".join(map(table, records))
+
+
+# Kinds whose tables come from all their records, in the order of dates.
+SERIES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "shared_prefix": _each(shared_prefix_table),
+    "decode": _each(decode_table),
+    "generation": generation_tables,
+    "evaluation": evaluation_tables,
 }
 
 
@@ -256,8 +264,8 @@ def readme_with_steps(readme: str) -> str:
             for kind, record in records.items()
         },
         **{
-            kind: "\n".join(map(table, records_of(kind))) or NOTHING_MEASURED
-            for kind, table in SERIES.items()
+            kind: tables_of(records_of(kind)) or NOTHING_MEASURED
+            for kind, tables_of in SERIES.items()
         },
         "memory": memory_tables(memory_records()) or NOTHING_MEASURED,
         "step": step_table(newest_step_record()),

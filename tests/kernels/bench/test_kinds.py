@@ -9,8 +9,8 @@ from lctrain_kernels.bench.backward_report import backward_table
 from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
-from lctrain_kernels.bench.evaluation_report import evaluation_table
-from lctrain_kernels.bench.generation_report import generation_table
+from lctrain_kernels.bench.evaluation_report import evaluation_table, evaluation_tables
+from lctrain_kernels.bench.generation_report import generation_table, generation_tables
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.masked_lm_report import masked_lm_table
 from lctrain_kernels.bench.memory_plot import draw_curve
@@ -293,6 +293,30 @@ def test_generation_marks_projected_times():
     assert "in the whole time: `lctrain.generate`, CUDA graphs: 0.55." in text
 
 
+def test_generation_takes_each_time_from_the_newest_record_that_has_it():
+    done = {"prefill_seconds": 1.5, "step_ms": 2.25, "tokens_per_s": 10.0, "new_tokens": 8}
+    done |= {"share_of_floor": 0.5, "decode_share": 0.75}
+    sizes = {"shape": "1B", "requests": 64, "prompt_tokens": 99, "longest_prompt": 64}
+    difference = {"tokens": 4, "mean": 1.5e-4, "largest": 0.5}
+    case = {**sizes, "new_tokens": 8, "log_prob_difference": difference}
+    missing = {"error": "not run after 60 s"}
+    first = {"graphs": done, "eager": {**done, "tokens_per_s": 3.0}, "padded": missing}
+    second = {"graphs": {**done, "tokens_per_s": 20.0}, "padded": done, "generate_batch": missing}
+    head = {**HEAD, "bandwidth": 4.2e12}
+    old = {**head, "cases": {"batch": {**case, "results": first}}}
+    new = {**head, "date": "2026-12-01", "cases": {"batch": {**case, "results": second}}}
+    text = generation_tables([old, new])
+    assert text.index("2026-12-01") < text.index("2026-11-30")
+    assert "graphs | 1.50 | 2.25 | 10 |" not in text
+    assert "| `lctrain.generate`, CUDA graphs | 1.50 | 2.25 | 20 |" in text
+    assert "| `lctrain.generate`, no graphs | 1.50 | 2.25 | 3 |" in text
+    assert text.count("padded batch") == text.count("nats on average") == 1
+    assert text.count("not run") == 1  # no record has generate_batch
+    assert "2026-11-30" not in generation_tables([{**old, "cases": new["cases"]}, new])
+    other = {**new, "cases": {"batch": {**case, "requests": 1, "results": second}}}
+    assert "graphs | 1.50 | 2.25 | 10 |" in generation_tables([old, other])
+
+
 def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
     at_4k = {"shape": "1B", "length": 4096, "documents": 2, "tokens": 8192, "seconds": 2.0}
     failed = {"shape": "1B", "length": 8192, "error": "OutOfMemoryError: 8 GiB"}
@@ -333,3 +357,23 @@ def test_a_part_of_the_evaluation_suite_projects_the_whole():
     assert "| `ruler` | 5 of 10 prompts of each task, 30 s | 60 |" in text
     assert "| `perplexity` | 8 of 32 documents, 30 s | 120 |" in text
     assert "| all | | 210 |" in text
+
+
+def test_evaluation_shows_each_row_once_and_suites_as_a_whole():
+    found = {"shape": "1B", "task": "passkey", "length": 4096, "prompts": 20, "seconds": 20.0}
+    found |= {"prefill_seconds": 16.0, "time_ratio": 1.25}
+    missing = {"shape": "1B", "task": "ruler", "error": "not run after 85 s"}
+    suite = [{"shape": "1B", "task": task, "lengths": [4096]} for task in ("passkey", "ruler")]
+    done = [{**row, "seconds": 30.0} for row in suite]
+    cut = [{**suite[0], "seconds": 31.0}, {**suite[1], "error": "not run after 190 s"}]
+    first = {**HEAD, "answers": [found, missing], "suite": done}
+    later = [{**found, "time_ratio": 1.5}, {**found, "task": "ruler"}]
+    second = {**HEAD, "date": "2026-12-01", "answers": later, "suite": cut}
+    text = evaluation_tables([first, second])
+    assert "not run" not in text
+    assert text.count("| `passkey` | 4,096 | 20 | 20.0 | 16.0 | 1.50 |") == 1
+    assert text.count("| `ruler` | 4,096 |") == 1
+    assert "| 1.25 |" in text
+    assert text.count("| `passkey` | all of it | 30 |") == text.count("`passkey` | all of it") == 1
+    assert evaluation_tables([{**first, "suite": []}, second]).count("not run") == 1
+    assert "2026-11-30" not in evaluation_tables([first, {**first, "date": "2026-12-01"}])
