@@ -90,6 +90,25 @@ def test_a_row_draws_the_same_in_every_batch(device, dtype):
         )
 
 
+@kernels
+def test_operands_that_are_not_contiguous(device, dtype):
+    logits, (keys, numbers) = torch.randn(5, 700, device=device).to(dtype), noise(5, 700, device)
+    expected = draw(logits, keys, numbers, 0.8, 0.9)
+    for change in (lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]], wide, turned):
+        found = draw(change(logits), change(keys), change(numbers), 0.8, 0.9)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Returns the numbers of a tensor with others between them."""
+    return torch.stack((x, x + 1), -1)[..., 0]
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix whose columns are contiguous; a vector as it is."""
+    return x.t().contiguous().t()
+
+
 def test_calls_that_no_kernel_serves():
     assert not draws_on(torch.zeros(1, 4))  # a CPU draws with plain PyTorch
     with pytest.raises(ValueError, match=r"does not serve torch\.float64"):
