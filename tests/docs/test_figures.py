@@ -188,6 +188,15 @@ def test_the_readme_has_the_speeds_of_the_newest_records():
     assert row in readme
 
 
+def test_the_readme_has_the_speed_of_generation():
+    case = records_of("generation")[-1]["cases"]["batch"]
+    ours, theirs = (case["results"][name]["tokens_per_s"] for name in ("graphs", "padded"))
+    row = f"| generation, {case['shape']} shape | | {ours / theirs:.1f} | |"
+    readme = (ROOT / "README.md").read_text()
+    assert row in readme
+    assert f"Generation for {case['requests']} prompts" in readme
+
+
 def newest_runs(kind: str, contender: str | None = None) -> dict:
     """Returns the fastest run by (contender, tokens) of the newest record that has it.
 
