@@ -183,6 +183,15 @@ def test_an_error_of_a_step_that_is_to_be_captured_is_raised(make_batch, patched
     assert (calls, capture.captures) == (["step"], 0)
 
 
+def test_graphs_of_a_device_are_recorded_on_one_stream(monkeypatch):
+    """cuBLAS keeps a workspace for each stream, so a new one per call would take more and more."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    first, again, other = (graph.capture_stream(torch.device("cuda", n)) for n in (98, 98, 99))
+    graph.capture_stream.cache_clear()
+    assert first is again
+    assert (first, other) == ([torch.device("cuda", 98)], [torch.device("cuda", 99)])
+
+
 def test_models_that_a_graph_cannot_replay(patched):
     assert capture_refusal(patched) == "weights on cpu"
     patched.lm_head._hf_hook = object()
