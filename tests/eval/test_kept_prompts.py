@@ -110,6 +110,22 @@ def test_prompts_of_the_next_length_are_made_while_the_model_answers(subject, mo
     assert len(results["a"][LENGTHS[1]].items) == len(keys)
 
 
+def test_an_error_of_the_model_ends_the_prompts_of_the_next_length(subject, monkeypatch):
+    task, filled = Ruler(tasks=TASKS, items=1), []
+    fill = KeptPrompts.fill
+
+    def fail(*_):
+        assert filled == [True]
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(KeptPrompts, "fill", lambda *given: filled.append(True) or fill(*given))
+    monkeypatch.setattr(answers, "generate_answers", fail)
+    with pytest.raises(RuntimeError, match="no answer"):
+        computed(run_of(task, subject, ("a",)))
+    assert not [one for one in threading.enumerate() if one.name.startswith("called_aside")]
+    assert task._kept._settle is None
+
+
 def test_prompts_of_a_stopped_run_end_before_the_next_one_is_prepared(subject, read):
     task = Ruler(tasks=TASKS, items=1)
     run_of(task, subject, ("a",))

@@ -126,10 +126,15 @@ class Ruler(Task):
     def score(self, reader: Reader, length: int, made: Sequence[tuple[str, int]]) -> Iterator[Item]:
         """Yields the score of every prompt: see Task."""
         prompts = self._prompts(made, length)
-        answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
-        for (name, number), answer in zip(made, answers, strict=True):
-            columns = {"task": name}
-            yield Item(f"{name} {number}", answer.totals, 1.0, columns, answer.text)
+        try:
+            answers = score_prompts(reader, self.subject.tokenizer, prompts, self.by)
+            for (name, number), answer in zip(made, answers, strict=True):
+                columns = {"task": name}
+                yield Item(f"{name} {number}", answer.totals, 1.0, columns, answer.text)
+        except BaseException:
+            # A program that ends now would wait until all prompts of the next length are made.
+            self._kept.settle()
+            raise
 
     def size(self, length: int) -> int:
         """Returns the number of prompts: see Task."""
