@@ -328,7 +328,7 @@ def check_task_settings(config: EvalConfig) -> None:
         require(
             getattr(settings, "by", None) != "generation"
             or "intra_chunk" not in (getattr(settings, "methods", None) or config.methods),
-            f"methods must not name intra_chunk for {name} by generation, got it. Leave it out, or "
+            f"methods must not name intra_chunk for {name} by generation. Leave it out, or "
             f"set {name}.by=likelihood.",
         )
     require(

@@ -59,7 +59,8 @@ class DataSettings:
         held_out_fraction: Fraction of the documents to hold out, in [0, 1). Unused if the source
             has its own held-out data.
         passkey_fraction: Fraction of the tokens of every training row, in [0, 1), that belong to
-            passkey documents, which teach retrieval. Held-out rows have none.
+            passkey documents, which teach retrieval. A tenth of their keys stands at each end
+            of the text. Held-out rows have none.
         num_workers: Number of worker processes that build batches; 0 builds them in this process.
         num_proc: Number of processes that tokenize; None for one, in which fast tokenizers use all
             cores.

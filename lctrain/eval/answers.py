@@ -76,7 +76,7 @@ def score_prompts(
     check_by(by, "by")
     if by == "generation" and reader.segment is not None:
         raise ValueError(
-            "methods must not name intra_chunk for a task by generation, got it. Leave it out, or "
+            "methods must not name intra_chunk for a task by generation. Leave it out, or "
             "score by likelihood."
         )
     return _scored(reader, tokenizer, prompts, by)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -77,7 +78,7 @@ class GraphCapture:
         """Context in which the kernels of this thread are recorded instead of launched."""
         if torch.cuda.mem_get_info(self._device)[0] < LEAST_FREE:
             torch.cuda.empty_cache()  # synchronises
-        with torch.cuda.stream(capture_stream(self._device)):
+        with torch.cuda.stream(capture_stream(self._device)), _no_collection():
             # Other threads, such as those that pin batches, may go on meanwhile.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
@@ -107,6 +108,18 @@ class GraphCapture:
         self._kept.append(graph)
         self._pool_is_new = False
         torch.cuda.set_rng_state(state, self._device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Context without Python's collector, which could destroy another graph during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache

@@ -90,8 +90,10 @@ def pack_tokens(model: nn.Module, device: torch.device) -> int:
         if size != vocabulary
     ]
     width, width_bytes = max(widths, default=(0, 0))
-    large = 2 * LARGE_PACK_TOKENS if width <= NARROW else LARGE_PACK_TOKENS
-    return large if large * PACK_WIDTHS * width_bytes <= _certain_bytes(device) else PACK_TOKENS
+    room = _certain_bytes(device) // (PACK_WIDTHS * width_bytes) if width else LARGE_PACK_TOKENS
+    if width <= NARROW and room >= 2 * LARGE_PACK_TOKENS:
+        return 2 * LARGE_PACK_TOKENS
+    return LARGE_PACK_TOKENS if room >= LARGE_PACK_TOKENS else PACK_TOKENS
 
 
 def cache_tokens(model: Any, cache_gib: float | None = None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,9 @@ def with_remedies(config: TrainConfig, module: Any) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        error.remedy = find_remedy(config, module.model)  # type: ignore[attr-defined]
+        error.remedy = None  # type: ignore[attr-defined]
+        with suppress(Exception):  # which would replace the error of memory
+            error.remedy = find_remedy(config, module.model)  # type: ignore[attr-defined]
         raise
 
 

@@ -141,9 +141,10 @@ def test_packs_are_large_where_their_activations_fit(patched, monkeypatch, narro
     width = patched.config.intermediate_size
     assert patched.config.hidden_size < width < patched.config.vocab_size
     monkeypatch.setattr(pool_size, "NARROW", width if narrow else width - 1)
-    large = LARGE_PACK_TOKENS * (1 + narrow)
-    needed = large * PACK_WIDTHS * width * 4
-    free = iter([needed, needed - 1])
+    needed = LARGE_PACK_TOKENS * PACK_WIDTHS * width * 4
+    free = iter([2 * needed, 2 * needed - 1, needed, needed - 1])
     monkeypatch.setattr(pool_size, "_certain_bytes", lambda device: next(free))
     assert pack_tokens(patched, CPU) == PACK_TOKENS
-    assert [pack_tokens(patched, GPU) for _ in range(2)] == [large, PACK_TOKENS]
+    largest = LARGE_PACK_TOKENS * (1 + narrow)
+    expected = [largest, LARGE_PACK_TOKENS, LARGE_PACK_TOKENS, PACK_TOKENS]
+    assert [pack_tokens(patched, GPU) for _ in expected] == expected

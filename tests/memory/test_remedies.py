@@ -79,6 +79,10 @@ def test_an_error_of_a_training_step_carries_the_remedy():
     with pytest.raises(torch.OutOfMemoryError) as caught, with_remedies(load(), Module()):
         fail()
     assert "8 GiB. Lower data.max_tokens; memory.plan=true" in explain(caught.value)
+    del Module.model  # an error of the search does not replace the one of memory
+    with pytest.raises(torch.OutOfMemoryError) as caught, with_remedies(load(), Module()):
+        fail()
+    assert "8 GiB. Lower data.max_tokens; memory.plan=true" in explain(caught.value)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         fail()
     message = explain(caught.value)  # such as that of an evaluation, which has no option `memory`

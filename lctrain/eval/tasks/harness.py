@@ -84,7 +84,7 @@ class Harness(Task):
         """
         require(
             reader.segment is None,
-            "methods must not name intra_chunk for harness, got it. Leave it out.",
+            "methods must not name intra_chunk for harness. Leave it out.",
         )
         with harness_model(
             reader.model,
