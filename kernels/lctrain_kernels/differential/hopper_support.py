@@ -73,7 +73,7 @@ _BACKWARD = {
     (64, 64, True): BackwardTile(64, 3),
     (64, 128, False): BackwardTile(64, 2),
     (64, 128, True): BackwardTile(64, 2),
-    (128, 128, True): BackwardTile(64, 2),
+    (128, 128, True): BackwardTile(64, 2, reduce_from_registers=True),
 }
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lctrain_kernels.gluon.config import BackwardTile, ForwardTile, slab_rows
+from lctrain_kernels.gluon.config import SLAB_ROWS, BackwardTile, ForwardTile, slab_rows
 from lctrain_kernels.gluon.launch import padded_columns
 from lctrain_kernels.gluon.support import DOUT_LIMIT, ONLY_VARLEN, Limit
 from lctrain_kernels.gluon.support import FORWARD_LIMITS as VARLEN_LIMITS
@@ -36,7 +36,15 @@ class BackwardForm(NamedTuple):
 
 # A tile of dual chunk attention holds its queries twice; the third stage is for the next tile.
 _FORWARD = {64: ForwardTile(128, 3, 3), 128: ForwardTile(128, 2, 3)}
-_BACKWARD = {64: BackwardForm(BackwardTile(64, 3)), 128: BackwardForm(BackwardTile(64, 2))}
+_BACKWARD = {
+    columns: BackwardForm(BackwardTile(64, 3, reduce_from_registers=True), full_weights=True)
+    for columns in (64, 128)
+}
+# The same where the dQ warp adds partial dq. dk and dv have the same bits in both.
+_BACKWARD_DQ_WARP = {
+    64: BackwardForm(BackwardTile(64, 3), full_weights=True),
+    128: BackwardForm(BackwardTile(64, 2), full_weights=True),
+}
 
 
 def forward_tile(columns: int) -> ForwardTile:
@@ -47,20 +55,20 @@ def forward_tile(columns: int) -> ForwardTile:
 def backward_form(head_dim: int, total_q: int, documents: int) -> BackwardForm:
     """Returns the form of all backward launches of a call.
 
-    Slabs of 16 queries take head dims that are multiples of 16. With less than 16 queries per
-    document on average they would take more than twice the memory of dq.
+    Adding dq from registers takes slabs of 16 queries, and they take head dims that are multiples
+    of 16. With less than 16 queries per document on average they would take more than twice the
+    memory of dq. The dQ warp then adds partial dq.
 
     Args:
         head_dim: Head dim D, at most 128.
         total_q: Number of packed queries.
         documents: Number of documents.
     """
-    in_table = _BACKWARD[padded_columns(head_dim)]
-    form = _override or in_table
-    if head_dim % 16 or slab_rows(total_q, documents) == 1:
-        full_weights = form.full_weights or form.tile.reduce_from_registers
-        stages = min(form.tile.stages, in_table.tile.stages)
-        return BackwardForm(BackwardTile(form.tile.block_m, stages), full_weights)
+    columns = padded_columns(head_dim)
+    form = _override or _BACKWARD[columns]
+    has_slabs = head_dim % SLAB_ROWS == 0 and slab_rows(total_q, documents) == SLAB_ROWS
+    if form.tile.reduce_from_registers and not has_slabs:
+        return _BACKWARD_DQ_WARP[columns]
     return form
 
 

@@ -44,8 +44,7 @@ class BackwardTile(NamedTuple):
             with 64 columns and reduce_from_registers.
         stages: Number of pipeline stages of queries, 2 to barriers.MOST_STAGES.
         reduce_from_registers: Whether the consumer warpgroups add partial dq to global memory from
-            registers. Otherwise the dQ warp adds it from shared memory. Only the backwards of
-            varlen attention support True.
+            registers. Otherwise the dQ warp adds it from shared memory.
     """
 
     block_m: int

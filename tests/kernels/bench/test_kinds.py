@@ -67,7 +67,7 @@ def test_a_detached_log_sum_exp_has_errors_for_every_deviation():
 
 def test_every_folder_of_records_is_read_or_named():
     """The others hold details of a log entry, and no page shows them."""
-    details = {"groups", "profile"}
+    details = {"forms", "groups", "profile"}
     shown = {*report.KINDS, *report.SERIES, *report.SECTIONS, "step", "ops", "memory", "scale"}
     folders = {path.name for path in RESULTS.iterdir() if path.is_dir()}
     assert folders | WITHOUT_RECORD == shown | details
