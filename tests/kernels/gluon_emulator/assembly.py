@@ -61,8 +61,7 @@ def _run(asm: str, constraints: list[str], inputs: list[np.ndarray]) -> list[np.
             active = active & values[predicate]
             continue
         target, *sources = operands
-        with np.errstate(all="ignore"):
-            result = _execute(name, [_operand(source, values) for source in sources])
+        result = _execute(name, [_operand(source, values) for source in sources])
         values[target] = np.where(active, result, values.get(target, result))
     unwritten = np.full(inputs[0].shape, np.nan, np.float32)
     return [values.get(f"${i}", unwritten) for i in range(outputs)]

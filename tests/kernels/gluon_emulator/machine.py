@@ -131,7 +131,8 @@ class Thread:
         _LOCAL.thread = self
         try:
             if self.machine.error is None:
-                self.function()
+                with np.errstate(all="ignore"):  # infinities and NaNs are as usual as on a GPU
+                    self.function()
                 assert not self.reads, "ended before its copies from shared memory did"
                 assert not self.products, "ended before its products did"
         except BaseException as error:  # reported by the thread that launched

@@ -65,7 +65,7 @@ def where(condition: Any, x: Any, y: Any) -> Value:
         x = y.like(x)
     x = as_value(x)
     y = x.like(y)
-    dtype = x.dtype if x.dtype == y.dtype else (x + y).dtype
+    dtype = x.dtype if x.dtype is y.dtype else (x + y).dtype
     chosen = np.where(as_value(condition).array, x.to(dtype).array, y.to(dtype).array)
     return Value(chosen, dtype)
 
@@ -375,8 +375,7 @@ def _warpgroup_mma(
 
     def product() -> np.ndarray:
         left, right = (x.read() if isinstance(x, Buffer) else x.array for x in (a, b))
-        with np.errstate(all="ignore"):
-            result = left.astype(np.float32) @ right.astype(np.float32)
+        result = left.astype(np.float32, copy=False) @ right.astype(np.float32, copy=False)
         if use_acc:
             result = result + (acc.value() if isinstance(acc, Product) else acc).array
         return result

@@ -1,5 +1,6 @@
 """Tensors and scalars of an emulated kernel: numpy arrays with Triton's dtypes and promotion."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -37,30 +38,34 @@ def round_bfloat16(array: np.ndarray) -> np.ndarray:
 def _cast(array: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     if dtype.name == "bf16":
         return round_bfloat16(np.asarray(array, np.float32))
-    return np.asarray(array).astype(storage(dtype))
+    return np.asarray(array, storage(dtype))
 
 
-def _common(x: "Value", y: "Value") -> tl.dtype:
+@functools.cache
+def _common(x: tl.dtype, y: tl.dtype) -> tl.dtype:
     """Returns the dtype of the result of an operation on two tensors, by Triton's promotion."""
-    for first, second in ((x.dtype, y.dtype), (y.dtype, x.dtype)):
+    for first, second in ((x, y), (y, x)):
         if first.is_floating() and not second.is_floating():
             return first
-    if x.dtype.is_floating():
-        if x.dtype == y.dtype:
-            return x.dtype
-        wider = max(x.dtype, y.dtype, key=lambda dtype: dtype.primitive_bitwidth)
+    if x.is_floating():
+        if x == y:
+            return x
+        wider = max(x, y, key=lambda dtype: dtype.primitive_bitwidth)
         return wider if wider.primitive_bitwidth > 16 else tl.float32
-    widths = x.dtype.primitive_bitwidth, y.dtype.primitive_bitwidth
+    widths = x.primitive_bitwidth, y.primitive_bitwidth
     if widths[0] != widths[1]:
-        return x.dtype if widths[0] > widths[1] else y.dtype
-    return x.dtype if x.dtype.is_int_unsigned() else y.dtype
+        return x if widths[0] > widths[1] else y
+    return x if x.is_int_unsigned() else y
 
 
 class Value:
-    """A tensor of an emulated kernel, or a scalar as a tensor without dimensions."""
+    """A tensor of an emulated kernel, or a scalar as a tensor without dimensions.
+
+    Nothing writes into `array`, which other values may share.
+    """
 
     def __init__(self, array: Any, dtype: tl.dtype):
-        self.array = np.asarray(array, storage(dtype))
+        self.array = np.asarray(array, _STORAGE[dtype.name])
         self.dtype = dtype
 
     @property
@@ -71,6 +76,8 @@ class Value:
         """Converts to a dtype, or reinterprets the bits if `bitcast` is true."""
         if bitcast:
             return Value(self.array.view(storage(dtype)), dtype)
+        if dtype is self.dtype:
+            return self
         array = self.array
         if array.dtype.kind == "f" and not dtype.is_floating():
             array = np.trunc(array)
@@ -105,12 +112,12 @@ class Value:
 
     def apply(self, other: Any, function: Any, swap: bool = False) -> "Value":
         x, y = self, self.like(other)
-        dtype = _common(x, y)
-        first, second = _cast(x.array, dtype), _cast(y.array, dtype)
+        dtype = x.dtype if x.dtype is y.dtype else _common(x.dtype, y.dtype)
+        first = x.array if x.dtype is dtype else _cast(x.array, dtype)
+        second = y.array if y.dtype is dtype else _cast(y.array, dtype)
         if swap:
             first, second = second, first
-        with np.errstate(all="ignore"):
-            result = np.asarray(function(first, second))
+        result = np.asarray(function(first, second))
         if result.dtype == np.bool_ and dtype != tl.int1:
             return Value(result, tl.int1)
         return Value(_cast(result, dtype), dtype)
@@ -223,7 +230,6 @@ def elementwise(function: Any) -> Any:
 
     def apply(x: Any) -> Value:
         x = as_value(x)
-        with np.errstate(all="ignore"):
-            return Value(_cast(function(x.array), x.dtype), x.dtype)
+        return Value(_cast(function(x.array), x.dtype), x.dtype)
 
     return apply
