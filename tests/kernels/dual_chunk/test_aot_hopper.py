@@ -76,7 +76,8 @@ def test_variants_of_the_kernels_beside_are_what_is_launched(launches, monkeypat
     operands = Operands(q, k, k, inv_freq, torch.ones(2), 40, 7)
     rotation = Rotation(inv_freq, 33, 7, 40)
     pack, options = pack_of(cu, schedule, "causal"), options_of("causal")
-    hopper.dual_chunk_bwd(q, None, operands, rotation, q, lse, pack, options)
+    with override_backward(BackwardForm(BackwardTile(64, 3), full_weights=True)):
+        hopper.dual_chunk_bwd(q, None, operands, rotation, q, lse, pack, options)
     for name, variant in {
         "dual_chunk_rotate_dk_kernel": aot.rotate_dk_variant(64),
         "dual_chunk_round_dq_kernel": aot.round_dq_variant(64, HEADS_KV * 4),
