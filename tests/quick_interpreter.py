@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,13 @@ def quicken() -> None:
     - A launch replaces the functions of triton.language and restores them at its end. Each call of
       a device function would look for them again, among all names of the language.
     - `_get_np_dtype` makes its table again for every value.
+    - Each sum, difference and product of integers is computed again in int64, for an assertion that
+      it does not overflow. Without `debug`, an assertion of the device does nothing.
     """
     if not isinstance(interpreter._patch_lang, _Patch):
+        builder = interpreter.interpreter_builder
+        if not builder.options.debug:
+            builder.options = replace(builder.options, sanitize_overflow=False)
         interpreter._patch_lang = _Patch(interpreter._patch_lang)
         interpreter._get_np_dtype = _Dtypes(interpreter._get_np_dtype)
 

@@ -21,6 +21,12 @@ def scale_kernel(x_ptr, out_ptr, N: tl.constexpr, FAILS: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, N), x * largest(x))
 
 
+@triton.jit
+def add_one_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(out_ptr + tl.arange(0, N), x + 1)
+
+
 def run(dtype, fails=False):
     x = torch.arange(-4, 4, dtype=dtype)
     out = torch.empty_like(x)
@@ -58,3 +64,15 @@ def test_a_launch_replaces_the_functions_of_a_module_once(monkeypatch):
     assert replaced[0] == "scale_kernel"
     assert "largest" not in replaced
     assert len(replaced) == len(set(replaced))
+
+
+def test_a_sum_of_integers_is_computed_once(monkeypatch):
+    from triton.language.semantic import TritonSemantic
+
+    asserted = []
+    monkeypatch.setattr(TritonSemantic, "device_assert", lambda *args: asserted.append(args))
+    x = torch.tensor([0, -3, 2**31 - 1, 7], dtype=torch.int32)
+    out = torch.empty_like(x)
+    add_one_kernel[(1,)](x, out, 4)
+    assert torch.equal(out, x + 1)  # the largest integer wraps, as on a GPU
+    assert not asserted
