@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lctrain.batch import PackedBatch
     from lctrain.data import PackedDataModule
     from lctrain.generation import generate
+    from lctrain.generation.paged_cache import PagedCache
     from lctrain.models import PatchHandle, patch_model, patch_models
     from lctrain.module import LongContextModule
 
@@ -27,6 +28,7 @@ __all__ = [
     "LongContextModule",
     "PackedBatch",
     "PackedDataModule",
+    "PagedCache",
     "PatchHandle",
     "callbacks",
     "data",
@@ -41,6 +43,7 @@ _HOMES = {
     "LongContextModule": "lctrain.module",
     "PackedBatch": "lctrain.batch",
     "PackedDataModule": "lctrain.data",
+    "PagedCache": "lctrain.generation.paged_cache",
     "PatchHandle": "lctrain.models",
     "generate": "lctrain.generation",
     "patch_model": "lctrain.models",

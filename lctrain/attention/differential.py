@@ -111,7 +111,9 @@ def differential_attention_forward(
         return (q[:, 0::2], q[:, 1::2]), (k, k, v)
 
     def stored(q: Tensor, k_cache: Tensor, v_cache: Tensor, **places: Any) -> Tensor:
-        rows = lam if lam.dim() == 0 or lctrain_step is None else lam.transpose(0, 1)[: len(q)]
+        rows = lam  # of a pack of requests [1, T, H / 2], or of rows as q has them
+        if lam.dim() > 0 and lam.shape[:2] != q.shape[:2]:
+            rows = lam.transpose(0, 1)[: len(q)]
         return diff_attn_with_kvcache(
             q, k_cache, v_cache, rows, halves=lctrain_halves, **places, **cached_options
         )

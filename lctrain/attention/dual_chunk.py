@@ -237,12 +237,12 @@ class _Chunks(NamedTuple):
             k_cache: Keys of the cache.
             v_cache: Values of the cache.
             **options: Further arguments of dual_chunk_attn_with_kvcache. Without `logit_scale`,
-                the factors are those of `cache_seqlens` and one new token.
+                the factors are those of `cache_seqlens` and the new tokens.
         """
         from lctrain_kernels import dual_chunk_attn_with_kvcache
 
         if "logit_scale" not in options:
-            lengths = options["cache_seqlens"] + 1
+            lengths = options["cache_seqlens"] + q.shape[1]
             options["logit_scale"] = length_logit_scale(self.spec, lengths)
         out = dual_chunk_attn_with_kvcache(q, k_cache, v_cache, **self._options(options))
         assert isinstance(out, Tensor)

@@ -148,7 +148,8 @@ class ContinuousBatch:
         if not requests:  # all have ended meanwhile
             return
         tables = self.schedule.tables()
-        shared = self._shared_pages.find(self.schedule.version, requests, tables)
+        stored = [request.stored for request in requests]
+        shared = self._shared_pages.find(self.schedule.version, stored, tables)
         decoder = self._decoder(len(requests), shared)
         is_last = all(one.launched + 1 == self._task.max_new_tokens for one in requests)
         try:

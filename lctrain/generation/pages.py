@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,12 @@ def pages_of(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+def slots_of(pages: Sequence[int], begin: int, end: int) -> Tensor:
+    """Returns the places of tokens `begin` to `end` in the flattened pages, [end - begin] int64."""
+    index = np.arange(begin, end)
+    return torch.from_numpy(np.array(pages, dtype=np.int64)[index // PAGE] * PAGE + index % PAGE)
+
+
 class PagePool:
     """Pages on a device, with the number of users of each page on the host.
 
@@ -69,20 +76,25 @@ class PagePool:
     def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
         self.shape = shape
         self.pages = pages
-        size = (shape.layers, 2, pages, PAGE, shape.heads, shape.head_dim)
-        try:
-            self._storage = torch.empty(size, dtype=shape.dtype, device=device)
-        except RuntimeError as error:
-            # torch's allocator for a CPU raises no error of its own; a GPU's may be an earlier one.
-            if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"the paged cache must fit the memory of {device}, got {pages} pages of "
-                f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "
-                "prompts, or pass a smaller cache_gib."
-            ) from error
+        self._storage = _allocate(shape, pages, device)
         self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages
+
+    def grow(self, pages: int) -> None:
+        """Makes the pool larger. Pages keep their numbers, and move to new memory.
+
+        Args:
+            pages: Number of pages, at least `pages`.
+
+        Raises:
+            ValueError: if the old and the new pages do not fit the memory together.
+        """
+        storage = _allocate(self.shape, pages, self._storage.device)
+        storage[:, :, : self.pages] = self._storage
+        self._storage = storage
+        self._free = [*range(pages - 1, self.pages - 1, -1), *self._free]
+        self._users += [0] * (pages - self.pages)
+        self.pages = pages
 
     @property
     def free(self) -> int:
@@ -134,3 +146,19 @@ class PagePool:
         self._storage[:, :, copy] = self._storage[:, :, page]
         self.release([page])
         return copy
+
+
+def _allocate(shape: CacheShape, pages: int, device: torch.device) -> Tensor:
+    """Returns memory for pages, [layers, 2, pages, PAGE, Hk, D]; raises unless it fits."""
+    size = (shape.layers, 2, pages, PAGE, shape.heads, shape.head_dim)
+    try:
+        return torch.empty(size, dtype=shape.dtype, device=device)
+    except RuntimeError as error:
+        # torch's allocator for a CPU raises no error of its own; a GPU's may be an earlier one.
+        if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"the paged cache must fit the memory of {device}, got {pages} pages of "
+            f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "
+            "prompts, or pass a smaller cache_gib or number of pages."
+        ) from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lctrain.attention.cache_step import StepAttention
 from lctrain.generation.forward import CachedForward
-from lctrain.generation.pages import PAGE, PagePool
+from lctrain.generation.pages import PagePool, slots_of
 from lctrain.transfer import upload
 
 Prompt = tuple[Sequence[int], Sequence[int], int]
@@ -54,18 +54,18 @@ class PrefillStep:
         self._pool = pool
         self._pieces = pieces
         self._device = device
-        slots = [_slots(piece.pages, piece.begin, piece.end) for piece in pieces]
+        slots = [slots_of(piece.pages, piece.begin, piece.end) for piece in pieces]
         self._slots = upload(torch.cat(slots), device)
         self._keys: Tensor | None = None  # None: all keys are those of the pack
         lengths = queries = [piece.end - piece.begin for piece in pieces]
         if any(piece.begin for piece in pieces):
-            stored = [_slots(piece.pages, 0, piece.end) for piece in pieces]
+            stored = [slots_of(piece.pages, 0, piece.end) for piece in pieces]
             self._keys = upload(torch.cat(stored), device)
             lengths = [piece.end for piece in pieces]
-        begins = upload(_boundaries(queries), device)
+        begins = upload(boundaries(queries), device)
         self._pack = checked_pack(
             begins,
-            begins if self._keys is None else upload(_boundaries(lengths), device),
+            begins if self._keys is None else upload(boundaries(lengths), device),
             sum(queries),
             sum(lengths),
             device,
@@ -118,7 +118,7 @@ def prefill(
         ids = upload(torch.from_numpy(np.concatenate(tokens)[None]), forward.device)
         places = [torch.arange(piece.begin, piece.end) for piece in pieces]
         positions = upload(torch.cat(places)[None], forward.device)
-        ends = _boundaries([piece.end - piece.begin for piece in pieces])[1:].long() - 1
+        ends = boundaries([piece.end - piece.begin for piece in pieces])[1:].long() - 1
         keep = upload(ends[[piece.is_last for piece in pieces]], forward.device)
         step = PrefillStep(pool, pieces, forward.device)
         logits = forward(ids, positions, step, keep)
@@ -150,12 +150,6 @@ def packs(requests: Sequence[Prompt], most: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _slots(pages: Sequence[int], begin: int, end: int) -> Tensor:
-    """Returns the places of tokens `begin` to `end` in the flattened pages, [end - begin] int64."""
-    index = np.arange(begin, end)
-    return torch.from_numpy(np.array(pages)[index // PAGE] * PAGE + index % PAGE)
-
-
-def _boundaries(lengths: Sequence[int]) -> Tensor:
+def boundaries(lengths: Sequence[int]) -> Tensor:
     """Returns the cumulative lengths from 0, [N + 1] int32."""
     return torch.tensor([0, *lengths]).cumsum(0).int()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lctrain.generation.pages import PAGE, CacheShape, PagePool
-from lctrain.generation.request import Request
 
 if TYPE_CHECKING:
     from lctrain_kernels import SharedPrefixes
@@ -62,9 +61,7 @@ class SharedPages:
         self._version = -1
         self._found: SharedPrefixes | None = None
 
-    def find(
-        self, version: int, requests: Sequence[Request], tables: Tensor
-    ) -> SharedPrefixes | None:
+    def find(self, version: int, stored: Sequence[int], tables: Tensor) -> SharedPrefixes | None:
         """Returns the groups, on the CPU; None if there are none that pay.
 
         Pages that are full stay the same while a request runs, so groups change with the running
@@ -72,21 +69,23 @@ class SharedPages:
 
         Args:
             version: Number that is another one if other requests run.
-            requests: Running requests.
+            stored: Tokens of each running request in the cache.
             tables: Pages of each request, [n, width] int32, on the CPU.
         """
         if not self._finds:
             return None
         if version != self._version:
-            self._version, self._found = version, self._search(requests, tables)
+            self._version, self._found = version, self._search(stored, tables)
         return self._found
 
-    def _search(self, requests: Sequence[Request], tables: Tensor) -> SharedPrefixes | None:
-        if not any(self._pool.is_shared(request.pages[0]) for request in requests):
+    def _search(self, stored: Sequence[int], tables: Tensor) -> SharedPrefixes | None:
+        first = tables[:, 0].tolist()
+        used = (page for page, tokens in zip(first, stored, strict=True) if tokens)
+        if not any(map(self._pool.is_shared, used)):
             return None
         from lctrain_kernels import make_shared_prefixes
 
-        found = make_shared_prefixes(tables, [request.stored for request in requests], PAGE)
+        found = make_shared_prefixes(tables, stored, PAGE)
         if found is None or (self._must_pay and not pays(found, self._pool.shape)):
             return None
         return found

@@ -25,6 +25,16 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return None
 
 
+def stepping_cache(arguments: Mapping[str, Any]) -> Any:
+    """Returns the PagedCache among a call's arguments, which makes a CacheStep; None without one.
+
+    Args:
+        arguments: Keyword arguments of a model.
+    """
+    cache = given_cache(arguments)
+    return cache if hasattr(type(cache), "begin_step") else None
+
+
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a call's arguments without the key/value cache.
 

@@ -189,7 +189,8 @@ class DualChunkHook(InputHook):
         rotary, scale = model.get_submodule(self.rotary), None
         step = inputs.get(STEP_ARGUMENT)
         if step is not None:
-            positions = inputs["position_ids"] % self.spec.chunk
+            counted = getattr(step, "positions", None)  # of rows, which may have padding
+            positions = (inputs["position_ids"] if counted is None else counted) % self.spec.chunk
             if step.lengths is not None:
                 scale = length_logit_scale(self.spec, step.lengths)
         else:

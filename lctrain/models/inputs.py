@@ -30,6 +30,7 @@ from lctrain.models.cache import (
     given_cache,
     given_rows,
     refuse_full,
+    stepping_cache,
 )
 from lctrain.models.code import parameters
 from lctrain.models.continued_rows import (
@@ -57,6 +58,11 @@ from lctrain.models.shared_attention import covered_tokens, give_positions, read
 from lctrain.models.unpadding import find_unpadded, is_packable, is_padded, row_positions, unpad
 from lctrain.models.window import cache_window, refuse_cut_keys
 from lctrain.pluralize import pluralize
+
+PLAIN_INPUTS = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep"}
+)
+"""Tensors among a causal LM's inputs beside which token ids and positions determine all keys."""
 
 _LONGER = "Split or truncate longer ones, or choose a model with rotary embeddings."
 
@@ -134,6 +140,12 @@ class InputHook:
             refuse_cut_keys(model)
         refuse_full(inputs, *rows, self.cache_window)
         give_rows(inputs, *rows)
+        stepping = stepping_cache(inputs)
+        if stepping is not None and STEP_ARGUMENT not in inputs:
+            self._turn_cache_off(model, inputs)
+            refuse_index_of_cache(inputs)
+            refuse_restart(inputs, tokens.shape[1])
+            return (), self._leave_to_layers(model, inputs, tokens)
         if paged_cache(inputs) is not None or given_rows(inputs) is not None:
             self._refuse_lengths(model, inputs)
             return (), self._leave_to_layers(model, inputs, tokens)
@@ -203,12 +215,15 @@ class InputHook:
                 where the keys lie in a cache of fixed size.
             tokens: Tokens or embeddings of the call, [B, S, ...].
         """
-        if STEP_ARGUMENT in inputs or paged_cache(inputs) is None:
+        if STEP_ARGUMENT in inputs:
             return inputs
-        return inputs | {
-            STEP_ARGUMENT: PagedForward(),
-            "attention_mask": paged_mask(tokens.device),
-        }
+        if (cache := stepping_cache(inputs)) is not None:
+            step = cache.begin_step(model, inputs, tokens)
+        elif paged_cache(inputs) is not None:
+            step = PagedForward()
+        else:
+            return inputs
+        return inputs | {STEP_ARGUMENT: step, "attention_mask": paged_mask(tokens.device)}
 
     def _read(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Boundaries:
         """Returns the boundaries of the inputs' documents; see `read_boundaries`."""

@@ -106,9 +106,8 @@ def test_auto_shares_on_a_gpu_only():
     pool = PagePool(CacheShape(1, 2, 8, torch.float32), 2, torch.device("cpu"))
     pages = pool.take(1)
     pool.share(pages)
-    rows = [SimpleNamespace(pages=pages, stored=PAGE)] * 2
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    arguments = (0, rows, table)
+    table = torch.full((2, 1), pages[0], dtype=torch.int32)
+    arguments = (0, [PAGE] * 2, table)
     assert SharedPages("auto", pool, torch.device("cpu")).find(*arguments) is None
     assert SharedPages("never", pool, torch.device("cuda")).find(*arguments) is None
     assert SharedPages("auto", pool, torch.device("cuda")).find(*arguments) is None  # too few bytes
