@@ -81,7 +81,7 @@ def test_a_plain_checkout_is_used_without_an_install(tmp_path):
 
 @pytest.mark.slow
 def test_everything_outside_the_kernels_imports_without_triton(tmp_path):
-    within = r"\w+\.(triton|hopper|ranges|launch|aot)"
+    within = r"\w+\.(triton|hopper|ranges|launch|prefix_launch|aot)"
     device = re.compile(rf"lctrain_kernels\.(tile|gluon|bench|aot|launch|{within})")
     modules = [module for module in SOURCES if not device.match(module)]
     code = f"""
