@@ -10,6 +10,7 @@ Parts, in this order:
 - `answers`: seconds of passkeys and of RULER's tasks at one length, beside forward passes over as
   many documents of that length without logits.
 - `generated`: the same of passkeys that a small model answers by generation, at several lengths.
+- `document`: seconds and memory of the task perplexity on one document of a million tokens.
 - `suite`: seconds of passkeys, RULER's tasks and perplexity by `lctrain-eval` with a stored model,
   from loading it to its report, for a 1B model and for one of SmolLM2's shape.
 
@@ -38,6 +39,7 @@ from lctrain.bench.evaluation_runs import (
     BY_GENERATION,
     Sizes,
     time_answers,
+    time_document,
     time_perplexity,
     time_suite,
 )
@@ -84,6 +86,10 @@ def runs(
                 for task in tasks:
                     about = {"shape": shape.title, "task": task}
                     yield part, about, partial(time_answers, model, task, contexts, sizes)
+    if "document" in parts:
+        with _patched(large, device, dtype) as model:
+            about = {"shape": large.title, "task": "perplexity"}
+            yield "document", about, partial(time_document, model, sizes)
     if "suite" in parts:
         for shape, lengths in zip(shapes, sizes.suite_lengths, strict=False):
             for task in ("passkey", "ruler", "perplexity"):

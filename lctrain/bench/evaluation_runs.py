@@ -53,6 +53,7 @@ class Sizes:
         items: Number of prompts of each of RULER's tasks in the part `answers`.
         generated: Context lengths of the passkeys that the small model answers by generation.
         generated_keys: Number of these passkeys at each length and each of six depths.
+        document: Tokens of the part `document`.
         haystack: Characters of the text in which the part `answers` hides keys and needles.
         suite_lengths: Context lengths of the suite, for the 1B model and then for SmolLM2's shape.
         suite_items: Number of prompts of each of RULER's tasks in the suite.
@@ -71,6 +72,7 @@ class Sizes:
     items: int = 4
     generated: tuple[int, ...] = (2048, 4096, 8192, 16_384, 32_768)
     generated_keys: int = 20
+    document: int = 2**20
     haystack: int = 400_000
     suite_lengths: tuple[tuple[int, ...], ...] = (
         (4096, 8192, 16_384, 32_768),
@@ -99,6 +101,7 @@ class Sizes:
             items=1,
             generated=(256, 512),
             generated_keys=1,
+            document=2048,
             haystack=20_000,
             suite_lengths=((512,),),
             suite_items=1,
@@ -151,6 +154,45 @@ def time_perplexity(model: Any, length: int, sizes: Sizes) -> dict[str, Any]:
         "forward_seconds": plain,
         "speed_ratio": plain / seconds,
     }
+
+
+def time_document(model: Any, sizes: Sizes) -> dict[str, Any]:
+    """Times the task perplexity on one long document, which is one window, and notes its memory.
+
+    Args:
+        model: A patched causal LM in eval mode.
+        sizes: Sizes of the runs.
+
+    Returns:
+        Tokens, seconds, loss in nats per token, and on a GPU bytes: of the weights, of the most
+        that torch had allocated, and of the logits of all tokens, in float32, which are never made.
+    """
+    device = next(model.parameters()).device
+    vocabulary, length = model.config.vocab_size, sizes.document
+    ids = np.random.default_rng(0).integers(vocabulary, size=length + 1)
+    document = [TokenizedDocument("document", ids, 0)]
+    if device.type == "cuda":
+        first = [TokenizedDocument("first", ids[:4097], 0)]
+        _compute(Perplexity(), Subject(model, documents=first), 4096, 4096)  # compiles
+        torch.cuda.reset_peak_memory_stats(device)
+        weights = torch.cuda.memory_allocated(device)
+    start = now(device)
+    task = Perplexity()
+    run = Run.prepared(
+        task, Subject(model, documents=document), [GivenReading()], (length,), max_tokens=length
+    )
+    rows = task.table(computed(run)).rows
+    found: dict[str, Any] = {
+        "length": length,
+        "tokens": length,
+        "seconds": now(device) - start,
+        "loss": rows[0].loss,
+    }
+    if device.type == "cuda":
+        found["weights_bytes"] = weights
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        found["logits_bytes"] = 4 * length * vocabulary
+    return found
 
 
 def time_answers(model: Any, task: str, lengths: tuple[int, ...], sizes: Sizes) -> dict[str, Any]:

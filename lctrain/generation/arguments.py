@@ -120,12 +120,12 @@ def _token_ids(prompt: Any, tokenizer: Any) -> list[int]:
             "prompts must be lists of at least one token id, got an empty one. Begin an empty "
             "prompt with the begin token."
         )
-    if not all(map(is_int, ids)):
+    if set(map(type, ids)) != {int} and not all(map(is_int, ids)):  # is_int takes 30 times as long
         raise ValueError(
             f"prompts must be lists of token ids, which are ints, got {str(ids)[:60]}. Pass the "
             "input_ids of each prompt, in one dimension."
         )
-    return [int(token) for token in ids]
+    return list(map(int, ids))
 
 
 def check_fit(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -1,6 +1,7 @@
 """Tests lctrain-bench evaluation on a CPU: its record, a failed run, and the time limit."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,15 @@ def test_a_small_model_answers_by_generation_at_several_lengths(record, capsys):
     assert (row["shortest"], row["length"]) == (256, 512)
     assert row["time_ratio"] == near(row["seconds"] / row["prefill_seconds"])
     assert "| `passkey by generation` | 256 to 512 | 12 |" in capsys.readouterr().out
+
+
+def test_a_long_document_is_one_window(record, capsys):
+    found, status = record("--parts", "document")
+    assert status == 0
+    (row,) = found["document"]
+    assert row["tokens"] == 2048
+    assert round(row["loss"]) == round(math.log(8192))  # of random weights
+    assert "| 2,048 | " in capsys.readouterr().out
 
 
 def test_a_part_of_the_suite_is_named(record):

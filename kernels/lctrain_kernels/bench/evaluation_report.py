@@ -8,7 +8,7 @@ from typing import Any
 
 from lctrain_kernels.bench.newest import origin
 
-PARTS = ("perplexity", "answers", "generated", "suite")
+PARTS = ("perplexity", "answers", "generated", "document", "suite")
 SUITE_DOCUMENTS, SUITE_ITEMS = 32, 10
 """Documents of perplexity, and prompts of each of RULER's tasks, in the whole suite."""
 
@@ -62,7 +62,7 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     """Returns the lines of the tables of all parts that were run."""
-    tables = {"perplexity": _perplexity, "suite": _suite}
+    tables = {"perplexity": _perplexity, "document": _document, "suite": _suite}
     lines: list[str] = []
     for part in PARTS:
         for shape, rows in groupby(record.get(part, ()), key=lambda row: row["shape"]):
@@ -89,6 +89,17 @@ def _answers(shape: str, rows: Iterable[Row]) -> list[str]:
         "| task | context | prompts | seconds | forward passes, s | ratio |",
         "|---|---|---|---|---|---|",
         *(_line(f"`{row['task']}`", row, _ratio, 5) for row in rows),
+    ]
+
+
+def _document(shape: str, rows: Iterable[Row]) -> list[str]:
+    return [
+        f"{shape}, the task `perplexity` on one document that is one window. The memory is the "
+        "most that torch had allocated, the weights among it; logits of all tokens are never made:",
+        "",
+        "| tokens | seconds | tokens/s | memory, GiB | weights, GiB | logits in float32, GiB |",
+        "|---|---|---|---|---|---|",
+        *(_line(f"{row.get('tokens', 0):,}", row, _memory, 5) for row in rows),
     ]
 
 
@@ -130,6 +141,12 @@ def _line(name: str, row: Row, cells: Callable[[Row], list[str]], count: int) ->
 def _speed(row: Row) -> list[str]:
     rate = row["tokens"] / row["seconds"]
     return [f"{row['documents']}", f"{rate:,.0f}", f"{row['speed_ratio']:.2f}"]
+
+
+def _memory(row: Row) -> list[str]:
+    of = (row.get(f"{name}_bytes") for name in ("peak", "weights", "logits"))
+    sizes = ["-" if size is None else f"{size / 2**30:.1f}" for size in of]
+    return [f"{row['seconds']:.0f}", f"{row['tokens'] / row['seconds']:,.0f}", *sizes]
 
 
 def _ratio(row: Row) -> list[str]:
