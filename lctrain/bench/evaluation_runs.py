@@ -27,6 +27,7 @@ from lctrain.data import TokenizedDocument
 from lctrain.eval import Run, Subject, Task, computed
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.shipped import SHIPPED, passkey_tokenizer
+from lctrain.eval.table import PerplexityTable
 from lctrain.eval.tasks.passkey import PasskeyRetrieval
 from lctrain.eval.tasks.perplexity import Perplexity
 from lctrain.eval.tasks.ruler import Ruler
@@ -181,12 +182,13 @@ def time_document(model: Any, sizes: Sizes) -> dict[str, Any]:
     run = Run.prepared(
         task, Subject(model, documents=document), [GivenReading()], (length,), max_tokens=length
     )
-    rows = task.table(computed(run)).rows
+    table = task.table(computed(run))
+    assert isinstance(table, PerplexityTable)  # of one method
     found: dict[str, Any] = {
         "length": length,
         "tokens": length,
         "seconds": now(device) - start,
-        "loss": rows[0].loss,
+        "loss": table.rows[0].loss,
     }
     if device.type == "cuda":
         found["weights_bytes"] = weights
