@@ -24,13 +24,15 @@ def _range_of_relation(
     """Returns (first query of the blocks that see keys [first, last], number of query blocks).
 
     The first query is a multiple of 16, as a slab of the float32 dq is, so up to 15 queries before
-    those of the range are masked.
+    those of the range are masked. If no query sees the keys, there is no block: those before the
+    range may not have been rotated, and zero times what lies there may be NaN.
     """
     low, _, _, high = queries_of_tile(first, last, RELATION, chunk_length, succ_length, length_k)
     shift = length_k - length_q
-    low = gl.maximum(low - shift, 0) // _SLAB_ROWS * _SLAB_ROWS
+    low = gl.maximum(low - shift, 0)
     high = gl.minimum(high - shift, length_q)
-    return low, (gl.maximum(high - low, 0) + BLOCK_M - 1) // BLOCK_M
+    begin = low // _SLAB_ROWS * _SLAB_ROWS
+    return begin, (gl.where(low < high, high - begin, 0) + BLOCK_M - 1) // BLOCK_M
 
 
 @gluon.jit
