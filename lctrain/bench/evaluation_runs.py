@@ -201,6 +201,8 @@ def time_answers(model: Any, task: str, lengths: tuple[int, ...], sizes: Sizes) 
     """Times a task that asks for answers, and forward passes over as many documents without logits.
 
     The documents fill the lengths. As many of them are in a pass as the longest length has tokens.
+    The task runs twice, with prompts made anew. Its first run compiles the kernels, since batches
+    of other sizes need other variants. Triton keeps them on disk for later processes.
 
     Args:
         model: A patched causal LM in eval mode.
@@ -209,24 +211,29 @@ def time_answers(model: Any, task: str, lengths: tuple[int, ...], sizes: Sizes) 
         sizes: Sizes of the runs.
 
     Returns:
-        Context lengths, prompts, seconds of the task and of the passes, and their ratio. A prompt
-        has fewer tokens than a document, since the length holds its answer too.
+        Context lengths, prompts, seconds of the task's first and second run and of the passes, and
+        the ratio of the second run to the passes. A prompt has fewer tokens than a document, since
+        the length holds its answer too.
     """
     device = next(model.parameters()).device
     longest = lengths[-1]
-    made = _answers_task(task, sizes)
     tokenizer = passkey_tokenizer(SHIPPED)
     ids = tokenizer(_text(sizes.haystack), verbose=False)["input_ids"]
     documents = [TokenizedDocument("text", np.array(ids), 0)]
-    subject = Subject(model, tokenizer, documents)
-    run = Run.prepared(made, subject, [GivenReading()], lengths, max_tokens=longest)
+
+    def task_seconds() -> float:
+        made, subject = _answers_task(task, sizes), Subject(model, tokenizer, documents)
+        run = Run.prepared(made, subject, [GivenReading()], lengths, max_tokens=longest)
+        return _seconds(lambda: computed(run), device)
+
+    size = _answers_task(task, sizes).size
     draw = np.random.default_rng(0)
     packs = [
         PackedBatch.from_documents([draw.integers(256, size=length) for _ in range(rows)])
         .to(device)
         .model_kwargs()
         for length in lengths
-        for rows in _shares(made.size(length), longest // length)
+        for rows in _shares(size(length), longest // length)
     ]
 
     def prefill() -> None:
@@ -236,13 +243,13 @@ def time_answers(model: Any, task: str, lengths: tuple[int, ...], sizes: Sizes) 
     with torch.no_grad():
         for pack in (packs[0], packs[-1]):
             model.model(**pack)  # compiles
-        computed(_first(made, subject, longest))
         passes = _seconds(prefill, device)
-    seconds = _seconds(lambda: computed(run), device)
+    first, seconds = task_seconds(), task_seconds()
     return {
         "shortest": lengths[0],
         "length": longest,
-        "prompts": sum(map(made.size, lengths)),
+        "prompts": sum(map(size, lengths)),
+        "first_seconds": first,
         "seconds": seconds,
         "prefill_seconds": passes,
         "time_ratio": seconds / passes,
@@ -330,16 +337,6 @@ def _answers_task(task: str, sizes: Sizes) -> Task:
     if task == BY_GENERATION:
         return PasskeyRetrieval(keys_per_cell=sizes.generated_keys, by="generation")
     return Ruler(tasks=sizes.ruler_tasks, items=sizes.items)
-
-
-def _first(task: Task, subject: Subject, length: int) -> Run:
-    """Returns a short run of the same kind, which compiles what the task needs."""
-    short: Task = (
-        PasskeyRetrieval(depths=(0.5,), keys_per_cell=1, by=task.by)
-        if isinstance(task, PasskeyRetrieval)
-        else Ruler(tasks=["niah_single_1"], items=1)
-    )
-    return Run.prepared(short, subject, [GivenReading()], (length,), max_tokens=length)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -32,6 +32,8 @@ def stepping_cache(arguments: Mapping[str, Any]) -> Any:
         arguments: Keyword arguments of a model.
     """
     cache = given_cache(arguments)
+    if cache is None:  # of None, torch.compile of torch 2.11 cannot trace hasattr
+        return None
     return cache if hasattr(type(cache), "begin_step") else None
 
 

@@ -36,7 +36,7 @@ PLAIN = Case(equal_lengths(147, 148, 201, 202, 0, 1, 330), 2, 1, 64, chunks=(200
 UNEQUAL = ((64, 329), (229, 64), (1, 400), (65, 0), (100, 240))
 CASES = {
     "D64-g2": PLAIN,
-    # The first query that would see INTER keys is at 200, behind the end, and in a block from 192 on.
+    # The first query that would see INTER keys, at 200, is behind the end. Its block begins at 192.
     "D64-no_inter": Case(equal_lengths(200, 195, 193), 2, 1, 64, chunks=(200, 53)),
     "D64-unequal": dataclasses.replace(PLAIN, documents=UNEQUAL),
     "D64-many_chunks": Case(equal_lengths(390, 45), 1, 1, 64, chunks=(70, 22), dout_order="htd"),
