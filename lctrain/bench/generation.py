@@ -6,11 +6,14 @@
 The weights are random. The contenders are lctrain's continuous batching with CUDA graphs, the same
 with tokens that are drawn by temperature and top-p, the same with a host that reads the tokens of a
 step before it launches the next one, without graphs, and with batch_invariant=True; and, on an
-unpatched model with SDPA, transformers' generate on a padded batch and its generate_batch.
+unpatched model with SDPA, transformers' generate on a padded batch and its generate_batch. Further
+cases have one request and a model of 135M parameters; and four beams of each of four prompts of
+--longest tokens, by transformers' generate on a patched model with a PagedCache or a DynamicCache.
+
 Contenders of transformers complete --peer-tokens tokens; their time for all tokens is projected
 with the median step. The floor is the time to read the weights and the keys and values of all steps
-at --bandwidth; that of prefills is the time of their products at --flops. A further case has one
-request and a model of 135M parameters. The record is saved after every result.
+at --bandwidth; that of prefills is the time of their products at --flops. Beams of a prompt read
+its keys once. The record is saved after every result.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import torch
 from lctrain.bench.generation_runs import (
     FEW,
     SAMPLED,
+    run_beams,
     run_continuous,
     run_generate_batch,
     run_padded,
@@ -49,7 +53,12 @@ from lctrain_kernels.bench.run import new_record
 from lctrain_kernels.strict_json import write_json
 
 _SHAPES = {**SHAPES, llama_8b.name: llama_8b}
-CONTENDERS = ("graphs", "sampled", "waiting", "eager", "invariant", "padded", "generate_batch")
+BEAM_SEARCHES = {"beams_paged": True, "beams_dynamic": False}  # whether the cache is paged
+CONTENDERS = (
+    *("graphs", "sampled", "waiting", "eager", "invariant", "padded", "generate_batch"),
+    *BEAM_SEARCHES,
+)
+BEAM_REQUESTS = 4
 COMPARED = 8
 """Completions whose log-probabilities are compared with a training forward."""
 
@@ -107,6 +116,14 @@ class Bench:
             self._measure(case, "padded", partial(run_padded, model, prompts, peer))
         case, model, prompts = cases[0]
         self._measure(case, "generate_batch", partial(run_generate_batch, model, prompts, peer))
+        if not set(BEAM_SEARCHES).isdisjoint(options.contenders):
+            shape, count = shapes["batch"], min(BEAM_REQUESTS, options.requests)
+            longest = options.longest
+            prompts = make_prompts(count, longest, longest, shape.vocab_size)
+            case, model, prompts = self._build("beams", shape, prompts)
+            with patch_model(model, fused=True):
+                for name, paged in BEAM_SEARCHES.items():
+                    self._measure(case, name, partial(run_beams, model, prompts, peer, paged))
 
     def _build(
         self, name: str, shape: ModelShape, prompts: list[list[int]]

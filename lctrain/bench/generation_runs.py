@@ -14,9 +14,12 @@ import torch
 from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.graph import GraphCapture
 from lctrain.generation.options import Completion, SamplingOptions
+from lctrain.generation.paged_cache import PagedCache
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 
+BEAMS = 4
+"""Beams of each prompt in a beam search."""
 FEW = 8
 """Tokens of the short run before a contender of lctrain is timed, which compiles its kernels."""
 
@@ -102,13 +105,20 @@ def run_continuous(
     return figures | {"shared_steps": batch.shared_steps}, found
 
 
-def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
+def run_padded(
+    model: Any, prompts: Sequence[list[int]], new_tokens: int, num_beams: int = 1, cache: Any = None
+) -> dict[str, Any]:
     """Times transformers' generate on one left-padded batch.
 
     Args:
         model: A model of transformers in eval mode.
         prompts: Token ids of each prompt.
         new_tokens: Tokens of each completion.
+        num_beams: Beams of each prompt.
+        cache: Key/value cache; None for a DynamicCache.
+
+    Returns:
+        The figures, and on a GPU the most memory that torch had allocated, in bytes.
     """
     from transformers import StoppingCriteriaList
 
@@ -116,6 +126,8 @@ def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dic
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     times = [time.perf_counter()]
 
     def note(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -132,10 +144,33 @@ def run_padded(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> dic
         pad_token_id=0,
         eos_token_id=None,
         use_cache=True,
+        num_beams=num_beams,
+        past_key_values=cache,
         stopping_criteria=StoppingCriteriaList([note]),  # type: ignore[list-item]
     )
     steps = [later - earlier for earlier, later in pairwise(times[1:])]
-    return _figures(times[-1] - times[0], times[1] - times[0], steps, new_tokens)
+    figures = _figures(times[-1] - times[0], times[1] - times[0], steps, new_tokens)
+    if device.type == "cuda":
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
+
+
+def run_beams(
+    model: Any, prompts: Sequence[list[int]], new_tokens: int, paged: bool
+) -> dict[str, Any]:
+    """Times beam search of transformers on a patched model, after a short run that compiles.
+
+    Args:
+        model: A patched model in eval mode.
+        prompts: Token ids of each prompt.
+        new_tokens: Tokens of each completion.
+        paged: Whether the cache is a PagedCache; otherwise a DynamicCache.
+    """
+    with torch.no_grad():
+        for count in (FEW, new_tokens):
+            cache = PagedCache(model) if paged else None
+            figures = run_padded(model, prompts, count, BEAMS, cache)
+    return figures
 
 
 def run_generate_batch(

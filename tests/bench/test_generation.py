@@ -17,6 +17,7 @@ from lctrain.bench.generation_yardsticks import (
     prefill_flops,
 )
 from lctrain.bench.shapes import SHAPES, build_shape, tiny
+from lctrain_kernels.bench.generation_report import generation_table
 from tests.numerics import near
 
 NAMES = "graphs,sampled,waiting,eager,invariant,padded"
@@ -54,6 +55,22 @@ def test_a_trial_measures_every_case(tmp_path):
             "tokens": 10 * case["requests"],
         }
         assert case["forward_seconds"] > 0 < invariant["forward_seconds"]
+
+
+def test_beams_on_both_caches(tmp_path):
+    output = tmp_path / "generation.json"
+    options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", "beams_paged,beams_dynamic"]
+    assert main(["generation", *options, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    case = record["cases"]["beams"]
+    assert list(case["results"]) == ["beams_paged", "beams_dynamic"]
+    assert [one["new_tokens"] for one in case["results"].values()] == [9, 9]
+    assert case["prompt_tokens"] == case["requests"] * case["longest_prompt"]
+    for index, of in enumerate(case["results"].values()):
+        of["peak_bytes"] = (index + 1) * 2**30  # as on a GPU
+    text = generation_table({**record, "cases": {"beams": case}})
+    assert "4 beams, patched, `DynamicCache` | " in text
+    assert "`PagedCache`: 1.0 GiB; " in text
 
 
 def test_the_difference_is_that_of_the_log_probs(patched_tiny):

@@ -15,6 +15,8 @@ TITLES = {
     "invariant": "`lctrain.generate`, CUDA graphs, `batch_invariant=True`",
     "padded": "transformers' `generate`, a padded batch, SDPA",
     "generate_batch": "transformers' `generate_batch`, SDPA",
+    "beams_paged": "transformers' `generate`, 4 beams, patched, `PagedCache`",
+    "beams_dynamic": "transformers' `generate`, 4 beams, patched, `DynamicCache`",
 }
 
 
@@ -89,6 +91,8 @@ def generation_table(record: Mapping[str, Any]) -> str:
                 f"| {result['tokens_per_s']:,.0f}{star} "
                 f"| {result['share_of_floor']:.2f} ({result['decode_share']:.2f}) |"
             )
+        if memory := _memory(case["results"]):
+            lines += ["", memory]
         if "prefill_floor_seconds" in case:
             floors = case["floor_seconds"] + case["prefill_floor_seconds"]
             shares = [
@@ -119,3 +123,13 @@ def generation_table(record: Mapping[str, Any]) -> str:
                 f"most. The training forward of these completions takes {ratio:.2f} times as long.",
             ]
     return "\n".join([*lines, ""])
+
+
+def _memory(results: Mapping[str, Any]) -> str:
+    """Returns a sentence on the memory of beam searches; nothing without one."""
+    found = [
+        f"{TITLES[name]}: {result['peak_bytes'] / 2**30:.1f} GiB"
+        for name, result in results.items()
+        if name.startswith("beams") and "peak_bytes" in result
+    ]
+    return f"Most memory that torch had allocated: {'; '.join(found)}." if found else ""
