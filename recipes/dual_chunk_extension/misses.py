@@ -62,9 +62,10 @@ def _sentences(cells: Cells, method: str, length: int, window: int) -> str:
     ]
     if found < AIM * keys:
         chance = at_most(found, keys, AIM)
+        likely = f"{chance:.2f}" if chance >= 0.005 else "below 0.005"
         said.append(
             f"A method that finds {AIM:.0%} of all keys finds at most {found} of {keys} with "
-            f"probability {chance:.2f}, so sampling alone {'may' if chance > 0.05 else 'does not'} "
+            f"probability {likely}, so sampling alone {'may' if chance > 0.05 else 'does not'} "
             f"explain the distance to {AIM:.0%}."
         )
     first = [cell for (tokens, _), cell in cells.items() if tokens == window]

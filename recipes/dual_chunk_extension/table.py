@@ -15,6 +15,8 @@ RUNS = {
     RESULTS: "First run",
     RESULTS / "later": "Later run, of every method",
     RESULTS / "wider": "The later run, trained further with keys at both ends of the text",
+    RESULTS / "again": "The same further training a second time",
+    RESULTS / "uniform": "The same further training without keys at the ends",
 }
 """Titles of the recorded runs, by their folder."""
 README = Path(__file__).parent / "README.md"

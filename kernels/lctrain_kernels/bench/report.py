@@ -3,8 +3,8 @@
     python -m lctrain_kernels.bench.report docs/benchmarks.md [RESULT.json ...]
 
 The command rewrites the tables of the page, and draws the picture of long contexts beside it. By
-default it reads the newest result file of each
-device. All other tables come from the newest files in the folders of `results/`.
+default it reads the newest result file of each device. All other tables come from the newest files
+in the folders of `results/`.
 """
 
 import argparse

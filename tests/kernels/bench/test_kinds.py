@@ -328,7 +328,24 @@ def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
         "perplexity": [{**at_4k, "forward_seconds": 1.9, "speed_ratio": 0.95}, failed],
         "answers": [{**answers, "prefill_seconds": 16.0, "time_ratio": 1.25}],
         "generated": [
-            {**answers, "shortest": 2048, "prefill_seconds": 16.0, "time_ratio": 1.25},
+            {
+                **answers,
+                "shortest": 2048,
+                "first_seconds": 31.0,
+                "prefill_seconds": 16.0,
+                "time_ratio": 1.25,
+            },
+        ],
+        "document": [
+            {
+                "shape": "1B",
+                "task": "perplexity",
+                "tokens": 2048,
+                "seconds": 4.0,
+                "peak_bytes": 3 * 2**29,
+                "weights_bytes": 2**30,
+                "logits_bytes": 2**31,
+            }
         ],
         "suite": [
             {**suite, "task": "passkey"},
@@ -340,9 +357,10 @@ def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
     text = evaluation_table(record)
     assert "| 4,096 | 2 | 4,096 | 0.95 |" in text
     assert "| 8,192 | error | - | - |" in text
-    assert "| `ruler` | 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
+    assert "| `ruler` | 4,096 | 44 | - | 20.0 | 16.0 | 1.25 |" in text
+    assert "| 2,048 | 4 | 512 | 1.5 | 1.0 | 2.0 |" in text
     assert "1B, `lctrain-eval` at 4,096, 8,192 tokens" in text
-    assert "| `ruler` | 2,048 to 4,096 | 44 | 20.0 | 16.0 | 1.25 |" in text
+    assert "| `ruler` | 2,048 to 4,096 | 44 | 31.0 | 20.0 | 16.0 | 1.25 |" in text
     assert text.count("| all | | 60 |") == text.count("| all |") == 1
     assert "| `ruler` | not run |" in text
 
@@ -371,7 +389,7 @@ def test_evaluation_shows_each_row_once_and_suites_as_a_whole():
     second = {**HEAD, "date": "2026-12-01", "answers": later, "suite": cut}
     text = evaluation_tables([first, second])
     assert "not run" not in text
-    assert text.count("| `passkey` | 4,096 | 20 | 20.0 | 16.0 | 1.50 |") == 1
+    assert text.count("| `passkey` | 4,096 | 20 | - | 20.0 | 16.0 | 1.50 |") == 1
     assert text.count("| `ruler` | 4,096 |") == 1
     assert "| 1.25 |" in text
     assert text.count("| `passkey` | all of it | 30 |") == text.count("`passkey` | all of it") == 1
