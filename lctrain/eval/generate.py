@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lctrain.generation import generate
+from lctrain.generation.pages import CacheMemoryError
 
 
 def generate_answers(
@@ -26,13 +27,24 @@ def generate_answers(
 
     Returns:
         Token ids of each answer, [m] int64; the end token is the last one if the model chose it.
+
+    Raises:
+        ValueError: if the keys and values of a prompt do not fit the memory.
     """
-    found = generate(
-        model,
-        [np.asarray(prompt).tolist() for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        batch_size=len(prompts),
-        cache_gib=cache_gib,
-    )
+    try:
+        found = generate(
+            model,
+            [np.asarray(prompt).tolist() for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            batch_size=len(prompts),
+            cache_gib=cache_gib,
+        )
+    except CacheMemoryError as error:
+        longest = max(map(len, prompts)) + max_new_tokens
+        raise ValueError(
+            "lengths must leave memory for the keys and values of a prompt beside the model, got "
+            f"{longest:,} tokens with the answer. Leave out the longest lengths, take a GPU with "
+            "more memory, or score by likelihood, which keeps none."
+        ) from error
     return [np.array(one.token_ids, dtype=np.int64) for one in found]

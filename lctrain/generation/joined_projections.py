@@ -62,12 +62,16 @@ class JoinedProjections:
 
 def _join(weights: list[Any]) -> Tensor:
     """Returns weights [N_i, E] as one, [N, E], in the dtype in which products are computed."""
-    dtype = autocast_dtype(weights[0].device.type) or weights[0].dtype
+    dtype = _dtype_of_products(weights[0])
     return torch.cat([weight.detach().to(dtype) for weight in weights])
+
+
+def _dtype_of_products(weight: Tensor) -> torch.dtype:
+    return autocast_dtype(weight.device.type) or weight.dtype
 
 
 def _have_room(weights: list[Any]) -> bool:
     """Returns whether weights are on a GPU, and copies take a small share of its free memory."""
     free = free_bytes(weights[0].device) if weights else None
-    needed = sum(weight.numel() * weight.element_size() for weight in weights)
+    needed = sum(weight.numel() * _dtype_of_products(weight).itemsize for weight in weights)
     return free is not None and needed <= SHARE * free

@@ -104,12 +104,14 @@ class PagedCache(Cache):
         else:
             known = self._rows.begin(_prompts(inputs, padding, count))
 
-        def done() -> None:
-            self._rows.store(new)
-            self._columns += count
+        def attended(layer: int) -> None:
+            self._expected = layer + 1
+            if self._expected == len(self.layers):
+                self._rows.store(new)
+                self._columns += count
 
         self._expected = 0
-        return PagedStep(self._rows, self._shared, padding, known, count, done)
+        return PagedStep(self._rows, self._shared, padding, known, count, attended)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -126,12 +128,11 @@ class PagedCache(Cache):
         Raises:
             ValueError: if the layer does not belong to a patched model.
         """
-        if layer_idx != self._expected:
+        if layer_idx != self._expected:  # the attention of the layer before has not come here
             raise ValueError(
                 "a PagedCache must be read by a patched model, got a layer whose attention does "
                 "not. Call lctrain.patch_model(model) first, or generate with a DynamicCache."
             )
-        self._expected = layer_idx + 1
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

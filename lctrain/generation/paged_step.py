@@ -33,7 +33,7 @@ class PagedStep:
         padding: Padding on the left of each row's new tokens.
         known: For each row, how many of its first tokens a row before it stores.
         tokens: Tokens S of each row in the pass, padding counted.
-        done: Is called after the last layer.
+        attended: Is called with the index of each layer whose attention was computed.
     """
 
     lengths: Tensor | None = None
@@ -45,14 +45,14 @@ class PagedStep:
         padding: Sequence[int],
         known: Sequence[int],
         tokens: int,
-        done: Callable[[], None],
+        attended: Callable[[int], None],
     ) -> None:
         self._rows = rows
         self._shared = shared
         self._padding = padding
         self._known = known
         self._tokens = tokens
-        self._done = done
+        self._attended = attended
         self._device = rows.pool.layer(0)[0].device
         self._stored = upload(torch.tensor(rows.stored, dtype=torch.int32), self._device)
         self._host_table = rows.table()
@@ -103,8 +103,7 @@ class PagedStep:
             out = self._decode(q, k, v, (keys, values), attention)
         else:
             out = self._prefill(q, k, v, (keys, values), attention)
-        if layer == shape.layers - 1:
-            self._done()
+        self._attended(layer)
         return out
 
     def _decode(

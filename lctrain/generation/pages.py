@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+
+class CacheMemoryError(ValueError):
+    """The keys and values of a request, or of a batch of them, do not fit the memory."""
+
+
 PAGE = 64
 """Tokens of a page: a block of keys of the decode kernels' tiles lies on one page."""
 
@@ -66,7 +71,7 @@ class PagePool:
         device: Device of the pages.
 
     Raises:
-        ValueError: if the pages do not fit the memory.
+        CacheMemoryError: if the pages do not fit the memory.
 
     Attributes:
         shape: Shape of keys and values.
@@ -87,7 +92,7 @@ class PagePool:
             pages: Number of pages, at least `pages`.
 
         Raises:
-            ValueError: if the old and the new pages do not fit the memory together.
+            CacheMemoryError: if the old and the new pages do not fit the memory together.
         """
         storage = _allocate(self.shape, pages, self._storage.device)
         storage[:, :, : self.pages] = self._storage
@@ -157,7 +162,7 @@ def _allocate(shape: CacheShape, pages: int, device: torch.device) -> Tensor:
         # torch's allocator for a CPU raises no error of its own; a GPU's may be an earlier one.
         if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(
+        raise CacheMemoryError(
             f"the paged cache must fit the memory of {device}, got {pages} pages of "
             f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "
             "prompts, or pass a smaller cache_gib or number of pages."

@@ -9,7 +9,7 @@ from torch import nn
 
 from lctrain.data.vocabulary import vocabulary_size
 from lctrain.distributed.gather import free_bytes
-from lctrain.generation.pages import PAGE, CacheShape, pages_of
+from lctrain.generation.pages import PAGE, CacheMemoryError, CacheShape, pages_of
 from lctrain.generation.road import find_cache
 from lctrain.generation.task import GenerationTask
 from lctrain.loss import evaluation_mode
@@ -49,7 +49,7 @@ def pool_pages(
         cache_gib: Most memory of the cache in GiB; None for a share of the free memory.
 
     Raises:
-        ValueError: if one request alone does not fit.
+        CacheMemoryError: if one request alone does not fit.
     """
     needs = sorted(longest_pages(task), reverse=True)
     wanted = sum(sorted(needs * min(task.samples, task.batch_size))[-task.batch_size :])
@@ -63,7 +63,7 @@ def pool_pages(
         room = max(_default_bytes(device), needs[0] * shape.page_bytes)
     fitting = room // shape.page_bytes
     if fitting < needs[0]:
-        raise ValueError(
+        raise CacheMemoryError(
             f"cache_gib must be at least {needs[0] * shape.page_bytes / 2**30:.3g} for a prompt "
             f"with its completion of {needs[0] * PAGE} tokens, got {room / 2**30:.3g}"
             f"{' of free memory' if cache_gib is None else ''}. Shorten the prompts, lower "

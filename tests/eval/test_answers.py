@@ -49,6 +49,14 @@ def answer(monkeypatch, subject):
     return run
 
 
+def test_a_prompt_whose_keys_do_not_fit_names_the_lengths(make_llama):
+    """It names no argument of lctrain.generate, which the user has not called."""
+    with lctrain.patch_model(make_llama()) as handle:
+        message = r"lengths must leave memory .* got 204 tokens with the answer. Leave out the long"
+        with pytest.raises(ValueError, match=message):
+            generate_answers(handle.model, [np.arange(200) % 90], 4, cache_gib=1e-7)
+
+
 def test_padded_batches_hold_the_tokens_of_a_forward_pass(answer):
     task = Needle(needles=3, depths=[0.0, 0.5])
     alone, single = answer(task, 150, max_tokens=150)

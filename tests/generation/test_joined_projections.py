@@ -108,6 +108,18 @@ def test_copies_take_a_small_share_of_free_memory(endless, monkeypatch, free, se
         assert len(joined_layers(model)) == sets * len(model.model.layers)
 
 
+def test_copies_count_in_the_dtype_of_products(endless, monkeypatch):
+    model = endless()
+    layers = model.model.layers
+    rows = sum(p.weight.numel() for layer in layers for p in projections(layer.self_attn))
+    free = int(2 * rows / joined_projections.SHARE)  # what copies in bfloat16 may take
+    monkeypatch.setattr(joined_projections, "free_bytes", lambda device: free)
+    for dtype, joined in ((torch.bfloat16, True), (None, False)):
+        autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+        with lctrain.patch_model(model, fused=True), autocast, JoinedProjections(model).in_use():
+            assert ("model.layers.0.self_attn" in joined_layers(model)) is joined
+
+
 def test_a_model_without_fused_modules_has_none(patched, room):
     with JoinedProjections(patched).in_use():
         assert joined_layers(patched) == []

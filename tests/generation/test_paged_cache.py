@@ -299,6 +299,19 @@ def test_a_plain_model_is_refused(make_llama):
         model.generate(torch.tensor([BEGIN]), num_beams=2, past_key_values=cache)
 
 
+def test_a_plain_model_is_refused_after_a_pass_that_failed(make_llama):
+    model, prompt = make_llama(), torch.tensor([BEGIN])
+    with patch_model(model), torch.no_grad():
+        cache = PagedCache(model)
+        with pytest.raises(IndexError):
+            model(torch.tensor([[10**6]]), past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"read by a patched model"):
+        model(prompt, past_key_values=cache)
+    with patch_model(model), torch.no_grad():
+        found = model(prompt, past_key_values=cache).logits
+        assert torch.equal(found, model(prompt, past_key_values=PagedCache(model)).logits)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
