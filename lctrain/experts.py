@@ -24,6 +24,20 @@ _NESTED = ("text_config", "ffn_config", "moe_config")
 _EXPERTS = re.compile(r"(?<!Shared)Experts$")
 
 
+def text_config(config: Any, layer: int | None = None) -> Any:
+    """Returns the configuration of a model's text part, or of one of its layers.
+
+    Args:
+        config: Configuration of a transformers model, or None.
+        layer: Number of a layer, if its own configuration is wanted. It is None for a layer that
+            a heterogeneous configuration does not have.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if layer is None or not getattr(text, "is_heterogeneous", False):
+        return text
+    return text.per_layer_config[layer] if layer < text.num_hidden_layers else None
+
+
 def experts_per_token(config: Any, layer: int = 0) -> int:
     """Returns the number of experts that compute each token; 1 for a model without experts.
 
@@ -31,9 +45,7 @@ def experts_per_token(config: Any, layer: int = 0) -> int:
         config: Configuration of a transformers model.
         layer: Number of a layer, for families whose layers differ.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "is_heterogeneous", False):  # its layers have configurations of their own
-        text = text.per_layer_config[layer] if layer < text.num_hidden_layers else None
+    text = text_config(config, layer)
     for part in (text, *(getattr(text, name, None) for name in _NESTED)):
         for name in _CHOSEN:
             found = getattr(part, name, None)

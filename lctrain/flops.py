@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lctrain.experts import experts_per_token, token_shares
+from lctrain.experts import experts_per_token, text_config, token_shares
 
 # Dense bf16 matrix FLOP/s from the vendors' data sheets, without sparsity. The first entry whose
 # name is a part of the device's name applies.
@@ -34,24 +35,38 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @dataclass(frozen=True)
+class AttentionLayer:
+    """Sizes of a layer's attention that decide its FLOPs.
+
+    Attributes:
+        width: Number of query heads times the mean of the head dims of keys and values; 0 in a
+            layer without attention over keys, such as one of Mamba.
+        window: Largest number of keys that a query sees, itself included; None for no limit.
+        chunk: Number of tokens of a chunk, if queries see only the keys of their own chunk.
+    """
+
+    width: float
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
 class FlopCounter:
     """Counter of the model FLOPs of a training step of a decoder: forward and backward.
 
     A step takes 6 FLOPs per token and matrix weight: 2 in the forward and 4 in the backward. The
     output projection counts as a matrix, the embedding look-up does not. Each attention layer takes
-    12 * attention_width FLOPs per visible (query, key) pair: 2 * attention_width for QK^T, as many
-    for PV, and twice both in the backward. Recomputation by activation checkpointing is not
-    counted.
+    12 * width FLOPs per visible (query, key) pair: 2 * width for QK^T, as many for PV, and twice
+    both in the backward. Recomputation by activation checkpointing and the states of recurrent
+    layers are not counted.
 
     Attributes:
         matrix_parameters: Number of matrix weights that multiply every token.
-        attention_width: Number of query heads times the mean of the head dims of keys and values.
-        windows: Number of keys that a query sees in each layer; None for all keys up to the query.
+        layers: Attention of every layer.
     """
 
     matrix_parameters: float
-    attention_width: float
-    windows: tuple[int | None, ...]
+    layers: tuple[AttentionLayer, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> FlopCounter:
@@ -63,15 +78,10 @@ class FlopCounter:
             model: Model with an attribute `config`. Without it, attention is not counted.
         """
         config = getattr(model, "config", None)
-        layers = getattr(config, "num_hidden_layers", 0)
-        heads = getattr(config, "num_attention_heads", 0) or 0
-        head_dim = getattr(config, "head_dim", None) or (
-            getattr(config, "hidden_size", 0) // heads if heads else 0
-        )
+        number = getattr(text_config(config), "num_hidden_layers", 0)
         return cls(
             matrix_parameters=_matrix_parameters(model, config),
-            attention_width=heads * (head_dim + _value_dim(config, head_dim)) / 2,
-            windows=tuple(_window(config, layer) for layer in range(layers)),
+            layers=tuple(_attention(config, layer) for layer in range(number)),
         )
 
     def step_flops(self, lengths: Iterable[int], parents: Iterable[int] = ()) -> float:
@@ -84,70 +94,117 @@ class FlopCounter:
         """
         lengths = list(lengths)
         dense = 6.0 * self.matrix_parameters * sum(lengths)
-        pairs = sum(
-            count * sum(visible_pairs(length, window) for length in lengths)
-            for window, count in _counts(self.windows).items()
-        )
         shared = sum(
             lengths[parent] * length
             for parent, length in zip(parents, lengths, strict=False)
             if parent >= 0
         )
-        return dense + 12.0 * self.attention_width * (pairs + len(self.windows) * shared)
+        pairs = sum(
+            count
+            * layer.width
+            * (shared + sum(visible_pairs(length, layer.window, layer.chunk) for length in lengths))
+            for layer, count in Counter(self.layers).items()
+        )
+        return dense + 12.0 * pairs
 
 
-def _value_dim(config: Any, head_dim: int) -> int:
-    """Returns the width of a head's values: twice the head dim in DiffLlama, else the head dim."""
-    return 2 * head_dim if getattr(config, "model_type", None) == "diffllama" else head_dim
-
-
-def visible_pairs(length: int, window: int | None) -> int:
+def visible_pairs(length: int, window: int | None, chunk: int | None = None) -> int:
     """Returns the number of (query, key) pairs in causal attention over one document.
 
     Args:
         length: Number of tokens of the document.
         window: Largest number of keys that a query sees, itself included; None for no limit.
+        chunk: Number of tokens of a chunk, if queries see only the keys of their own chunk.
     """
+    if chunk is not None:
+        whole, rest = divmod(length, chunk)
+        return whole * visible_pairs(chunk, window) + visible_pairs(rest, window)
     seen = length if window is None else min(window, length)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def _matrix_parameters(model: nn.Module, config: Any) -> float:
     """Returns the number of matrix weights that multiply every token."""
-    inputs = getattr(model, "get_input_embeddings", lambda: None)()
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
-    looked_up = {id(inputs.weight)} if inputs is not None else set()
+    tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    looked_up = set(map(id, tables))
     if outputs is not None:
         looked_up.discard(id(outputs.weight))  # tied: the same weights project to the vocabulary
     shares = _expert_shares(model, config)
     total = 0.0
-    for weight in model.parameters():
-        if weight.dim() < 2 or id(weight) in looked_up:
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2 or id(weight) in looked_up or name.endswith("bias"):  # [experts, N]
             continue
         total += math.prod(weight.shape) * shares.get(id(weight), 1.0)
     return total
 
 
 def _expert_shares(model: nn.Module, config: Any) -> dict[int, float]:
-    """Returns the fraction of tokens that each expert's weight multiplies, by the weight's id."""
-    shares: dict[int, float] = {}
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    for index, layer in (numbered for layers in lists for numbered in enumerate(layers)):
-        shares |= token_shares(layer, experts_per_token(config, index))
+    """Returns the fraction of tokens that each expert's weight multiplies, by the weight's id.
+
+    The outermost lists of modules hold the layers. Lists inside a layer number other things, such
+    as its experts.
+    """
+    shares = token_shares(model, experts_per_token(config))
+    lists = [
+        (n, module) for n, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
+    names = {name for name, _ in lists}
+    for name, layers in lists:
+        parts = name.split(".")
+        if any(".".join(parts[:end]) in names for end in range(1, len(parts))):
+            continue
+        for index, layer in enumerate(layers):
+            shares |= token_shares(layer, experts_per_token(config, index))
     return shares
 
 
-def _window(config: Any, layer: int) -> int | None:
-    """Returns the sliding window of a layer in tokens; None for full attention."""
-    window = getattr(config, "sliding_window", None)
+_WITHOUT_ATTENTION = {"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"}
+"""Types of layers that do not attend to keys."""
+_SLIDING = {"sliding_attention", "hybrid_sliding"}
+
+
+def _attention(config: Any, layer: int) -> AttentionLayer:
+    """Returns the sizes of a layer's attention, from the layer's own configuration."""
+    config = text_config(config, layer)
     types = getattr(config, "layer_types", None)
-    if types is not None:
-        return window if types[layer] == "sliding_attention" else None
-    return window if getattr(config, "use_sliding_window", True) else None
+    kind = types[layer] if types is not None else None
+    if kind in _WITHOUT_ATTENTION:
+        return AttentionLayer(0.0)
+    width = _width(config, kind in _SLIDING)
+    window = getattr(config, "sliding_window", None) or None  # Qwen2-MoE writes 0 for none
+    chunk = getattr(config, "attention_chunk_size", None)
+    if kind is None:
+        return AttentionLayer(
+            width, window if getattr(config, "use_sliding_window", True) else None, chunk
+        )
+    return AttentionLayer(
+        width,
+        window if kind in _SLIDING else None,
+        chunk if kind == "chunked_attention" else None,
+    )
 
 
-def _counts(windows: Iterable[int | None]) -> dict[int | None, int]:
-    counts: dict[int | None, int] = {}
-    for window in windows:
-        counts[window] = counts.get(window, 0) + 1
-    return counts
+def _width(config: Any, sliding: bool) -> float:
+    """Returns the number of query heads times the mean of the head dims of keys and values.
+
+    Args:
+        config: Configuration of a layer.
+        sliding: Whether the layer has a window. Some families give these layers other heads.
+    """
+
+    def size(name: str) -> int:
+        own = getattr(config, f"swa_{name}", None) if sliding else None
+        found = own or getattr(config, name, None)
+        return found if isinstance(found, int) else 0
+
+    heads = size("num_attention_heads")
+    if not heads:
+        return 0.0
+    keys = size("head_dim") or size("hidden_size") // heads
+    if size("qk_nope_head_dim"):  # DeepSeek's latent attention: head_dim is that of the rotary part
+        keys = size("qk_nope_head_dim") + size("qk_rope_head_dim")
+    values = size("v_head_dim") or keys
+    if getattr(config, "model_type", None) == "diffllama":
+        values = 2 * keys
+    return heads * (keys + values) / 2

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
 from lctrain import PackedBatch
 from lctrain.callbacks.batches import BatchView
-from lctrain.flops import FlopCounter, peak_flops, visible_pairs
+from lctrain.flops import AttentionLayer, FlopCounter, peak_flops, visible_pairs
+from tests.models.tiny import tiny_config
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 50])
@@ -15,6 +18,19 @@ def test_visible_pairs_by_counting(length, window):
         1 for i in range(length) for j in range(i + 1) if window is None or i - j < window
     )
     assert visible_pairs(length, window) == counted
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 50])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("length", [1, 8, 13])
+def test_visible_pairs_of_chunks_by_counting(length, window, chunk):
+    counted = sum(
+        1
+        for i in range(length)
+        for j in range(i + 1)
+        if i // chunk == j // chunk and (window is None or i - j < window)
+    )
+    assert visible_pairs(length, window, chunk) == counted
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,7 +69,93 @@ def test_sliding_layers_see_their_window():
         head_dim=8,
         sliding_window=4,
     )
-    assert FlopCounter.of(Gemma2ForCausalLM(config)).windows == (4, None)
+    layers = FlopCounter.of(Gemma2ForCausalLM(config)).layers
+    assert layers == (AttentionLayer(16.0, 4), AttentionLayer(16.0))
+
+
+HETEROGENEOUS = hasattr(transformers.PreTrainedConfig, "per_layer_config")
+FAMILIES = "gemma3_text gpt_oss mixtral deepseek_v3 qwen2_moe ernie4_5_moe minicpm3 mimo_v2_flash"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(name for name in FAMILIES.split() if name in transformers.CONFIG_MAPPING),
+        *(["gemma4_text"] if HETEROGENEOUS else []),
+    ],
+)
+def test_weights_and_widths_are_those_that_torch_counts(family):
+    """Eager attention of L tokens computes all L^2 pairs: 2 P L + 4 W L^2 FLOPs in a forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(family)
+    config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    forward = []
+    for length in (1, 2):
+        with FlopCounterMode(display=False) as torch_counter, torch.no_grad():
+            model.eval()(torch.arange(3, 3 + length)[None], use_cache=False)
+        modules = torch_counter.get_flop_counts()
+        rotary = sum(sum(modules[name].values()) for name in modules if name.endswith("rotary_emb"))
+        forward.append(torch_counter.get_total_flops() - rotary)
+    one, two = forward
+    counter = FlopCounter.of(model)
+    assert counter.matrix_parameters == (4 * one - two) / 4
+    assert sum(layer.width for layer in counter.layers) == (two - 2 * one) / 8
+
+
+def counted_layers(family, **overrides):
+    with torch.device("meta"):
+        config = tiny_config(family, **overrides)
+        return FlopCounter.of(transformers.AutoModelForCausalLM.from_config(config)).layers
+
+
+def test_chunked_layers_see_their_chunk():
+    chunked, full = AttentionLayer(32.0, chunk=5), AttentionLayer(32.0)
+    assert counted_layers("llama4_text") == (chunked, chunked, chunked, full)
+
+
+@pytest.mark.parametrize("family", ["jamba", "minimax", "qwen3_next", "lfm2", "nemotron_h"])
+def test_layers_without_attention_have_no_pairs(family):
+    sizes = {"attn_layer_period": 2, "attn_layer_offset": 1} if family == "jamba" else {}
+    layers = counted_layers(family, **sizes)
+    types = tiny_config(family, **sizes).layer_types
+    assert "full_attention" in types
+    assert len(set(types)) > 1
+    for layer, kind in zip(layers, types, strict=True):
+        assert (layer.width > 0) == (kind == "full_attention"), kind
+
+
+@pytest.mark.skipif(not HETEROGENEOUS, reason="transformers has no per_layer_config")
+def test_layers_with_configurations_of_their_own():
+    given = {1: {"sliding_window": 7}, 2: {"sliding_window": None, "head_dim": 16}}
+    model = nn.Module()  # transformers' Mistral reads one window for all layers
+    model.config = tiny_config("mistral", per_layer_config=given)
+    few, more = AttentionLayer(32.0, window=5), AttentionLayer(32.0, window=7)
+    assert FlopCounter.of(model).layers == (few, more, AttentionLayer(64.0), few)
+
+
+def test_lists_inside_a_layer_do_not_number_layers():
+    """The first layer's tokens use 1 expert and the second's 2, whichever branch holds them."""
+    config = transformers.HunYuanMoEV1Config(moe_topk=[1, 2], num_hidden_layers=0)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList(nn.Module() for _ in range(2))
+            for branch in self.branches:
+                branch.experts = nn.ModuleList(nn.Linear(2, 4, bias=False) for _ in range(4))
+
+    model = nn.Module()
+    model.config = config
+    model.layers = nn.ModuleList([Layer(), Layer()])
+    held = 2 * 4 * 8  # branches, experts, weights
+    assert FlopCounter.of(model).matrix_parameters == held * 1 / 4 + held * 2 / 4
+
+
+def test_tables_that_are_looked_up_are_no_matrices():
+    model = nn.ModuleDict({"words": nn.Embedding(7, 3), "head": nn.Linear(3, 7)})
+    assert FlopCounter.of(model).matrix_parameters == 21
 
 
 def test_differential_heads_weigh_values_of_twice_their_width():
@@ -96,7 +198,7 @@ def test_experts_count_by_the_share_that_a_token_uses():
 
 def test_suffixes_see_their_prefix_too():
     """A prefix of 3 tokens with suffixes of 2 and 4 tokens, and a document of its own."""
-    counter = FlopCounter(matrix_parameters=0.0, attention_width=1.0, windows=(None, 9))
+    counter = FlopCounter(0.0, (AttentionLayer(1.0), AttentionLayer(1.0, window=9)))
     batch = PackedBatch.from_groups([([5, 6, 7, 8], [[1], [1, 2, 3]]), ([5], [[1]])])
     assert batch.lengths == (3, 2, 4, 2)
     pairs = 6 + (3 + 3 * 2) + (10 + 3 * 4) + 3
