@@ -140,7 +140,8 @@ def trained_window(model: Any, window: int | None) -> int:
     if window is None:
         raise ValueError(
             f"window must be given for {type(model).__name__}, whose config does not say on how "
-            "many tokens it was trained (max_position_embeddings). Set window=..."
+            "many tokens it was trained. Give its config max_position_embeddings; lctrain-eval and "
+            "the functions of lctrain.eval also take window=..."
         )
     require_int("window", window, 2, "It is the number of tokens that the model was trained on.")
     return window
