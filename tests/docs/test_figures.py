@@ -189,8 +189,10 @@ def test_the_readme_has_the_speeds_of_the_newest_records():
 
 
 def test_the_readme_has_the_speed_of_generation():
-    case = records_of("generation")[-1]["cases"]["batch"]
-    ours, theirs = (case["results"][name]["tokens_per_s"] for name in ("graphs", "padded"))
+    both = ("graphs", "padded")
+    cases = [record["cases"]["batch"] for record in records_of("generation")]
+    case = [one for one in cases if one["results"].keys() >= set(both)][-1]
+    ours, theirs = (case["results"][name]["tokens_per_s"] for name in both)
     row = f"| generation, {case['shape']} shape | | {ours / theirs:.1f} | |"
     readme = (ROOT / "README.md").read_text()
     assert row in readme
