@@ -144,7 +144,12 @@ class PagedCache(Cache):
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Returns the length and the offset of a mask over the keys."""
+        """Returns the length and the offset of a mask over the keys.
+
+        Transformers asks before the layers of a model without a CacheStep, which the layers refuse
+        then. A pass with a CacheStep has a mask.
+        """
+        self._expected = -1
         return self._columns + query_length, 0
 
     def reset(self) -> None:

@@ -299,17 +299,20 @@ def test_a_plain_model_is_refused(make_llama):
         model.generate(torch.tensor([BEGIN]), num_beams=2, past_key_values=cache)
 
 
-def test_a_plain_model_is_refused_after_a_pass_that_failed(make_llama):
-    model, prompt = make_llama(), torch.tensor([BEGIN])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_plain_model_is_refused_after_a_pass_that_failed(make_llama, layers):
+    model, more = make_llama(num_hidden_layers=layers), torch.tensor([[3]])
     with patch_model(model), torch.no_grad():
         cache = PagedCache(model)
+        model(torch.tensor([BEGIN]), past_key_values=cache)
+        kept = copy.deepcopy(cache)
         with pytest.raises(IndexError):
             model(torch.tensor([[10**6]]), past_key_values=cache)
     with torch.no_grad(), pytest.raises(ValueError, match=r"read by a patched model"):
-        model(prompt, past_key_values=cache)
+        model(more, past_key_values=cache)
     with patch_model(model), torch.no_grad():
-        found = model(prompt, past_key_values=cache).logits
-        assert torch.equal(found, model(prompt, past_key_values=PagedCache(model)).logits)
+        found = model(more, past_key_values=cache).logits
+        assert torch.equal(found, model(more, past_key_values=kept).logits)
 
 
 @pytest.mark.parametrize(
