@@ -64,6 +64,27 @@ def both_references(model, rows, begins, **patch):
         return plain, log_probs(exact, rows, begins)
 
 
+@pytest.fixture
+def reorderings(monkeypatch):
+    """Lists whether each reordering left all pages as they were, and the bytes it allocated."""
+    seen = []
+    reorder = lctrain.PagedCache.reorder_cache
+
+    def watched(cache, beam_idx):
+        before = cache._rows.pool._storage
+        bits = before.view(torch.int16).clone()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        reorder(cache, beam_idx)
+        allocated = torch.cuda.max_memory_allocated() - allocated
+        after = cache._rows.pool._storage
+        same = after.data_ptr() == before.data_ptr()
+        seen.append((same and torch.equal(after.view(torch.int16), bits), allocated))
+
+    monkeypatch.setattr(lctrain.PagedCache, "reorder_cache", watched)
+    return seen
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_joined_products(make, monkeypatch, cuda_graphs):
     joined = []
@@ -96,16 +117,13 @@ def test_joined_products(make, monkeypatch, cuda_graphs):
     [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 3}],
     ids=["beams", "samples"],
 )
-def test_a_paged_cache(make, device, attention, options):
-    """No page moves: a pool of a fixed size stays where it is."""
+def test_a_paged_cache(make, device, reorderings, attention, options):
     model, patch = make(attention), {"attention": attention, **ATTENTIONS[attention]}
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[1] * (width - len(row)) + row for row in PROMPTS], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in PROMPTS])
     with lctrain.patch_model(model, **patch), torch.no_grad():
         cache = lctrain.PagedCache(model, pages=64)
-        memory = cache._rows.pool._storage
-        place = memory.data_ptr()
         torch.manual_seed(0)
         found = model.generate(
             ids,
@@ -117,11 +135,12 @@ def test_a_paged_cache(make, device, attention, options):
             return_dict_in_generate=True,
             **options,
         )
-        assert cache._rows.pool._storage.data_ptr() == place
         beams = getattr(found, "beam_indices", None)
         scores = model.compute_transition_scores(
             found.sequences, found.logits, beams, normalize_logits=True
         )
+    assert bool(reorderings) == ("num_beams" in options)
+    assert all(same and allocated == 0 for same, allocated in reorderings)
     copies = len(found.sequences) // len(PROMPTS)
     prompts = [prompt for prompt in PROMPTS for _ in range(copies)]
     rows = [
