@@ -42,9 +42,10 @@ def generate_answers(
         )
     except CacheMemoryError as error:
         longest = max(map(len, prompts)) + max_new_tokens
+        raised = "" if cache_gib is None else "raise the callback's cache_gib, "
         raise ValueError(
             "lengths must leave memory for the keys and values of a prompt beside the model, got "
-            f"{longest:,} tokens with the answer. Leave out the longest lengths, take a GPU with "
-            "more memory, or score by likelihood, which keeps none."
+            f"{longest:,} tokens with the answer. Leave out the longest lengths, {raised}take a "
+            "GPU with more memory, or score by likelihood, which keeps none."
         ) from error
     return [np.array(one.token_ids, dtype=np.int64) for one in found]

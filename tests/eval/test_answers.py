@@ -15,6 +15,7 @@ from lctrain.eval.generate import generate_answers
 from lctrain.eval.reading import GivenReading
 from lctrain.eval.tasks.needle import Needle
 from lctrain.eval.tasks.ruler import Ruler
+from lctrain.generation.pages import CacheMemoryError
 from lctrain.generation.pool_size import HOST_BYTES, bytes_beside, cache_tokens
 from tests.eval.word_tokenizer import WordTokenizer
 
@@ -49,12 +50,20 @@ def answer(monkeypatch, subject):
     return run
 
 
-def test_a_prompt_whose_keys_do_not_fit_names_the_lengths(make_llama):
+def test_a_prompt_whose_keys_do_not_fit_names_the_lengths(make_llama, monkeypatch):
     """It names no argument of lctrain.generate, which the user has not called."""
+    message = r"lengths must leave memory .* got 204 tokens with the answer. Leave out the longest "
+    prompts = [np.arange(200) % 90]
     with lctrain.patch_model(make_llama()) as handle:
-        message = r"lengths must leave memory .* got 204 tokens with the answer. Leave out the long"
-        with pytest.raises(ValueError, match=message):
-            generate_answers(handle.model, [np.arange(200) % 90], 4, cache_gib=1e-7)
+        with pytest.raises(ValueError, match=f"{message}lengths, raise the callback's cache_gib"):
+            generate_answers(handle.model, prompts, 4, cache_gib=1e-7)
+
+        def fail(*_, **__):
+            raise CacheMemoryError
+
+        monkeypatch.setattr(lctrain.eval.generate, "generate", fail)
+        with pytest.raises(ValueError, match=f"{message}lengths, take a GPU"):
+            generate_answers(handle.model, prompts, 4)
 
 
 def test_padded_batches_hold_the_tokens_of_a_forward_pass(answer):
