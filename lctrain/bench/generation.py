@@ -52,7 +52,7 @@ from lctrain_kernels.bench.peers import installed_version
 from lctrain_kernels.bench.run import new_record
 from lctrain_kernels.strict_json import write_json
 
-_SHAPES = {**SHAPES, llama_8b.name: llama_8b}
+_SHAPES = {shape.name: shape for shape in (*SHAPES.values(), llama_8b, llama_135m)}
 BEAM_SEARCHES = {"beams_paged": True, "beams_dynamic": False}  # whether the cache is paged
 CONTENDERS = (
     *("graphs", "sampled", "waiting", "eager", "invariant", "padded", "generate_batch"),
@@ -116,6 +116,9 @@ class Bench:
             self._measure(case, "padded", partial(run_padded, model, prompts, peer))
         case, model, prompts = cases[0]
         self._measure(case, "generate_batch", partial(run_generate_batch, model, prompts, peer))
+        cases.clear()  # the memory of beam search counts no other model
+        del model
+        gc.collect()
         if not set(BEAM_SEARCHES).isdisjoint(options.contenders):
             shape, count = shapes["batch"], min(BEAM_REQUESTS, options.requests)
             longest = options.longest

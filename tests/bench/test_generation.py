@@ -1,6 +1,7 @@
 """Tests lctrain-bench generation on a CPU: figures, the floor, and a time limit."""
 
 import json
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import lctrain
+from lctrain.bench import generation
 from lctrain.bench.__main__ import main
-from lctrain.bench.generation_runs import _figures, run_generate_batch
+from lctrain.bench.generation_runs import _figures, run_beams, run_generate_batch
 from lctrain.bench.generation_yardsticks import (
     floor_seconds,
     log_prob_difference,
@@ -57,12 +59,30 @@ def test_a_trial_measures_every_case(tmp_path):
         assert case["forward_seconds"] > 0 < invariant["forward_seconds"]
 
 
-def test_beams_on_both_caches(tmp_path):
+@pytest.mark.parametrize("shape", ["llama-1b", "llama-135m"])
+def test_beams_on_both_caches(tmp_path, monkeypatch, shape):
+    """Their peak of memory counts one model."""
+    built, alive = [], []
+
+    def build(*arguments):
+        model = build_shape(*arguments)
+        built.append(weakref.ref(model))
+        return model
+
+    def run(*arguments):
+        alive.append(sum(model() is not None for model in built))
+        return run_beams(*arguments)
+
+    monkeypatch.setattr(generation, "build_shape", build)
+    monkeypatch.setattr(generation, "run_beams", run)
     output = tmp_path / "generation.json"
     options = ["--tiny", *SIZES, "--peer-tokens", "9", "--contenders", "beams_paged,beams_dynamic"]
+    options += ["--shape", shape]
     assert main(["generation", *options, "--output", str(output)]) == 0
     record = json.loads(output.read_text())
+    assert (len(built), alive) == (3, [1, 1])
     case = record["cases"]["beams"]
+    assert case["shape"] == tiny(generation._SHAPES[shape]).title
     assert list(case["results"]) == ["beams_paged", "beams_dynamic"]
     assert [one["new_tokens"] for one in case["results"].values()] == [9, 9]
     assert case["prompt_tokens"] == case["requests"] * case["longest_prompt"]
