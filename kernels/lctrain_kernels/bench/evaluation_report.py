@@ -84,8 +84,8 @@ def _perplexity(shape: str, rows: Iterable[Row]) -> list[str]:
 def _answers(shape: str, rows: Iterable[Row]) -> list[str]:
     return [
         f"{shape}, tasks that ask for answers, and forward passes over as many documents that fill "
-        "the context, without logits. The ratio leaves out the first run, which compiles kernels. "
-        "A dash: timed once, after one prompt:",
+        "the context, without logits. The ratio leaves out the first run, which may compile "
+        "kernels. A dash: timed once, after one prompt:",
         "",
         "| task | context | prompts | first run, s | seconds | forward passes, s | ratio |",
         "|---|---|---|---|---|---|---|",
