@@ -19,7 +19,11 @@ from tests.float64 import built_in_float64, float64_throughout
 from tests.process_state import process_state_kept
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if HAS_GPU:
+    # cuDNN's attention, torch 2.11: NaN in dq, dk and dv of 4 key heads after calls with 2 or 8, in
+    # a process without lctrain's kernels too. References use the other kernels of SDPA.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")

