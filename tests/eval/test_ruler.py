@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,14 @@ def test_a_length_that_nothing_fits_is_an_error_and_no_endless_search(subject):
         Needle().prepare(subject, (30,))
     with pytest.raises(ValueError, match=r"at least 25 for x .*, got 15\. Leave it out"):
         fitting_units(lambda units: 15 + units, 10, 5, "x", 5)
+
+
+def test_a_length_that_is_too_short_names_one_at_which_all_tasks_fit(subject):
+    task = Ruler(tasks=["niah_single_1", "niah_multikey_3", "cwe"], items=5)
+    match = r"at least (\d+) for niah_single_1, niah_multikey_3, cwe with"
+    with pytest.raises(ValueError, match=match) as raised:
+        task.prepare(subject, (20,))
+    task.prepare(subject, (int(re.search(match, str(raised.value))[1]),))
 
 
 def test_fitting_units_are_the_most_that_fit():

@@ -103,7 +103,7 @@ def flash_attn_with_kvcache(
 
     Returns:
         out [B, Sq, H, D] in q's dtype; with return_softmax_lse also lse [B, H, Sq] float32, natural
-        logarithm. A request without keys has out = 0 and lse = -inf.
+        logarithm. A query that sees no key has out = 0 and lse = -inf, or the logit of its sink.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.

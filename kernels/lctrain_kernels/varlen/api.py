@@ -49,8 +49,8 @@ def flash_attn_varlen_func(
     """Computes attention over packed documents. Positional arguments are FlashAttention-2's.
 
     Masks are aligned at the bottom right: query i of a document with Lq queries and Lk keys has
-    position i + Lk - Lq. A query that sees no key has out = 0, lse = -inf and zero gradients.
-    Documents may have length 0.
+    position i + Lk - Lq. A query that sees no key has out = 0, zero gradients and lse = -inf, or
+    the logit of its sink. Documents may have length 0.
 
     With block_table or seqused_k, the decode kernels compute the call, as for
     flash_attn_with_kvcache: it has no backward, no dropout and no schedule. Calls of more than 16

@@ -37,6 +37,23 @@ MOST_AHEAD = 2**23
 """Most tokens of the prompts of the next length that are made while a model answers."""
 
 
+class PromptTooLongError(ValueError):
+    """The smallest prompt of a task, with its answer, does not fit into a length.
+
+    Args:
+        task: Name of the task.
+        tokens: Tokens of prompt and answer.
+        length: The length in tokens.
+    """
+
+    def __init__(self, task: str, tokens: int, length: int) -> None:
+        super().__init__(
+            f"lengths must be at least {tokens} for {task} with this tokenizer, got {length}. "
+            "Leave it out, or choose others by ruler.tasks."
+        )
+        self.tokens = tokens
+
+
 class Ruler(Task):
     """RULER's synthetic tasks (arXiv 2404.06654). Its items are prompts.
 
@@ -115,9 +132,28 @@ class Ruler(Task):
             "ruler must hide needles in text, got documents without a word. Use more data.",
         )
         self._families = families(text, self.entries)
-        for name, number in self.make(lengths[0]):
-            made = self._fitted(name, lengths[0], number, self._families[name].smallest)
-            check_model(subject.model, [made.input_ids, made.answer_ids], lengths[-1])
+        made, too_long = self._smallest(lengths[0])
+        for prompt in made:
+            check_model(subject.model, [prompt.input_ids, prompt.answer_ids], lengths[-1])
+        if too_long:
+            names, length = ", ".join(too_long), lengths[0]
+            while too_long:  # the prompts of another length differ by some tokens
+                length = max(too_long.values())
+                _, too_long = self._smallest(length)
+            raise ValueError(
+                f"lengths must be at least {length} for {names} with this tokenizer, got "
+                f"{lengths[0]}. Leave it out, or choose others by ruler.tasks."
+            )
+
+    def _smallest(self, length: int) -> tuple[list[TokenPrompt], dict[str, int]]:
+        """Returns the smallest prompts that fit, and the tokens that each other task needs."""
+        made, too_long = [], {}
+        for name, number in self.make(length):
+            try:
+                made.append(self._fitted(name, length, number, self._families[name].smallest))
+            except PromptTooLongError as error:
+                too_long[name] = max(error.tokens, too_long.get(name, 0))
+        return made, too_long
 
     def make(self, length: int) -> list[tuple[str, int]]:
         """Returns the names of the tasks with the numbers of the prompts: see Task."""
@@ -215,10 +251,7 @@ class Ruler(Task):
             if over <= 0:
                 return made
             if units <= family.smallest:
-                raise ValueError(
-                    f"lengths must be at least {len(made.input_ids) + made.new_tokens} for "
-                    f"{name} with this tokenizer, got {length}. Leave it out, or the task."
-                )
+                raise PromptTooLongError(name, len(made.input_ids) + made.new_tokens, length)
             per_unit = max(1.0, len(made.input_ids) / units)
             units = max(family.smallest, units - max(1, int(over / per_unit)))
 
