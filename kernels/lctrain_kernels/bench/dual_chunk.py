@@ -44,6 +44,7 @@ WORKLOADS = {
         Workload("mix32k_long", _MIX, 32, 8, 128),
         Workload("1x128k", (4 * _32K,), 32, 8, 128),
         Workload("1x32k_d64", (_32K,), 32, 32, 64),
+        Workload("1x32k_d96", (_32K,), 32, 8, 96),
         Workload("1x32k_d256", (_32K,), 16, 4, 256),
         Workload("1x32k_dropout", (_32K,), 32, 8, 128, dropout_p=0.1),
     )
