@@ -54,14 +54,21 @@ class Schedule:
         self._slots = list(range(slots - 1, -1, -1))
         self._tables = torch.zeros(slots, width, dtype=torch.int32)
         self._rows, self._rows_version = torch.empty(0, dtype=torch.int64), 0
+        self._refused = -1  # version at which `admit` found no room for the next request
 
     def admit(self) -> list[list[Request]]:
         """Starts as many waiting requests as slots and pages suffice for.
+
+        Running requests only take free pages until one begins or ceases to run. So a request that
+        found no room is not looked at again before, which would cost a step the time to compare
+        its prompt with all pages.
 
         Returns:
             Groups of requests with equal tokens. The first of a group is to be prefilled, from the
             token `known` on; the others share its pages.
         """
+        if self._refused == self.version:
+            return []
         groups = []
         held = []
         if self._parted:
@@ -90,6 +97,8 @@ class Schedule:
             self.forked += len(group) - 1
             groups.append(group)
         self._let_go(held)
+        if not held:
+            self._refused = self.version
         return groups
 
     def make_room(self, settle: Callable[[], bool]) -> None:

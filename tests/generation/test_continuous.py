@@ -194,6 +194,22 @@ def test_requests_that_end_together_leave_their_beginning_to_the_next(make_batch
     assert (other.schedule.shared, other._pool.free) == (0, 3)
 
 
+def test_a_prompt_without_room_is_compared_only_when_requests_come_or_go(make_batch, monkeypatch):
+    """Its pages are not looked for in each of the steps in which it waits."""
+    looked = []
+    find = PrefixPages.find
+    monkeypatch.setattr(
+        PrefixPages, "find", lambda known, row: looked.append(len(row)) or find(known, row)
+    )
+    start = [index % 90 for index in range(150)]
+    prompts = [[*start, *[token] * 30] for token in range(3)]
+    batch = make_batch(prompts, pages=4, max_new_tokens=40, temperature=0)
+    assert len(batch.run()) == 3
+    assert batch.steps > 100
+    assert len(looked) < 20
+    assert batch.schedule.shared == 2 * 2
+
+
 def test_pages_are_known_by_all_tokens_before_them():
     known = PrefixPages()
     first, second = [1] * 64, [2] * 64
