@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ _CHOSEN = (
 )
 """Names by which configurations state the number of experts of a token."""
 _NESTED = ("text_config", "ffn_config", "moe_config")
-_EXPERTS = re.compile(r"(?<!Shared)Experts$")
 
 
 def text_config(config: Any, layer: int | None = None) -> Any:
@@ -80,9 +78,11 @@ def _count(name: str, module: nn.Module) -> int:
         name: Dotted name of the module.
         module: The module: transformers' experts, whose weights are 3-D, or a list of MLPs.
     """
+    own = name.rpartition(".")[2]
     if isinstance(module, nn.ModuleList):
-        return len(module) if name.rpartition(".")[2] == "experts" else 0
-    if not _EXPERTS.search(type(module).__name__):
+        return len(module) if own == "experts" else 0
+    # The name in the model tells shared experts: GraniteMoeSharedExperts are not.
+    if not type(module).__name__.endswith("Experts") or own.startswith("shared"):
         return 0
     stacked = [len(weight) for weight in module.parameters() if weight.dim() == 3]
     return max(stacked, default=getattr(module, "num_experts", 0) or 0)

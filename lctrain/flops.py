@@ -171,7 +171,7 @@ def _attention(config: Any, layer: int) -> AttentionLayer:
     kind = types[layer] if types is not None else None
     if kind in _WITHOUT_ATTENTION:
         return AttentionLayer(0.0)
-    width = _width(config, kind in _SLIDING)
+    width = _width(config, kind in _SLIDING, layer)
     window = getattr(config, "sliding_window", None) or None  # Qwen2-MoE writes 0 for none
     chunk = getattr(config, "attention_chunk_size", None)
     if kind is None:
@@ -185,12 +185,13 @@ def _attention(config: Any, layer: int) -> AttentionLayer:
     )
 
 
-def _width(config: Any, sliding: bool) -> float:
+def _width(config: Any, sliding: bool, layer: int) -> float:
     """Returns the number of query heads times the mean of the head dims of keys and values.
 
     Args:
         config: Configuration of a layer.
         sliding: Whether the layer has a window. Some families give these layers other heads.
+        layer: Number of the layer. Laguna lists the heads of each.
     """
 
     def size(name: str) -> int:
@@ -198,7 +199,8 @@ def _width(config: Any, sliding: bool) -> float:
         found = own or getattr(config, name, None)
         return found if isinstance(found, int) else 0
 
-    heads = size("num_attention_heads")
+    listed = getattr(config, "num_attention_heads_per_layer", None)
+    heads = listed[layer] if listed else size("num_attention_heads")
     if not heads:
         return 0.0
     keys = size("head_dim") or size("hidden_size") // heads

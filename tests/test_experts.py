@@ -53,7 +53,9 @@ def test_layers_may_differ_and_dense_models_have_one():
     assert experts_per_token(None) == 1
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "hunyuan_v1_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "gpt_oss", "hunyuan_v1_moe", "ernie4_5_moe", "granitemoeshared"]
+)
 def test_shares_are_those_of_the_tokens_that_reach_an_expert(family):
     config = tiny_config(family)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -74,7 +74,11 @@ def test_sliding_layers_see_their_window():
 
 
 HETEROGENEOUS = hasattr(transformers.PreTrainedConfig, "per_layer_config")
-FAMILIES = "gemma3_text gpt_oss mixtral deepseek_v3 qwen2_moe ernie4_5_moe minicpm3 mimo_v2_flash"
+FAMILIES = (
+    "gemma3_text gpt_oss mixtral deepseek_v3 qwen2_moe ernie4_5_moe minicpm3 mimo_v2_flash "
+    "granitemoeshared laguna"
+)
+OVERRIDES = {"laguna": {"num_attention_heads_per_layer": [4, 2, 8, 4]}}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_weights_and_widths_are_those_that_torch_counts(family):
     """Eager attention of L tokens computes all L^2 pairs: 2 P L + 4 W L^2 FLOPs in a forward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = tiny_config(family)
+    config = tiny_config(family, **OVERRIDES.get(family, {}))
     config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     forward = []
