@@ -58,7 +58,7 @@ class FlopCounter:
     output projection counts as a matrix, the embedding look-up does not. Each attention layer takes
     12 * width FLOPs per visible (query, key) pair: 2 * width for QK^T, as many for PV, and twice
     both in the backward. Recomputation by activation checkpointing and the states of recurrent
-    layers are not counted.
+    layers are not counted. Layers that choose their keys count as if they saw all of them.
 
     Attributes:
         matrix_parameters: Number of matrix weights that multiply every token.
