@@ -127,16 +127,22 @@ def _matrix_parameters(model: nn.Module, config: Any) -> float:
     """Returns the number of matrix weights that multiply every token."""
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
-    looked_up = set(map(id, tables))
+    skipped = set(map(id, tables)) | _replaced(model)
     if outputs is not None:
-        looked_up.discard(id(outputs.weight))  # tied: the same weights project to the vocabulary
+        skipped.discard(id(outputs.weight))  # tied: the same weights project to the vocabulary
     shares = _expert_shares(model, config)
     total = 0.0
     for name, weight in model.named_parameters():
-        if weight.dim() < 2 or id(weight) in looked_up or name.endswith("bias"):  # [experts, N]
+        if weight.dim() < 2 or id(weight) in skipped or name.endswith("bias"):  # [experts, N]
             continue
         total += math.prod(weight.shape) * shares.get(id(weight), 1.0)
     return total
+
+
+def _replaced(model: nn.Module) -> set[int]:
+    """Returns the ids of weights in whose place peft trains copies: its `modules_to_save`."""
+    kept = [getattr(m, "original_module", None) for m in model.modules()]
+    return {id(weight) for m in kept if isinstance(m, nn.Module) for weight in m.parameters()}
 
 
 def _expert_shares(model: nn.Module, config: Any) -> dict[int, float]:

@@ -162,6 +162,18 @@ def test_tables_that_are_looked_up_are_no_matrices():
     assert FlopCounter.of(model).matrix_parameters == 21
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_weights_that_peft_replaces_by_copies_count_once(make_llama, tied, saved):
+    peft = pytest.importorskip("peft")
+    model = make_llama(tie_word_embeddings=tied)
+    before = FlopCounter.of(model).matrix_parameters
+    given = peft.LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=saved)
+    adapted = peft.get_peft_model(model, given)
+    adapters = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
+    assert FlopCounter.of(adapted).matrix_parameters == before + adapters
+
+
 def test_differential_heads_weigh_values_of_twice_their_width():
     """A pair of heads costs six units; transformers' two calls would cost eight."""
     from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
