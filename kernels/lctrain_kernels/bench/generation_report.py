@@ -9,8 +9,8 @@ from lctrain_kernels.bench.newest import origin
 
 TITLES = {
     "graphs": "`lctrain.generate`, CUDA graphs",
-    "sampled": "the same, temperature and top-p",
-    "waiting": "the same, greedy, the host waits for every token",
+    "sampled": "`lctrain.generate`, CUDA graphs, temperature and top-p",
+    "waiting": "`lctrain.generate`, CUDA graphs, the host waits for every token",
     "eager": "`lctrain.generate`, no graphs",
     "invariant": "`lctrain.generate`, CUDA graphs, `batch_invariant=True`",
     "padded": "transformers' `generate`, a padded batch, SDPA",
@@ -65,8 +65,9 @@ def generation_table(record: Mapping[str, Any]) -> str:
     lines = [
         origin(record),
         "",
-        "Greedy completions of random prompts. The floor is the time to read weights, keys and "
-        f"values of all decode steps at {record['bandwidth'] / 1e12:.1f} TB/s; its share of the "
+        "Completions of random prompts, greedy unless the row names temperature or beams. The "
+        "floor is the time to read weights, keys and values of all decode steps at "
+        f"{record['bandwidth'] / 1e12:.1f} TB/s; its share of the "
         "whole time and, in brackets, of the time without prefills. A star marks a time that is "
         "projected from fewer tokens with the median step.",
     ]

@@ -10,7 +10,7 @@ from lctrain_kernels.bench.decode_report import decode_table
 from lctrain_kernels.bench.detached_report import detached_table
 from lctrain_kernels.bench.encoder_report import encoder_table
 from lctrain_kernels.bench.evaluation_report import evaluation_table, evaluation_tables
-from lctrain_kernels.bench.generation_report import generation_table, generation_tables
+from lctrain_kernels.bench.generation_report import TITLES, generation_table, generation_tables
 from lctrain_kernels.bench.longest_report import longest_table
 from lctrain_kernels.bench.masked_lm_report import masked_lm_table
 from lctrain_kernels.bench.memory_plot import draw_curve
@@ -315,6 +315,20 @@ def test_generation_takes_each_time_from_the_newest_record_that_has_it():
     assert "2026-11-30" not in generation_tables([{**old, "cases": new["cases"]}, new])
     other = {**new, "cases": {"batch": {**case, "requests": 1, "results": second}}}
     assert "graphs | 1.50 | 2.25 | 10 |" in generation_tables([old, other])
+
+
+def test_a_row_of_generation_needs_no_row_above_it():
+    """A time may stand alone, in the table of an older record."""
+    done = {"prefill_seconds": 1.5, "step_ms": 2.25, "tokens_per_s": 10.0, "new_tokens": 8}
+    done |= {"share_of_floor": 0.5, "decode_share": 0.75}
+    case = {"shape": "1B", "requests": 64, "longest_prompt": 64, "new_tokens": 8}
+    results = dict.fromkeys(TITLES, done)
+    cases = {"batch": {**case, "results": results}}
+    text = generation_table({**HEAD, "bandwidth": 4.2e12, "cases": cases})
+    rows = [line.split(" | ")[0] for line in text.splitlines() if "`" in line]
+    assert len(set(rows)) == len(TITLES)
+    assert all("generate" in row for row in rows)
+    assert "greedy unless the row names temperature or beams" in text
 
 
 def test_evaluation_has_speeds_ratios_and_the_sum_of_the_suite():
