@@ -147,7 +147,8 @@ class Ruler(Task):
 
     def _smallest(self, length: int) -> tuple[list[TokenPrompt], dict[str, int]]:
         """Returns the smallest prompts that fit, and the tokens that each other task needs."""
-        made, too_long = [], {}
+        made: list[TokenPrompt] = []
+        too_long: dict[str, int] = {}
         for name, number in self.make(length):
             try:
                 made.append(self._fitted(name, length, number, self._families[name].smallest))
