@@ -29,7 +29,7 @@ def launches(monkeypatch):
     """Replaces all kernels but the rotations by recorders; returns the recorders by name."""
     monkeypatch.setattr(hopper, "dual_chunk_rotate", lambda *_, **__: None)
     monkeypatch.setattr(hopper, "rotated_keys", lambda k, *_, **__: torch.empty_like(k))
-    return launches_of(hopper, monkeypatch)
+    return launches_of(hopper_dq, monkeypatch) | launches_of(hopper, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
