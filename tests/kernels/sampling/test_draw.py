@@ -55,10 +55,10 @@ def test_a_small_nucleus_holds_the_most_probable_token(device, dtype):
 
 @kernels
 def test_a_nucleus_keeps_all_tokens_of_its_lowest_probability(device, dtype):
-    share = torch.tensor([[0.25, 0.5, 0.125, 0.125]], device=device).expand(200, 4)
+    share = torch.tensor([[0.25, 0.5, 0.125, 0.125]], device=device).expand(64, 4)
     drawn = []
     for top_p in (0.7, 0.8):
-        tokens, _ = draw(share.log().to(dtype), *noise(200, 4, device), 1.0, top_p)
+        tokens, _ = draw(share.log().to(dtype), *noise(64, 4, device), 1.0, top_p)
         drawn.append(set(tokens.tolist()))
     assert drawn == [{0, 1}, {0, 1, 2, 3}]
 
