@@ -255,3 +255,12 @@ def embeddings_read_mask(model: nn.Module) -> bool:
         type(module).__name__.endswith("Embeddings") and "attention_mask" in parameters(module)
         for module in model.modules()
     )
+
+
+def counts_positions_by_mask(model: nn.Module) -> bool:
+    """Returns whether a model counts positions along a row's attention mask, as OPT does."""
+    return any(
+        {"attention_mask", "position_ids"} <= set(parameters(module))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    )

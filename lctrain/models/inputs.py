@@ -20,6 +20,7 @@ from lctrain.attention.prefixes import admit_groups, longest_document, refuse_mo
 from lctrain.attention.spec import AttentionSpec
 from lctrain.models.adapters import refuse_virtual_tokens
 from lctrain.models.architectures import (
+    counts_positions_by_mask,
     counts_positions_itself,
     embeddings_read_mask,
     has_windows,
@@ -85,6 +86,7 @@ class InputHook:
             positions themselves, as RoBERTa does.
         first_counted: The same for models that count positions themselves; None for others.
         reads_mask: Whether the embeddings depend on a row's attention mask.
+        counts_by_mask: Whether positions that are not given come from a row's attention mask.
         position_limit: Number of positions in the model's table; None without a table.
         pools_rows: Whether the model's head gives one output per row.
         rotaries: Names of rotary embeddings whose frequencies depend on the document's length.
@@ -100,6 +102,7 @@ class InputHook:
         self.first_position = first_position(model)
         self.first_counted = self.first_position if counts_positions_itself(model) else None
         self.reads_mask = embeddings_read_mask(model)
+        self.counts_by_mask = counts_positions_by_mask(model)
         self.position_limit = position_limit(model)
         self.pools_rows = pools_rows(model)
         self.within_windows = row_length_within_windows(model, spec)
@@ -219,6 +222,8 @@ class InputHook:
             return inputs
         if (cache := stepping_cache(inputs)) is not None:
             step = cache.begin_step(model, inputs, tokens)
+            if self.counts_by_mask and inputs.get("position_ids") is None:
+                inputs = inputs | {"position_ids": step.positions}
         elif paged_cache(inputs) is not None:
             step = PagedForward()
         else:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 import lctrain
 import lctrain_kernels
@@ -287,6 +287,25 @@ def test_rows_share_only_what_determines_keys(llama):
     cache = PagedCache(llama)
     llama(inputs_embeds=llama.get_input_embeddings()(rows), past_key_values=cache)
     assert cache.used_pages == 4
+
+
+def test_a_model_that_counts_positions_along_the_mask():
+    """OPT finds positions in the mask, which the patch replaces, if none are given."""
+    config = OPTConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.5},
+    )
+    model = OPTForCausalLM(config).eval().double()
+    inputs, last = padded(), torch.tensor([[5], [6], [7], [8]])
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(last)), 1)
+    with torch.no_grad():
+        rows = torch.cat((inputs["input_ids"], last), 1)
+        expected = model(rows, attention_mask=mask).logits[:, -2:]
+        with patch_model(model):
+            cache = PagedCache(model)
+            before = model(**inputs, past_key_values=cache).logits[:, -1:]
+            after = model(last, attention_mask=mask, past_key_values=cache).logits
+    assert_equal_in_float64(torch.cat((before, after), 1), expected, "logits")
 
 
 def test_a_plain_model_is_refused(make_llama):
