@@ -116,13 +116,14 @@ class ContinuousBatch:
 
     def _requests(self) -> list[Request]:
         """Returns the requests, those of equal prompts one after another."""
+        prompts, samples = self._task.prompts, self._task.samples
         first: dict[tuple[int, ...], int] = {}
+        groups = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
         found = []
         for index, seed in enumerate(self._task.seeds):
-            prompt = self._task.prompts[index // self._task.samples]
-            group = first.setdefault(tuple(prompt), index)
-            longest = len(prompt) + self._task.max_new_tokens - 1
-            found.append(Request(index, prompt, group, longest, seed))
+            row = index // samples
+            longest = len(prompts[row]) + self._task.max_new_tokens - 1
+            found.append(Request(index, prompts[row], groups[row], longest, seed))
         return sorted(found, key=lambda request: request.group)
 
     def _prefill(self, groups: Sequence[list[Request]]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import lctrain
 from lctrain.generation import continuous, prefill
+from lctrain.generation.continuous import ContinuousBatch
 from lctrain.generation.forward import CachedForward
 from lctrain.generation.options import SamplingOptions
 from lctrain.generation.pages import PAGE, CacheShape, PagePool, pages_of
@@ -231,6 +232,25 @@ def test_samples_are_those_of_copies(patched, batch_size):
     found = lctrain.generate(patched, PROMPTS[:3], samples=3, batch_size=batch_size, **options)
     assert tokens(found) == tokens(expected)
     assert [one.prompt_ids for one in found] == copies
+
+
+def test_a_prompt_is_compared_once_for_its_samples(patched):
+    """Before the first prefill: 512 prompts of 8,192 tokens with 16 samples took 0.6 s."""
+    read = []
+
+    class Prompt(list):
+        def __iter__(self):
+            read.append(len(self))
+            return super().__iter__()
+
+    prompts = [Prompt([5, 6, 7]), Prompt([8]), Prompt([5, 6, 7])]
+    task = GenerationTask(prompts, range(12), SamplingOptions(), 2, samples=4)
+    with torch.no_grad():
+        batch = ContinuousBatch(patched, task, find_cache(patched))
+    assert read == [3, 1, 3]
+    order = [request.index for request in batch.schedule.waiting]
+    assert order == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7]
+    assert [request.prompt for request in batch.schedule.waiting][8:] == [[8]] * 4
 
 
 def test_logits_without_a_distribution_name_prompt_and_token(patched):
