@@ -127,8 +127,8 @@ class Subject:
         """
         if self.tokenizer is None:
             raise ValueError(
-                f"tokenizer must be given for {task}, got none. Pass tokenizer= to the data "
-                "module, or leave that task out."
+                f"tokenizer must be given for {task}, got none. Set data.tokenizer of the "
+                "command, or tokenizer= of the data module, or leave that task out."
             )
         return self.tokenizer
 

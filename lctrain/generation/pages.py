@@ -164,6 +164,6 @@ def _allocate(shape: CacheShape, pages: int, device: torch.device) -> Tensor:
             raise
         raise CacheMemoryError(
             f"the paged cache must fit the memory of {device}, got {pages} pages of "
-            f"{shape.page_bytes} bytes. Lower max_new_tokens or batch_size, shorten the "
-            "prompts, or pass a smaller cache_gib or number of pages."
+            f"{shape.page_bytes} bytes. Use shorter prompts, a lower max_new_tokens or fewer rows "
+            "(batch_size), or give the cache less: cache_gib of generate, pages of PagedCache."
         ) from error

@@ -167,7 +167,7 @@ def test_a_name_without_a_task_is_an_error(name, own, message):
     "task", [PasskeyRetrieval(), Needle(), Ruler()], ids=["passkey", "needle", "ruler"]
 )
 def test_a_task_of_texts_without_a_tokenizer_is_an_error(make_llama, task):
-    message = f"tokenizer must be given for {task.name}, got none. Pass tokenizer="
+    message = f"tokenizer must be given for {task.name}, got none. Set data.tokenizer"
     with pytest.raises(ValueError, match=message):
         run_of(task, make_llama())
 
