@@ -5,6 +5,9 @@ than another one is left out. A rate at which a run diverged is the best only if
 difference from the plain model is paired by seed, since both saw the same batches. Its 95 %
 interval is Student's, over the seeds. The losses agree if the whole interval lies within PARITY
 nats of zero; they differ if it does not hold zero. Otherwise the seeds are too few to tell.
+
+Where the seeds of the best rate lie far apart, its mean may be the lowest by luck. So the
+difference is also taken at every other rate whose mean is within one standard error of the best.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ def summarize_rates(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `by_rate`: for each variant a list of rates, each with the means over seeds.
         `best`: for each variant its best rate, whether this is the lowest or the highest of all
-        rates (so that a better one may lie outside), and the difference from the plain model.
+        rates (so that a better one may lie outside), the difference from the plain model, and
+        `as_good`: the other rates within one standard error of the best, with their differences.
     """
     by_rate = {name: _rates(runs, name) for name in dict.fromkeys(run["variant"] for run in runs)}
     found = {name: _best(rates) for name, rates in by_rate.items()}
@@ -41,6 +45,10 @@ def summarize_rates(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         best[name] = {**row, "at_the_edge": row["rate"] in (rates[0], rates[-1])}
         if name != "plain" and "plain" in found:
             best[name]["minus_plain"] = _paired(row, found["plain"])
+            best[name]["as_good"] = [
+                {**other, "minus_plain": _paired(other, found["plain"])}
+                for other in _as_good(row, by_rate[name])
+            ]
     return {"by_rate": by_rate, "best": best}
 
 
@@ -67,6 +75,20 @@ def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     means = [row["held_out_loss"]["mean"] for row in whole]
     order = [mean if math.isfinite(mean) else diverged for mean in means]
     return whole[order.index(min(order))]
+
+
+def _as_good(best: dict[str, Any], rates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the other rates with as many seeds, within one standard error of the best mean."""
+    loss = best["held_out_loss"]
+    error = loss["standard_error"]
+    reach = loss["mean"] + (error if error is not None and math.isfinite(error) else 0.0)
+    return [
+        row
+        for row in rates
+        if row["rate"] != best["rate"]
+        and len(row["seeds"]) == len(best["seeds"])
+        and row["held_out_loss"]["mean"] <= reach
+    ]
 
 
 def _paired(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
@@ -105,17 +127,22 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in summary["best"].items():
-        rate = f"{row['rate']:g}" + (" (the edge)" if row["at_the_edge"] else "")
-        cells = [name, rate, with_error(row["largest_logit"], ".0f")]
-        difference = row.get("minus_plain")
-        if difference is None:
-            lines.append(f"| {' | '.join(cells)} | | | |")
-            continue
-        ends = difference["interval"]
-        interval = "" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
-        cells += [f"{number(difference['mean']):+.3f}", interval, difference["verdict"]]
-        lines.append(f"| {' | '.join(cells)} |")
+        edge = " (the edge)" if row["at_the_edge"] else ""
+        lines.append(_best_row(name, f"{row['rate']:g}{edge}", row))
+        for other in row.get("as_good", []):
+            lines.append(_best_row(f"{name}, as good", f"{other['rate']:g}", other))
     return "\n".join(lines)
+
+
+def _best_row(name: str, rate: str, row: dict[str, Any]) -> str:
+    cells = [name, rate, with_error(row["largest_logit"], ".0f")]
+    difference = row.get("minus_plain")
+    if difference is None:
+        return f"| {' | '.join(cells)} | | | |"
+    ends = difference["interval"]
+    interval = "" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+    cells += [f"{number(difference['mean']):+.3f}", interval, difference["verdict"]]
+    return f"| {' | '.join(cells)} |"
 
 
 def with_error(cell: dict[str, Any], form: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lctrain.generation.paged_cache import PagedCache
 from lctrain.models import patch_model
 from tests.models.families import gradients, outputs, packed_outputs, padded, separate_outputs
 from tests.models.tiny import VOCABULARY, tiny_model
@@ -21,7 +22,11 @@ from tests.numerics import error_ratio
 LENGTHS = (6, 1, 13, 9)  # a single token among them; longer than the windows of tiny_config
 NEW_TOKENS = 5
 TRANSFORMERS_REFUSES = "no: transformers refuses the name"
-CHECKS = ("packed", "padded right", "padded left", "gradients", "generate")
+CHECKS = ("packed", "padded right", "padded left", "gradients", "generate", "beams on pages")
+
+
+REFUSALS = ("a PagedCache must be for", "sliding_window must be None in the config")
+"""Beginnings of errors that say which cache a model cannot have."""
 
 
 @dataclass
@@ -81,8 +86,8 @@ def _attempt(check: Callable[..., str], *arguments: Any) -> str:
         return check(*arguments)
     except Exception as error:
         message = _first_line(error)
-        if "counts them itself" in message:
-            return "no"  # refused in so many words: such a model reads rows only
+        if "counts them itself" in message or message.startswith(REFUSALS):
+            return "no"  # refused in so many words
         return f"{type(error).__name__}: {message}"
 
 
@@ -135,35 +140,42 @@ def _check_gradients(model: nn.Module) -> str:
     return _judge(_flat(found, names), [_flat(p, names) for p in plain], _flat(reference, names))
 
 
-@torch.no_grad()
-def _check_generate(model: Any) -> str:
-    if not model.can_generate():
-        return "n/a"
-    rows, mask = padded(_documents((7, 4)), "left")
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": NEW_TOKENS,
-        "min_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-        "pad_token_id": 0,
-    }
-    try:
-        plain = [m.generate(rows, **options) for m in _plain(model)]
-        exact = _exact(model).generate(rows, **options)
-    except Exception:
-        return "n/a"  # transformers cannot, either
-    with patch_model(model):
-        found = model.generate(rows, **options)
-    if not all(torch.equal(made.sequences, plain[0].sequences) for made in plain):
-        return "n/a"  # a tie that rounding breaks
-    if not torch.equal(found.sequences, plain[0].sequences):
-        return "other tokens"
-    if not torch.equal(exact.sequences, plain[0].sequences):
-        return "yes"  # eager attention in float64 gives NaN at padding: the tokens must do
-    logits = [torch.cat(made.logits) for made in (found, exact, *plain)]
-    return _judge(logits[0], logits[2:], logits[1])
+def _check_generate(on_pages: bool) -> Callable[[Any], str]:
+    @torch.no_grad()
+    def check(model: Any) -> str:
+        if not model.can_generate():
+            return "n/a"
+        rows, mask = padded(_documents((7, 4)), "left")
+        options = {
+            "attention_mask": mask,
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            "pad_token_id": 0,
+            "num_beams": 2 if on_pages else 1,
+        }
+        whole = options | ({"use_cache": False} if on_pages else {})
+        try:
+            plain = [m.generate(rows, **whole) for m in _plain(model)]
+            exact = _exact(model).generate(rows, **whole)
+        except Exception:
+            return "n/a"  # transformers cannot, either
+        with patch_model(model):
+            if on_pages:
+                options["past_key_values"] = PagedCache(model)
+            found = model.generate(rows, **options)
+        if not all(torch.equal(made.sequences, plain[0].sequences) for made in plain):
+            return "n/a"  # a tie that rounding breaks
+        if not torch.equal(found.sequences, plain[0].sequences):
+            return "other tokens"
+        if not torch.equal(exact.sequences, plain[0].sequences):
+            return "yes"  # eager attention in float64 gives NaN at padding: the tokens must do
+        logits = [torch.cat(made.logits) for made in (found, exact, *plain)]
+        return _judge(logits[0], logits[2:], logits[1])
+
+    return check
 
 
 CHECKERS: dict[str, Callable[[Any], str]] = {
@@ -171,7 +183,8 @@ CHECKERS: dict[str, Callable[[Any], str]] = {
     "padded right": _check_padded("right"),
     "padded left": _check_padded("left"),
     "gradients": _check_gradients,
-    "generate": _check_generate,
+    "generate": _check_generate(on_pages=False),
+    "beams on pages": _check_generate(on_pages=True),
 }
 
 

@@ -106,9 +106,12 @@ own attentions make.
 - **padded right**, **padded left**: logits at real tokens.
 - **gradients**: of every parameter, from a pack and from its documents one by one.
 - **generate**: the same tokens and logits, greedy, from prompts padded at the left.
+- **beams on pages**: the same, by two beams whose keys and values are in a `PagedCache`; compared
+  with beams of the unpatched model without a cache.
 - **by name**: `attn_implementation="lctrain_flash"` gives the same verdict and the same bits.
 
-"no" is a ValueError that says so: such a model counts positions itself, and reads rows, not packs.
+"no" is a ValueError that says so: such a model counts positions itself, and reads rows, not packs;
+or its layers do not attend to one cache of all keys, or transformers' cache would forget some.
 "-" means that the family does not have it, or that transformers fails there too.
 
 ## Causal language models

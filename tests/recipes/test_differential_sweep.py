@@ -55,6 +55,24 @@ def test_every_variant_is_compared_at_its_own_best_rate():
     assert "minus_plain" not in best["plain"]
 
 
+def test_rates_within_a_standard_error_of_the_best_one_are_compared_too():
+    spread = {1e-3: (2.0, 2.2, 2.4), 2e-3: (2.1, 1.8, 2.6), 4e-3: (2.5, 2.5, 2.5)}
+    runs = [run for run in RUNS if run["variant"] == "plain"]
+    runs += [
+        record("v1", seed, rate, loss)
+        for rate, losses in spread.items()
+        for seed, loss in enumerate(losses)
+    ]
+    summary = summarize_rates(runs)
+    best = summary["best"]["v1"]
+    assert best["rate"] == 2e-3  # 2.167 with an error of 0.233; 2.2 and not 2.5 lie within
+    (other,) = best["as_good"]
+    assert other["rate"] == 1e-3
+    assert len(other["minus_plain"]["values"]) == 3
+    assert "| v1, as good | 0.001 |" in as_markdown(summary)
+    assert "as_good" not in summary["best"]["plain"]
+
+
 def test_a_rate_with_fewer_seeds_is_not_the_best():
     lucky = record("plain", 0, 3e-3, 1.0)
     assert summarize_rates([*RUNS, lucky])["best"]["plain"]["rate"] == 2e-3
