@@ -16,8 +16,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# One block of memory per tensor, so that a read beyond a tensor is one beyond an allocation.
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -143,4 +141,6 @@ def main(groups: list[str], device: str = "cuda") -> int:
 
 
 if __name__ == "__main__":
+    # One block of memory per tensor, so that a read beyond a tensor is one beyond an allocation.
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     sys.exit(main(sys.argv[1:]))
